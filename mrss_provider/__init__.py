@@ -1,0 +1,1 @@
+"""Gated mixtures of recurrent states, as a LiteLLM provider."""
