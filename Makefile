@@ -1,0 +1,75 @@
+# `make run` and `make test` are all a newcomer needs; `make help` lists the rest.
+# Every target works from a path with a space: paths here are relative.
+
+PORT ?= 4000
+JOBS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+# Stamps: an install that has nothing to do costs nothing.
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+
+# Files of tests run in one worker each, so that a file's session fixtures start once.
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help install run check test test-full test-gpu test-wheel bench wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+	  | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED)  ## make .venv and install the package in it
+
+run: $(INSTALLED)  ## start the LiteLLM proxy on 127.0.0.1:$(PORT); Ctrl-C ends it (PORT=4001 for another port)
+	@$(PY) -m mrss_provider.cli proxy --port $(PORT)
+
+check: $(INSTALLED_TEST)  ## lint, format, types, layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_layers.py
+
+test: $(INSTALLED_TEST)  ## the test suite, as CI runs it
+	$(PYTEST)
+
+test-full: $(INSTALLED_TEST)  ## the suite with its slow tests
+	$(PYTEST) -m "not gpu"
+
+test-gpu: $(INSTALLED_TEST)  ## what needs a CUDA device
+	$(PY) -m pytest -m gpu
+
+test-wheel: $(INSTALLED_TEST)  ## build the wheel, install it in a fresh environment, use it
+	$(PY) -m pytest -m slow tests/cli/test_wheel.py
+
+bench: $(INSTALLED_TEST)  ## the benchmarks; results go to benchmarks/results
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+wheel: $(INSTALLED_TEST)  ## dist/mrss_provider-*.whl
+	$(PY) -m build --wheel --no-isolation
+
+clean:  ## remove what these targets made
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(INSTALLED_TEST): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(INSTALLED)
+
+# The first Python from 3.11 on; PYTHON=/path/to/python chooses one.
+$(PY):
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  "$$python" -m venv $(VENV) && exit 0; \
+	  rm -rf $(VENV); \
+	  echo "error: $$python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; \
+	done; \
+	echo "error: no Python 3.11 or later found; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	exit 1
