@@ -22,7 +22,7 @@ decay stays under exp(16 * 0.6065) = 1.7e4 and fp32 keeps its precision."""
 _POOL_DTYPES = (torch.float32, torch.float16, torch.float64)
 
 _Decode = Callable[[Tensor, list[Tensor]], Tensor]
-_Prefill = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
+_Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 
 def wkv7_decode(
@@ -77,7 +77,7 @@ def wkv7_prefill(
         y [T, H, N] fp32 (fp64 with an fp64 pool).
     """
     _check_rows([("r", r), ("w", w), ("k", k), ("v", v), ("kk", kk), ("a", a)], pool, None)
-    return _prefill(lambda x, s: wkv7_chunked(*x, s), [r, w, k, v, kk, a], pool, slots, cu_seqlens)
+    return _prefill(wkv7_chunked, [r, w, k, v, kk, a], pool, slots, cu_seqlens)
 
 
 def wkv6_decode(
@@ -134,7 +134,7 @@ def wkv6_prefill(
     _check_rows([("r", r), ("w", w), ("k", k), ("v", v)], pool, None)
     expect_shape("u", u, r.shape[1:])
     return _prefill(
-        lambda x, s: wkv6_chunked(*x, u.to(s.dtype), s),
+        lambda r, w, k, v, s: wkv6_chunked(r, w, k, v, u.to(s.dtype), s),
         [r, w, k, v],
         pool,
         slots,
@@ -274,7 +274,7 @@ def _decode(step: _Decode, inputs: list[Tensor], pool: Tensor, slots: Tensor) ->
 
 
 def _prefill(
-    chunked: _Prefill,
+    chunked: _Chunked,
     inputs: list[Tensor],
     pool: Tensor,
     slots: Tensor,
@@ -293,7 +293,7 @@ def _prefill(
         starts = torch.tensor([cu_seqlens[i] for i in seqs], device=y.device)
         tokens = starts[:, None] + torch.arange(seq_len, device=y.device)
         rows = slots[torch.tensor(seqs, device=slots.device)]
-        y_group, state = chunked([x[tokens] for x in inputs], pool[rows].to(y.dtype))
+        y_group, state = chunked(*(x[tokens] for x in inputs), pool[rows].to(y.dtype))
         y[tokens] = y_group
         pool[rows] = state.to(pool.dtype)
     return y
