@@ -1,0 +1,263 @@
+"""Whole answers: deltas collected, response objects, what the headers and `mrss` fields say."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mrss_provider.backend import Delta, FinishReason, StreamInfo, TokenLogprob, Usage
+from mrss_provider.errors import EngineUnavailableError
+
+Kind = Literal["chat", "text"]
+
+# JSON has no infinity; this is what OpenAI writes for a token that cannot come.
+MIN_LOGPROB = -9999.0
+
+_HEADERS = {
+    "mixture": "x-mrss-mixture",
+    "rows": "x-mrss-rows",
+    "fingerprint": "x-mrss-fingerprint",
+    "prompt_tokens": "x-mrss-prompt-tokens",
+}
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """What every chunk of an answer repeats. `created` is Unix time in seconds."""
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    rows: int
+
+
+@dataclass
+class Choice:
+    """One of the answers, as far as it has come."""
+
+    index: int
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Answer:
+    """Deltas of one request (or of several prompts' requests) put together.
+
+    Attributes:
+        choices: by index, in order of appearance.
+        usage: summed over the streams that were added.
+    """
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+    usage: Usage | None = None
+
+    def add(self, delta: Delta, offset: int = 0) -> None:
+        """Add a delta of the stream whose choices begin at `offset`."""
+        if delta.usage is not None:
+            self.usage = _add_usage(self.usage, delta.usage)
+        if not (delta.text or delta.logprobs or delta.num_tokens or delta.finish_reason):
+            return
+        index = delta.index + offset
+        choice = self.choices.setdefault(index, Choice(index))
+        choice.text += delta.text
+        choice.logprobs += delta.logprobs
+        choice.finish_reason = delta.finish_reason or choice.finish_reason
+
+    def ordered(self) -> list[Choice]:
+        """Return the choices by index."""
+        return [self.choices[index] for index in sorted(self.choices)]
+
+
+def new_head(kind: Kind, info: StreamInfo) -> AnswerHead:
+    """Name a new answer: a fresh id, the time, the canonical mixture as its model."""
+    prefix = "chatcmpl" if kind == "chat" else "cmpl"
+    return AnswerHead(
+        kind=kind,
+        id=f"{prefix}-{os.urandom(16).hex()}",
+        created=int(time.time()),
+        model=info.mixture,
+        fingerprint=info.fingerprint,
+        rows=info.rows,
+    )
+
+
+def mrss_fields(mixture: str, rows: int) -> dict[str, Any]:
+    """Return the `mrss` object of an answer."""
+    return {"mixture": mixture, "rows": rows}
+
+
+def chat_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
+    """Write a `chat.completion` object."""
+    mrss = mrss_fields(head.model, head.rows)
+    choices = [
+        {
+            "index": choice.index,
+            "message": {
+                "role": "assistant",
+                "content": choice.text,
+                "provider_specific_fields": {"mrss": mrss},
+            },
+            "logprobs": chat_logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in answer.ordered()
+    ]
+    return _response(head, "chat.completion", choices, answer.usage)
+
+
+def completion_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
+    """Write a `text_completion` object."""
+    choices = [
+        {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": text_logprobs(choice.logprobs, 0),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in answer.ordered()
+    ]
+    return _response(head, "text_completion", choices, answer.usage)
+
+
+def usage_to_dict(usage: Usage) -> dict[str, Any]:
+    """Write the `usage` object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def usage_from_dict(raw: Mapping[str, Any]) -> Usage:
+    """Read what `usage_to_dict` wrote."""
+    details = raw.get("prompt_tokens_details") or {}
+    return Usage(raw["prompt_tokens"], raw["completion_tokens"], details.get("cached_tokens") or 0)
+
+
+def info_to_headers(info: StreamInfo) -> dict[str, str]:
+    """Write what is known on admission as response headers."""
+    return {header: str(getattr(info, name)) for name, header in _HEADERS.items()}
+
+
+def info_from_headers(headers: Mapping[str, str]) -> StreamInfo:
+    """Read what `info_to_headers` wrote.
+
+    Raises:
+        EngineUnavailableError: the headers are not there: the address is not one of our engines.
+    """
+    try:
+        return StreamInfo(
+            mixture=headers[_HEADERS["mixture"]],
+            rows=int(headers[_HEADERS["rows"]]),
+            fingerprint=headers[_HEADERS["fingerprint"]],
+            prompt_tokens=int(headers[_HEADERS["prompt_tokens"]]),
+        )
+    except (KeyError, ValueError) as exc:
+        raise EngineUnavailableError(
+            "the answer does not come from an mrss engine (no x-mrss headers); check the address"
+        ) from exc
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """Write log-probabilities as chats have them, `token_id` beside each token."""
+    if not tokens:
+        return None
+    return {
+        "content": [
+            {
+                **_chat_token(token.token_id, token.token, token.logprob),
+                "top_logprobs": [_chat_token(t.token_id, t.token, t.logprob) for t in token.top],
+            }
+            for token in tokens
+        ]
+    }
+
+
+def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    r"""Write log-probabilities as completions have them; `offset` is the first token's, in text.
+
+    Bytes that are no text by themselves are spelled `bytes:\xe4\xbd`. The ids go beside them.
+    """
+    if not tokens:
+        return None
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += num_chars(token.token)
+    return {
+        "tokens": [token_text(token.token) for token in tokens],
+        "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
+        "top_logprobs": [
+            {token_text(t.token): max(t.logprob, MIN_LOGPROB) for t in token.top}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+        "token_ids": [token.token_id for token in tokens],
+        "top_token_ids": [[t.token_id for t in token.top] for token in tokens],
+    }
+
+
+def num_chars(token: bytes) -> int:
+    """Count the characters that begin in `token`."""
+    return sum(byte & 0xC0 != 0x80 for byte in token)
+
+
+def token_text(token: bytes) -> str:
+    """Spell a token so that `token_bytes` reads it back exactly."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if token and (not text or text.startswith("bytes:")):
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+    return text
+
+
+def token_bytes(text: str) -> bytes:
+    """Read what `token_text` spelled."""
+    if text.startswith("bytes:"):
+        return bytes.fromhex(text.removeprefix("bytes:").replace("\\x", ""))
+    return text.encode()
+
+
+def _chat_token(token_id: int, token: bytes, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token.decode(errors="replace"),
+        "token_id": token_id,
+        "logprob": max(logprob, MIN_LOGPROB),
+        "bytes": list(token),
+    }
+
+
+def _response(
+    head: AnswerHead, kind: str, choices: list[dict[str, Any]], usage: Usage | None
+) -> dict[str, Any]:
+    return {
+        "id": head.id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.fingerprint,
+        "choices": choices,
+        "usage": None if usage is None else usage_to_dict(usage),
+        "mrss": mrss_fields(head.model, head.rows),
+    }
+
+
+def _add_usage(left: Usage | None, right: Usage) -> Usage:
+    if left is None:
+        return right
+    return Usage(
+        left.prompt_tokens + right.prompt_tokens,
+        left.completion_tokens + right.completion_tokens,
+        left.cached_tokens + right.cached_tokens,
+    )

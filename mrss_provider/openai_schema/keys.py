@@ -1,0 +1,211 @@
+"""Every key a request may have, of three kinds: honoured, accepted as harmless, refused.
+
+An accepted key changes nothing that this engine computes, or asks for a thing it does not keep.
+A refused key has neutral values (they ask for nothing) that pass; every other value is a 400
+with the reason. A key in no table is a 400 that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mrss_provider.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a key is refused, and the values that ask for nothing and so pass."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The keys of one JSON object. `where` is its path in the body, "" at the top."""
+
+    where: str
+    honoured: frozenset[str]
+    accepted: frozenset[str]
+    refused: Mapping[str, Refusal]
+
+    def select(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the honoured entries of `body`; null stands for absent.
+
+        Raises:
+            InvalidRequestError: a key that is refused or unknown.
+        """
+        fields: dict[str, Any] = {}
+        for key, value in body.items():
+            if key in self.honoured:
+                if value is not None:
+                    fields[key] = value
+            elif key in self.refused:
+                self._check_neutral(key, value)
+            elif key not in self.accepted:
+                raise self._unknown(key)
+        return fields
+
+    def _check_neutral(self, key: str, value: Any) -> None:
+        refusal = self.refused[key]
+        if value is None or any(
+            type(value) is type(neutral) and value == neutral for neutral in refusal.neutral
+        ):
+            return
+        path = self.path(key)
+        raise InvalidRequestError(f"{path} is refused: {refusal.reason}", param=path)
+
+    def _unknown(self, key: str) -> InvalidRequestError:
+        shown = key if len(key) <= 64 else key[:61] + "..."
+        known = [*self.honoured, *self.accepted, *self.refused]
+        near = difflib.get_close_matches(shown, sorted(known), n=1, cutoff=0.6)
+        hint = f"did you mean {self.path(near[0])!r}?" if near else "leave it out"
+        path = self.path(shown)
+        return InvalidRequestError(f"{path!r} is no parameter here; {hint}", param=path)
+
+    def path(self, key: str) -> str:
+        """Return `key` as the user would write it from the top of the body."""
+        return f"{self.where}.{key}" if self.where else key
+
+
+# Passed to SamplingParams under the same name.
+SAMPLING_KEYS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "penalty_decay",
+        "seed",
+        "ignore_eos",
+        "max_tokens",
+    }
+)
+
+_HONOURED = SAMPLING_KEYS | {
+    "model",
+    "stop",
+    "logit_bias",
+    "n",
+    "logprobs",
+    "stream",
+    "stream_options",
+    "timeout",
+    "mrss",
+    "mrss_gatingweight",
+}
+
+# They name the caller, or where an answer is kept or routed; LiteLLM's own retry count.
+_ACCEPTED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "max_retries",
+    }
+)
+
+_NO_TOOLS = "this engine does not call tools"
+
+CHAT_KEYS = KeyTable(
+    where="",
+    honoured=frozenset(_HONOURED | {"messages", "max_completion_tokens", "top_logprobs"}),
+    accepted=_ACCEPTED | {"parallel_tool_calls", "prediction"},
+    refused={
+        "tools": Refusal(_NO_TOOLS, neutral=([],)),
+        "tool_choice": Refusal(_NO_TOOLS, neutral=("none",)),
+        "functions": Refusal(_NO_TOOLS, neutral=([],)),
+        "function_call": Refusal(_NO_TOOLS, neutral=("none",)),
+        "response_format": Refusal(
+            'only {"type": "text"} can be promised', neutral=({"type": "text"},)
+        ),
+        "modalities": Refusal('only ["text"] is produced', neutral=(["text"],)),
+        "audio": Refusal("only text is produced"),
+        "reasoning_effort": Refusal("these models have no reasoning levels", neutral=("none",)),
+        "thinking": Refusal(
+            "these models have no reasoning budget", neutral=({"type": "disabled"},)
+        ),
+        "verbosity": Refusal("these models have no verbosity levels", neutral=("medium",)),
+        "web_search_options": Refusal("this engine does not search the web"),
+        "moderation": Refusal("this engine does not moderate"),
+        "echo": Refusal("an answer does not repeat its prompt", neutral=(False,)),
+        "suffix": Refusal("a recurrent model only writes forward", neutral=("",)),
+        "best_of": Refusal("ask for n answers and choose", neutral=(1,)),
+        "prompt": Refusal("a chat takes messages; send a prompt to /v1/completions"),
+        "extra_body": Refusal("put its entries at the top of the body", neutral=({},)),
+    },
+)
+
+COMPLETION_KEYS = KeyTable(
+    where="",
+    honoured=frozenset(_HONOURED | {"prompt", "best_of"}),
+    accepted=_ACCEPTED,
+    refused={
+        "echo": Refusal("an answer does not repeat its prompt", neutral=(False,)),
+        "suffix": Refusal("a recurrent model only writes forward", neutral=("",)),
+        "extra_body": Refusal("put its entries at the top of the body", neutral=({},)),
+        **{
+            key: CHAT_KEYS.refused[key]
+            for key in ("tools", "tool_choice", "functions", "function_call", "response_format")
+        },
+    },
+)
+
+MRSS_KEYS = KeyTable(
+    where="mrss",
+    honoured=frozenset({"weights", "merge", "gate", "cut", "sampling_order"}),
+    accepted=frozenset(),
+    refused={
+        "trace": Refusal("traces are not served yet; leave it out", neutral=(False,)),
+        "reinject": Refusal("only 'never' is served yet", neutral=("never",)),
+    },
+)
+
+STREAM_KEYS = KeyTable(
+    where="stream_options",
+    honoured=frozenset({"include_usage", "include_num_tokens"}),
+    # Padding against traffic analysis; our chunks have none.
+    accepted=frozenset({"include_obfuscation"}),
+    refused={},
+)
+
+_NO_REPLAY = "turns that call tools cannot be continued; " + _NO_TOOLS
+
+
+def message_keys(position: int) -> KeyTable:
+    """Return the table for `messages[position]`.
+
+    The accepted keys are what clients send back when they replay an answer, and `name`, which
+    the templates have no place for.
+    """
+    return KeyTable(
+        where=f"messages[{position}]",
+        honoured=_MESSAGE_HONOURED,
+        accepted=_MESSAGE_ACCEPTED,
+        refused=_MESSAGE_REFUSED,
+    )
+
+
+_MESSAGE_HONOURED = frozenset({"role", "content"})
+_MESSAGE_ACCEPTED = frozenset(
+    {"name", "provider_specific_fields", "reasoning_content", "thinking_blocks", "annotations"}
+)
+_MESSAGE_REFUSED = {
+    "tool_calls": Refusal(_NO_REPLAY, neutral=([],)),
+    "tool_call_id": Refusal(_NO_REPLAY),
+    "function_call": Refusal(_NO_REPLAY),
+    "audio": Refusal("only text is read"),
+    "images": Refusal("only text is read", neutral=([],)),
+    "refusal": Refusal("a refused turn cannot be continued", neutral=("",)),
+}

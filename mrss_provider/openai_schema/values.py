@@ -1,0 +1,335 @@
+"""The values of one request body, each checked and turned into the leaves' types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mrss_provider.backend import Message, MixtureOptions, Role
+from mrss_provider.errors import ContextLengthError, InvalidRequestError
+from mrss_provider.mixture import GATES, MERGES, check_weight
+from mrss_provider.openai_schema.keys import MRSS_KEYS, SAMPLING_KEYS, STREAM_KEYS, message_keys
+from mrss_provider.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+
+MAX_N = 16
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 128
+# Far above any context length in use, far below what would hurt to tokenise.
+MAX_CHARS = 2_000_000
+MODEL_PREFIX = "mrss/"
+_MAX_MODEL_CHARS = 1024
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How the answer travels.
+
+    Attributes:
+        stream: as server-sent events.
+        include_usage: end the stream with a usage chunk.
+        include_num_tokens: tell the number of sampled tokens in each chunk (`num_tokens` beside
+            the choice's `delta` or `text`), as our own client asks.
+    """
+
+    stream: bool = False
+    include_usage: bool = False
+    include_num_tokens: bool = False
+
+
+def parse_model(known: Mapping[str, Any]) -> str:
+    model = expect(known.get("model"), str, "model", "a name such as 'knowledge+tone'")
+    model = _check_text(model, "model").removeprefix(MODEL_PREFIX)
+    if not 0 < len(model) <= _MAX_MODEL_CHARS:
+        raise InvalidRequestError(
+            f"model must have 1 to {_MAX_MODEL_CHARS} characters, got {len(model)}", param="model"
+        )
+    return model
+
+
+def parse_messages(known: Mapping[str, Any]) -> tuple[Message, ...]:
+    raw = expect(known.get("messages"), list, "messages", "a list of messages")
+    if not 0 < len(raw) <= MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages must have 1 to {MAX_MESSAGES} entries, got {len(raw)}", param="messages"
+        )
+    messages = tuple(_parse_message(item, i) for i, item in enumerate(raw))
+    _check_total_chars((m.content for m in messages), "messages")
+    return messages
+
+
+def _parse_message(item: object, i: int) -> Message:
+    where = f"messages[{i}]"
+    raw = expect(item, dict, where, "an object")
+    role = raw.get("role")
+    if role in ("tool", "function"):
+        raise InvalidRequestError(
+            f"{where}.role {role!r} is refused: this engine does not call tools", param=where
+        )
+    known = message_keys(i).select(raw)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequestError(
+            f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r}", param=where
+        )
+    return Message(_ROLES[role], _parse_content(known.get("content"), f"{where}.content"))
+
+
+def _parse_content(content: object, where: str) -> str:
+    if isinstance(content, str):
+        return _check_text(content, where)
+    parts = expect(content, list, where, "a string or a list of text parts")
+    texts = []
+    for j, part in enumerate(parts):
+        path = f"{where}[{j}]"
+        fields_ = expect(part, dict, path, "a text part")
+        if fields_.get("type") != "text":
+            raise InvalidRequestError(
+                f"{path}.type must be 'text', got {fields_.get('type')!r}; only text is read",
+                param=path,
+            )
+        texts.append(_check_text(expect(fields_.get("text"), str, path, "text"), path))
+    return "".join(texts)
+
+
+def parse_prompts(known: Mapping[str, Any]) -> list[str | tuple[int, ...]]:
+    prompt = known.get("prompt")
+    if isinstance(prompt, str):
+        prompts: list[Any] = [prompt]
+    else:
+        raw = expect(prompt, list, "prompt", "text, token ids, or a list of these")
+        prompts = [raw] if raw and all(type(item) is int for item in raw) else raw
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt"
+        )
+    parsed = [_parse_prompt(item, i) for i, item in enumerate(prompts)]
+    _check_total_chars(parsed, "prompt")
+    return parsed
+
+
+def _parse_prompt(item: object, i: int) -> str | tuple[int, ...]:
+    where = f"prompt[{i}]"
+    if isinstance(item, str):
+        return _check_text(item, where)
+    ids = expect(item, list, where, "text or a list of token ids")
+    if not ids:
+        raise InvalidRequestError(
+            f"{where} is an empty list; send token ids, or '' to start from nothing", param="prompt"
+        )
+    for token_id in ids:
+        if type(token_id) is not int or token_id < 0:
+            raise InvalidRequestError(
+                f"{where}: a token id is an integer >= 0, got {_shown(token_id)}", param="prompt"
+            )
+    return tuple(ids)
+
+
+def parse_sampling(
+    known: Mapping[str, Any], logprobs: dict[str, Any], max_tokens: object
+) -> SamplingParams:
+    values = {key: known[key] for key in SAMPLING_KEYS if key in known}
+    mrss = known.get("mrss")
+    order = mrss.get("sampling_order") if isinstance(mrss, dict) else None
+    return SamplingParams(
+        **{**values, "max_tokens": max_tokens},
+        **logprobs,
+        stop=_parse_stop(known),
+        logit_bias=_parse_logit_bias(known),
+        sampling_order=order,
+    )
+
+
+def chat_max_tokens(known: Mapping[str, Any]) -> object:
+    old, new = known.get("max_tokens"), known.get("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise InvalidRequestError(
+            f"max_tokens and max_completion_tokens must be equal when both are given, got {old!r} "
+            f"and {new!r}",
+            param="max_completion_tokens",
+        )
+    return new if new is not None else old
+
+
+def chat_logprobs(known: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: known[key] for key in ("logprobs", "top_logprobs") if key in known}
+
+
+def text_logprobs(known: Mapping[str, Any]) -> dict[str, Any]:
+    if "logprobs" not in known:
+        return {}
+    value = known["logprobs"]
+    if type(value) is not int or not 0 <= value <= MAX_TOP_LOGPROBS:
+        raise InvalidRequestError(
+            f"logprobs must be an integer in [0, {MAX_TOP_LOGPROBS}] here, got {_shown(value)}",
+            param="logprobs",
+        )
+    return {"logprobs": True, "top_logprobs": value}
+
+
+def _parse_stop(known: Mapping[str, Any]) -> tuple[str, ...]:
+    stop = known.get("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(_as_list(stop, "stop"))
+    return tuple(
+        _check_text(expect(item, str, "stop", "a string or a list of strings"), "stop")
+        for item in stops
+    )
+
+
+def _parse_logit_bias(known: Mapping[str, Any]) -> dict[int, float]:
+    raw = expect(known.get("logit_bias", {}), dict, "logit_bias", "an object: token id -> bias")
+    parsed: dict[int, float] = {}
+    for key, bias in raw.items():
+        text = str(key)
+        # Ids have at most 10 digits; a longer run would only be slow to convert.
+        if not (text.isascii() and text.isdigit() and len(text) <= 10):
+            raise InvalidRequestError(
+                f"logit_bias keys are token ids, got {_shown(key)}", param="logit_bias"
+            )
+        parsed[int(text)] = bias
+    return parsed
+
+
+def parse_n(known: Mapping[str, Any]) -> int:
+    n = known.get("n", 1)
+    if type(n) is not int or not 1 <= n <= MAX_N:
+        raise InvalidRequestError(
+            f"n must be an integer in [1, {MAX_N}], got {_shown(n)}", param="n"
+        )
+    return n
+
+
+def parse_timeout(known: Mapping[str, Any]) -> float | None:
+    timeout = known.get("timeout")
+    if timeout is None:
+        return None
+    if type(timeout) not in (int, float) or not math.isfinite(timeout) or timeout <= 0:
+        raise InvalidRequestError(
+            f"timeout must be a number of seconds above 0, got {_shown(timeout)}", param="timeout"
+        )
+    return float(timeout)
+
+
+def parse_stream(known: Mapping[str, Any]) -> StreamOptions:
+    stream = expect(known.get("stream", False), bool, "stream", "true or false")
+    raw = expect(known.get("stream_options", {}), dict, "stream_options", "an object")
+    options = STREAM_KEYS.select(raw)
+    for key, value in options.items():
+        expect(value, bool, STREAM_KEYS.path(key), "true or false")
+    return StreamOptions(
+        stream=stream,
+        include_usage=options.get("include_usage", False),
+        include_num_tokens=options.get("include_num_tokens", False),
+    )
+
+
+def parse_mixture_options(known: Mapping[str, Any]) -> MixtureOptions:
+    mrss = MRSS_KEYS.select(expect(known.get("mrss", {}), dict, "mrss", "an object"))
+    gating = known.get("mrss_gatingweight")
+    if gating is not None and "weights" in mrss:
+        raise InvalidRequestError(
+            "give mrss.weights or mrss_gatingweight, not both", param="mrss_gatingweight"
+        )
+    return MixtureOptions(
+        weights=_parse_weights(mrss.get("weights")),
+        merge=_parse_choice(mrss.get("merge"), MERGES, "mrss.merge"),
+        gate=_parse_choice(mrss.get("gate"), GATES, "mrss.gate"),
+        cut=_parse_cut(mrss.get("cut")),
+        gating_weights=None if gating is None else _parse_gating_weights(gating),
+    )
+
+
+def _parse_weights(raw: object) -> dict[str, float] | None:
+    if raw is None:
+        return None
+    weights = expect(raw, dict, "mrss.weights", "an object: state name -> weight")
+    return {
+        _check_text(name, "mrss.weights"): check_weight(value, "mrss.weights")
+        for name, value in weights.items()
+    }
+
+
+def _parse_gating_weights(raw: object) -> tuple[float, ...]:
+    """Read RWKV-Infer's list, whose numbers may be strings."""
+    where = "mrss_gatingweight"
+    weights = []
+    for item in _as_list(raw, where):
+        value: object = item
+        if isinstance(item, str):
+            try:
+                value = float(item)
+            except ValueError as exc:
+                raise InvalidRequestError(
+                    f"{where}: a weight is a number, got {_shown(item)}", param=where
+                ) from exc
+        weights.append(check_weight(value, where))
+    return tuple(weights)
+
+
+def _parse_choice(value: object, choices: Sequence[str], where: str) -> str | None:
+    if value is None or (isinstance(value, str) and value in choices):
+        return value
+    raise InvalidRequestError(
+        f"{where} must be one of {', '.join(choices)}, got {_shown(value)}", param=where
+    )
+
+
+def _parse_cut(value: object) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= cast(float, value) < 1:
+        raise InvalidRequestError(
+            f"mrss.cut must be in [0, 1), got {_shown(value)}", param="mrss.cut"
+        )
+    return float(cast(float, value))
+
+
+def _check_text(text: str, where: str) -> str:
+    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequestError(
+                f"{where} has half of a surrogate pair at character {exc.start}; send whole "
+                "characters",
+                param=where,
+            ) from exc
+    return text
+
+
+def _check_total_chars(texts: Any, where: str) -> None:
+    total = sum(len(text) for text in texts)
+    if total > MAX_CHARS:
+        raise ContextLengthError(
+            f"{where} may hold {MAX_CHARS} characters in all, got {total}; shorten it", param=where
+        )
+
+
+def _as_list(value: object, where: str) -> Sequence[object]:
+    if isinstance(value, list | tuple):
+        return value
+    raise InvalidRequestError(f"{where} must be a list, got {kind_of(value)}", param=where)
+
+
+def expect(value: object, kind: type, where: str, allowed: str) -> Any:
+    if not isinstance(value, kind):
+        raise InvalidRequestError(f"{where} must be {allowed}, got {kind_of(value)}", param=where)
+    return value
+
+
+def kind_of(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}
+    return names.get(type(value)) or repr(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

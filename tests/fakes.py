@@ -1,0 +1,165 @@
+"""FakeBackend: a `Backend` without an engine, scripted, and watchable from any thread.
+
+    backend = FakeBackend()                      # every answer is "Hello, world"
+    backend = FakeBackend(script=[text("a"), Wait(event), text("b"), QueueFullError("...")])
+
+A script is what each answer does: `Delta`s are yielded, a `Wait` blocks until its event is set
+(or the stream is closed), an exception is raised. Choices 1.. of a request with `n` > 1 repeat
+the script's text; a missing finish and the usage are added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from mrss_provider.backend import Delta, GenerateRequest, ModelCard, StreamInfo, Usage
+from mrss_provider.errors import EngineUnavailableError, InvalidRequestError
+from mrss_provider.mixture import parse_mixture
+
+PROMPT_TOKENS = 7
+ROWS = 3
+FINGERPRINT = "mrss-fake"
+CARDS = [
+    ModelCard("base", "base", "the plain model", 1_700_000_000, 4096),
+    ModelCard("knowledge", "state", "knows things", 1_700_000_000, 4096),
+    ModelCard("tone", "state", "sounds nice", 1_700_000_000, 4096),
+]
+
+
+@dataclass
+class Wait:
+    """Block the stream here; `reached` tells that it got here, `go` lets it on."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    reached: threading.Event = field(default_factory=threading.Event)
+
+
+Step = Delta | Wait | BaseException
+Script = Sequence[Step]
+
+
+def text(piece: str, index: int = 0) -> Delta:
+    """Return a delta of one token."""
+    return Delta(index=index, text=piece, num_tokens=1)
+
+
+HELLO: Script = [text("Hello"), text(","), text(" world")]
+
+
+class FakeBackend:
+    """A `Backend` that follows a script.
+
+    Attributes:
+        requests: everything that was asked for, refused requests too.
+        streams: every stream that was opened.
+        open_error: raised by `open` when set.
+        closed: whether `aclose` was called.
+    """
+
+    def __init__(
+        self,
+        script: Script | Callable[[GenerateRequest], Script] = HELLO,
+        *,
+        open_error: BaseException | None = None,
+        cards: Sequence[ModelCard] = CARDS,
+    ) -> None:
+        self.script = script
+        self.open_error = open_error
+        self.cards = list(cards)
+        self.requests: list[GenerateRequest] = []
+        self.streams: list[FakeStream] = []
+        self.closed = False
+
+    async def open(self, request: GenerateRequest) -> FakeStream:
+        self.requests.append(request)
+        if self.open_error is not None:
+            raise self.open_error
+        if self.closed:
+            raise EngineUnavailableError("the engine is closed")
+        mixture = parse_mixture(request.model)
+        known = {card.id for card in self.cards}
+        for name in mixture.names:
+            if name not in known:
+                raise InvalidRequestError(f"unknown state {name!r}", param="model")
+        info = StreamInfo(mixture.canonical(), ROWS, FINGERPRINT, PROMPT_TOKENS)
+        script = self.script(request) if callable(self.script) else self.script
+        stream = FakeStream(info, _complete(script, request.n))
+        self.streams.append(stream)
+        return stream
+
+    async def models(self) -> list[ModelCard]:
+        return self.cards
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeStream:
+    """A `DeltaStream` over a list of steps.
+
+    Attributes:
+        ended: set once the stream is over, by its end, an error, or `aclose`.
+        aborted: whether `aclose` came before the end.
+    """
+
+    def __init__(self, info: StreamInfo, steps: Script) -> None:
+        self.info = info
+        self.ended = threading.Event()
+        self.aborted = False
+        self._deltas = self._run(steps)
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        try:
+            return await anext(self._deltas)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self.ended.set()
+            raise
+
+    async def aclose(self) -> None:
+        if not self.ended.is_set():
+            self.aborted = True
+            self.ended.set()
+
+    async def _run(self, steps: Script) -> AsyncIterator[Delta]:
+        for step in steps:
+            if isinstance(step, Wait):
+                step.reached.set()
+                await asyncio.to_thread(_wait_any, step.go, self.ended)
+            elif isinstance(step, BaseException):
+                raise step
+            if self.aborted:
+                return
+            if isinstance(step, Delta):
+                yield step
+
+
+def _wait_any(go: threading.Event, ended: threading.Event) -> None:
+    while not go.wait(0.01):
+        if ended.is_set():
+            return
+
+
+def _complete(script: Script, n: int) -> list[Step]:
+    """Repeat the script's deltas for every choice, end each choice, and add the usage."""
+    steps: list[Step] = []
+    for step in script:
+        if isinstance(step, Delta) and step.index == 0 and step.usage is None:
+            steps += [replace(step, index=index) for index in range(n)]
+        else:
+            steps.append(step)
+    if any(isinstance(step, BaseException) for step in steps):
+        return steps
+    deltas = [step for step in steps if isinstance(step, Delta)]
+    finished = {delta.index for delta in deltas if delta.finish_reason}
+    ends = [Delta(index=i, finish_reason="stop") for i in range(n) if i not in finished]
+    usage = Usage(PROMPT_TOKENS, sum(delta.num_tokens for delta in deltas))
+    has_usage = any(delta.usage for delta in deltas)
+    return [*steps, *ends, *([] if has_usage else [Delta(usage=usage)])]
