@@ -1,0 +1,160 @@
+"""What goes into the engine and what comes out: token ids, never text.
+
+`ResolvedMixture` is a name made concrete by `StateLibrary.resolve`; `EngineRequest` asks for `n`
+answers to one prompt; each sampled token comes back as a `TokenOutput`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from mrss_provider.backend import FinishReason
+from mrss_provider.errors import MRSSError
+from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingOrder, SamplingParams
+
+if TYPE_CHECKING:
+    from mrss_provider.model import TunedState
+
+EOS_ID = 0
+"""End of text in every RWKV vocabulary; also what begins a text (`bos`)."""
+
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_TOP_P = 0.7
+DEFAULT_SAMPLING_ORDER: SamplingOrder = "openai"
+
+
+@dataclass(frozen=True)
+class ResolvedMixture:
+    """A mixture whose states are loaded: one recurrent state (row) for each entry of `states`.
+
+    Attributes:
+        canonical: the one spelling of this mixture, without the model's name.
+        states: in row order; None is the base. The base, if present, is row 0.
+        weights: one a row, as the merge rule wants them (sum 1, or strengths for `delta`); 0.0
+            for a base row that only the rule or the gate needs.
+        merge: merge rule by name ("linear" for a single row, which comes back unchanged).
+        gate: gate by name ("fixed" for a single row).
+        cut: plausibility cut in [0, 1); 0 is off.
+        base_row: 0, or None if no row is the base.
+        temperature: the named mixture's default, or None.
+        top_p: the named mixture's default, or None.
+        sampling_order: the named mixture's default, or None.
+        fingerprint: of the model's weights, the states' bytes, weights, merge, gate and cut.
+    """
+
+    canonical: str
+    states: tuple[TunedState | None, ...] = field(repr=False, compare=False)
+    weights: tuple[float, ...]
+    merge: str
+    gate: str
+    cut: float
+    base_row: int | None
+    fingerprint: str
+    temperature: float | None = None
+    top_p: float | None = None
+    sampling_order: SamplingOrder | None = None
+
+    @property
+    def rows(self) -> int:
+        """Recurrent states that one answer needs."""
+        return len(self.states)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One prompt, `n` answers.
+
+    Attributes:
+        id: unique among the requests that have not finished.
+        prompt: token ids. An empty prompt becomes the single token 0 (what a text begins with),
+            so `len(request.prompt)` is always what usage counts.
+        sampling: with every default filled in (`resolve_sampling`).
+        n: answers, each with its own random stream.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    mixture: ResolvedMixture
+    sampling: SamplingParams
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt) or (EOS_ID,))
+
+    @property
+    def rows(self) -> int:
+        """Slots that the request holds while it runs: the mixture's rows for each answer."""
+        return self.mixture.rows * self.n
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One sampled token of one answer, or the error that ended it.
+
+    Attributes:
+        index: which of the `n` answers.
+        token_id: None only with `error`. The end-of-text token that ends an answer is reported.
+        logprob: natural log-probability under the merge, before penalties, if asked for.
+        top: the likeliest (id, logprob), best first; tokens that cannot occur are left out.
+        finish_reason: set on an answer's last token: "stop" (end of text) or "length".
+        error: what ended the answer; no more outputs of it follow.
+    """
+
+    request_id: str
+    index: int
+    token_id: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: MRSSError | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges of this moment, and totals since the start (steps, tokens)."""
+
+    num_waiting: int
+    num_running: int
+    num_rows: int
+    num_free_rows: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_sampled_tokens: int
+
+
+def resolve_sampling(
+    sampling: SamplingParams,
+    mixture: ResolvedMixture,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    room: int | None = None,
+) -> SamplingParams:
+    """Fill in what the request left unsaid: the mixture's default, then the model's, then ours.
+
+    Args:
+        sampling: as the request gave it.
+        mixture: whose named defaults come first.
+        temperature: the model's default.
+        top_p: the model's default.
+        room: tokens left in the context after the prompt; caps the default of `max_tokens`
+            (a value that the request gives is never changed).
+    """
+    default_len = DEFAULT_MAX_TOKENS if room is None else max(1, min(DEFAULT_MAX_TOKENS, room))
+    order = sampling.sampling_order or mixture.sampling_order or DEFAULT_SAMPLING_ORDER
+    return replace(
+        sampling,
+        temperature=_first(
+            sampling.temperature, mixture.temperature, temperature, DEFAULT_TEMPERATURE
+        ),
+        top_p=_first(sampling.top_p, mixture.top_p, top_p, DEFAULT_TOP_P),
+        sampling_order=order,
+        seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+        max_tokens=default_len if sampling.max_tokens is None else sampling.max_tokens,
+    )
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
