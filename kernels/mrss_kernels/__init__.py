@@ -1,9 +1,117 @@
 """Recurrent ops of RWKV-6 and RWKV-7 on pools of states, addressed by slot.
 
 Pools are `[S, H, N, N]`, [V, K] for RWKV-7 and [K, V] for RWKV-6; every op modifies its pool in
-place and returns y. See `mrss_kernels.reference` for shapes, dtypes and formulas.
+place and returns y. See `mrss_kernels.reference` for shapes, dtypes and formulas. A pool on a CUDA
+device is handled by Triton, any other (and one in fp64) by the reference.
+
+`MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernel, `fla` is
+flash-linear-attention's chunked form (half-precision inputs only), `auto`, the default, takes the
+one that was measured faster (kernels/README.md).
 """
 
-from mrss_kernels.reference import wkv6_decode, wkv6_prefill, wkv7_decode, wkv7_prefill
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mrss_kernels import reference
 
 __all__ = ["wkv6_decode", "wkv6_prefill", "wkv7_decode", "wkv7_prefill"]
+
+
+def wkv7_decode(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, pool: Tensor, slots: Tensor
+) -> Tensor:
+    """Advance RWKV-7 rows by one token; see `mrss_kernels.reference.wkv7_decode`."""
+    if not _takes_triton(pool):
+        return reference.wkv7_decode(r, w, k, v, kk, a, pool, slots)
+    from mrss_kernels import wkv7
+
+    r, w, k, v, kk, a = (x.contiguous() for x in (r, w, k, v, kk, a))
+    return wkv7.wkv7_decode(r, w, k, v, kk, a, pool, slots)
+
+
+def wkv7_prefill(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    a: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    cu_seqlens: Sequence[int],
+) -> Tensor:
+    """Read sequences into RWKV-7 states; see `mrss_kernels.reference.wkv7_prefill`."""
+    if not _takes_triton(pool):
+        return reference.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
+    from mrss_kernels import fla_prefill, wkv7
+
+    r, w, k, v, kk, a = (x.contiguous() for x in (r, w, k, v, kk, a))
+    if _takes_fla(r, cu_seqlens):
+        return fla_prefill.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
+    return wkv7.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
+
+
+def wkv6_decode(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, pool: Tensor, slots: Tensor
+) -> Tensor:
+    """Advance RWKV-6 rows by one token; see `mrss_kernels.reference.wkv6_decode`."""
+    if not _takes_triton(pool):
+        return reference.wkv6_decode(r, w, k, v, u, pool, slots)
+    from mrss_kernels import wkv6
+
+    r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
+    return wkv6.wkv6_decode(r, w, k, v, u, pool, slots)
+
+
+def wkv6_prefill(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    cu_seqlens: Sequence[int],
+) -> Tensor:
+    """Read sequences into RWKV-6 states; see `mrss_kernels.reference.wkv6_prefill`."""
+    if not _takes_triton(pool):
+        return reference.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
+    from mrss_kernels import fla_prefill, wkv6
+
+    r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
+    if _takes_fla(r, cu_seqlens):
+        return fla_prefill.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
+    return wkv6.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
+
+
+def _takes_triton(pool: Tensor) -> bool:
+    return pool.is_cuda and pool.dtype != torch.float64
+
+
+def _takes_fla(r: Tensor, cu_seqlens: Sequence[int]) -> bool:
+    """Choose between fla and our own prefill for inputs on CUDA."""
+    choice = os.environ.get("MRSS_PREFILL", "auto")
+    if choice not in ("auto", "own", "fla"):
+        raise ValueError(f"MRSS_PREFILL must be auto, own or fla, got {choice!r}")
+    if choice == "own" or r.dtype == torch.float32:
+        return False
+    from mrss_kernels import fla_prefill
+
+    if not fla_prefill.is_available():
+        if choice == "fla":
+            raise ValueError("MRSS_PREFILL is fla, but fla-core is not installed: install it")
+        return False
+    if choice == "fla":
+        return True
+    longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
+    return longest >= FLA_MIN_LEN
+
+
+FLA_MIN_LEN = 256
+"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our token loop."""

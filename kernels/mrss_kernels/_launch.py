@@ -1,0 +1,39 @@
+"""What every launch needs to know: the device's abilities, and the sizes that Triton accepts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256
+
+
+def is_interpreted() -> bool:
+    """Tell whether Triton runs its kernels in Python on CPU tensors (`TRITON_INTERPRET=1`)."""
+    # Here and not above: the reference ops run where there is no Triton.
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _has_dependent_launch(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """Return the launch options of a kernel that may start before the last one has ended.
+
+    On compute capability 9.0 and above that is programmatic dependent launch: the kernel's `PDL`
+    flag is set and it waits by itself before it touches what earlier kernels write.
+    """
+    if device.type == "cuda" and _has_dependent_launch(device.index):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least `n` (n >= 1)."""
+    return 1 << (n - 1).bit_length()
