@@ -1,0 +1,15 @@
+"""The `mrss` command. Heavy imports happen inside commands: `mrss --help` stays quick."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises:
+        SystemExit: with the exit status.
+    """
+    from mrss_provider.cli.app import app
+    from mrss_provider.cli.output import run
+
+    run(app)

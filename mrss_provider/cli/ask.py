@@ -1,0 +1,71 @@
+"""One request to a backend, its text shown while it arrives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mrss_provider.backend import Backend, FinishReason, GenerateRequest, StreamInfo, Usage
+
+
+@dataclass
+class Reply:
+    """What has arrived of an answer; readable also after an interrupt."""
+
+    pieces: list[str] = field(default_factory=list)
+    info: StreamInfo | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    duration_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+    def to_json(self) -> dict[str, object]:
+        """Return what `--json` prints."""
+        usage = self.usage or Usage(0, 0)
+        return {
+            "mixture": self.info.mixture if self.info else None,
+            "rows": self.info.rows if self.info else None,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "duration_s": round(self.duration_s, 3),
+        }
+
+    def summary(self) -> str:
+        """Return one line: mixture, rows, tokens, tokens a second."""
+        usage = self.usage or Usage(0, 0)
+        mixture, rows = (self.info.mixture, self.info.rows) if self.info else ("?", 0)
+        rate = usage.completion_tokens / self.duration_s if self.duration_s > 0 else 0.0
+        return (
+            f"[{mixture}: {rows} row{'s' if rows != 1 else ''}, "
+            f"{usage.prompt_tokens}+{usage.completion_tokens} tokens, {rate:.0f} a second]"
+        )
+
+
+async def ask(
+    backend: Backend, request: GenerateRequest, reply: Reply, show: Callable[[str], object]
+) -> None:
+    """Send `request`, fill `reply` (modified) and call `show` with each new piece of text.
+
+    Raises:
+        MRSSError: as `Backend.open` and its stream do.
+    """
+    started = time.monotonic()
+    stream = await backend.open(request)
+    reply.info = stream.info
+    try:
+        async for delta in stream:
+            if delta.text:
+                reply.pieces.append(delta.text)
+                show(delta.text)
+            reply.finish_reason = delta.finish_reason or reply.finish_reason
+            reply.usage = delta.usage or reply.usage
+            reply.duration_s = time.monotonic() - started
+    finally:
+        await stream.aclose()

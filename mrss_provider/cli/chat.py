@@ -1,0 +1,226 @@
+"""`mrss chat`: a conversation in the terminal, one shot, or through a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from mrss_provider.backend import Backend, GenerateRequest, Message, MixtureOptions
+from mrss_provider.cli.ask import Reply, ask
+from mrss_provider.cli.output import answer_json, note, printable
+from mrss_provider.errors import InvalidRequestError, MRSSError
+from mrss_provider.mixture import GATES, MERGES, check_weight
+from mrss_provider.sampling_params import SamplingParams
+
+HELP = """\
+/weights knowledge=1 tone=0.9   weigh the states (ratios); /weights off: as the name says
+/merge NAME, /gate NAME         combine them another way; off: the default
+/model NAME                     talk to another mixture, the conversation goes on
+/reset                          forget the conversation
+/quit                           leave (or Ctrl-D)
+Ctrl-C stops an answer, and at the prompt, twice, leaves. //text sends "/text"."""
+
+
+@dataclass
+class Conversation:
+    """What a chat remembers. Commands and turns modify it."""
+
+    model: str
+    sampling: SamplingParams
+    system: str | None = None
+    weights: dict[str, float] | None = None
+    merge: str | None = None
+    gate: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def request(self, text: str) -> GenerateRequest:
+        """Return the request that says `text` next."""
+        system = [Message("system", self.system)] if self.system else []
+        return GenerateRequest(
+            model=self.model,
+            sampling=self.sampling,
+            messages=(*system, *self.turns, Message("user", text)),
+            mixture=MixtureOptions(self.weights, self.merge, self.gate),
+        )
+
+    def keep(self, text: str, reply: str) -> None:
+        """Remember a turn."""
+        self.turns += [Message("user", text), Message("assistant", reply)]
+
+    def command(self, line: str) -> str:
+        """Carry out `/name ...` and return what to tell.
+
+        Raises:
+            InvalidRequestError: an unknown command or a bad value.
+        """
+        name, _, rest = line[1:].partition(" ")
+        words = rest.split()
+        commands: dict[str, Callable[[list[str]], str]] = {
+            "weights": self._set_weights,
+            "merge": lambda words: self._set_choice("merge", MERGES, words),
+            "gate": lambda words: self._set_choice("gate", GATES, words),
+            "model": self._set_model,
+            "reset": self._reset,
+            "help": lambda _: HELP,
+        }
+        if name not in commands:
+            raise InvalidRequestError(f"unknown command /{name}; /help lists them")
+        return commands[name](words)
+
+    def _set_weights(self, words: list[str]) -> str:
+        if words == ["off"]:
+            self.weights = None
+        elif words:
+            changed = dict(self.weights or {})
+            for word in words:
+                name, _, value = word.partition("=")
+                changed[name] = _weight(word, value)
+            self.weights = changed
+        told = " ".join(f"{name}={weight:g}" for name, weight in (self.weights or {}).items())
+        return f"weights: {told or 'as the name says'}"
+
+    def _set_choice(self, what: str, allowed: tuple[str, ...], words: list[str]) -> str:
+        if words:
+            if words[0] not in (*allowed, "off"):
+                raise InvalidRequestError(
+                    f"{what} must be one of {', '.join(allowed)}, or off, got {words[0]!r}"
+                )
+            setattr(self, what, None if words[0] == "off" else words[0])
+        return f"{what}: {getattr(self, what) or 'as the name says'}"
+
+    def _set_model(self, words: list[str]) -> str:
+        if words:
+            self.model = words[0].removeprefix("mrss/")
+            self.weights = self.merge = self.gate = None
+        return f"model: {self.model}"
+
+    def _reset(self, words: list[str]) -> str:
+        self.turns.clear()
+        return "the conversation starts anew"
+
+
+def chat(
+    conversation: Conversation,
+    backend: Backend,
+    runner: asyncio.Runner,
+    *,
+    message: str | None,
+    as_json: bool,
+) -> None:
+    """Answer `message` alone, or every line of stdin until it ends.
+
+    Raises:
+        MRSSError: in one shot and from a pipe, whatever the request meets; at a terminal it is
+            told and the conversation goes on.
+    """
+    if message is not None:
+        _turn(conversation, backend, runner, message, as_json)
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note(f"{conversation.model}: /help lists the commands, /quit leaves")
+    for line in _lines(interactive):
+        if line in ("/quit", "/exit"):
+            return
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                note(conversation.command(line))
+            else:
+                text = line[1:] if line.startswith("//") else line
+                _turn(conversation, backend, runner, text, as_json, told=interactive)
+        except MRSSError as exc:
+            if not interactive:
+                raise
+            note(f"error: {exc}")
+
+
+def _turn(
+    conversation: Conversation,
+    backend: Backend,
+    runner: asyncio.Runner,
+    text: str,
+    as_json: bool,
+    told: bool = False,
+) -> None:
+    reply = Reply()
+    show = _ignore if as_json else writer()
+    try:
+        runner.run(ask(backend, conversation.request(text), reply, show))
+    except KeyboardInterrupt:
+        # One Ctrl-C stops the answer, not the conversation; what was said is remembered.
+        if not told:
+            raise
+        note("\n[stopped]")
+        if not reply.text:
+            return
+    conversation.keep(text, reply.text)
+    if as_json:
+        answer_json(reply.to_json())
+    else:
+        show("\n")
+        if told:
+            note(reply.summary())
+
+
+def writer() -> Callable[[str], object]:
+    """Return what shows text on stdout at once; a terminal gets no control characters."""
+    is_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        sys.stdout.write(printable(text) if is_terminal else text)
+        sys.stdout.flush()
+
+    return show
+
+
+def _ignore(text: str) -> None:
+    """Show nothing: the whole answer is printed at its end."""
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """Yield the lines of stdin that are not empty; at a terminal two Ctrl-C in a row end them."""
+    interrupted = False
+    while True:
+        try:
+            line = _read_line(interactive)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            if interrupted:
+                note("")
+                return
+            interrupted = True
+            note("\n(Ctrl-C again leaves)")
+            continue
+        interrupted = False
+        if line.strip():
+            yield line.strip()
+
+
+def _read_line(interactive: bool) -> str:
+    if interactive and sys.stdout.isatty():
+        # Gives `input` line editing and a history.
+        import readline  # noqa: F401
+
+        return input("you> ")
+    if interactive:
+        sys.stderr.write("you> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+def _weight(word: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise InvalidRequestError(
+            f"a weight is written name=number, such as tone=0.9, got {word!r}"
+        ) from None
+    return check_weight(number, "weights")

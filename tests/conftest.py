@@ -1,0 +1,22 @@
+"""One place for what every test needs: no network, few threads, none of the user's settings."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch, litellm or huggingface_hub are imported: they read these once.
+for _name in [name for name in os.environ if name.startswith("MRSS_")]:
+    del os.environ[_name]
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "COLUMNS": "80",
+}
+
+# Test files import fakes.py and tiny_model.py from here, and their own folder's modules.
+sys.path.insert(0, str(Path(__file__).parent))
