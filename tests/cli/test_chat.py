@@ -1,0 +1,190 @@
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+from fakes import FakeBackend, text
+
+from mrss_provider.backend import GenerateRequest, Message
+from mrss_provider.cli.chat import Conversation, chat
+from mrss_provider.cli.output import printable
+from mrss_provider.errors import InvalidRequestError, QueueFullError
+from mrss_provider.mixture import GATES, MERGES
+from mrss_provider.sampling_params import SamplingParams
+
+
+class Terminal(io.StringIO):
+    """A stdin that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as running:
+        yield running
+
+
+@pytest.fixture
+def talk(runner: asyncio.Runner) -> Conversation:
+    return Conversation("knowledge+tone", SamplingParams(seed=7))
+
+
+def _say(
+    talk: Conversation,
+    backend: FakeBackend,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: str,
+    stdin: type[io.StringIO] = io.StringIO,
+) -> None:
+    monkeypatch.setattr("sys.stdin", stdin(lines))
+    chat(talk, backend, runner, message=None, as_json=False)
+
+
+def test_one_shot_writes_the_answer_alone_to_stdout(
+    talk: Conversation, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = FakeBackend()
+    chat(talk, backend, runner, message="Hi", as_json=False)
+    assert capsys.readouterr() == ("Hello, world\n", "")
+    (request,) = backend.requests
+    assert request.messages == (Message("user", "Hi"),)
+    assert request.sampling.seed == 7
+
+
+def test_json_tells_mixture_rows_text_and_counts(
+    talk: Conversation, runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat(talk, FakeBackend(), runner, message="Hi", as_json=True)
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told.pop("duration_s") >= 0
+    assert err == ""
+    assert told == {
+        "mixture": "knowledge+tone",
+        "rows": 3,
+        "text": "Hello, world",
+        "finish_reason": "stop",
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+    }
+
+
+def test_each_line_of_a_pipe_is_a_turn_that_remembers_the_ones_before(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backend = FakeBackend()
+    talk.system = "Be brief."
+    _say(talk, backend, runner, monkeypatch, "one\n\ntwo\n//three\n")
+    assert capsys.readouterr() == ("Hello, world\n" * 3, "")
+    assert backend.requests[2].messages == (
+        Message("system", "Be brief."),
+        Message("user", "one"),
+        Message("assistant", "Hello, world"),
+        Message("user", "two"),
+        Message("assistant", "Hello, world"),
+        Message("user", "/three"),
+    )
+
+
+def test_commands_change_the_next_request(
+    talk: Conversation, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend()
+    lines = "/weights tone=0.9\n/weights knowledge=0.5\n/merge linear\n/gate fixed\nHi\n"
+    _say(talk, backend, runner, monkeypatch, lines + "/weights off\n/merge off\n/gate off\nHi\n")
+    first, second = backend.requests
+    assert first.mixture.weights == {"tone": 0.9, "knowledge": 0.5}
+    assert (first.mixture.merge, first.mixture.gate) == ("linear", "fixed")
+    assert second.mixture.weights is None
+    assert (second.mixture.merge, second.mixture.gate) == (None, None)
+
+
+def test_reset_forgets_the_turns_and_model_changes_the_name(
+    talk: Conversation, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend()
+    _say(talk, backend, runner, monkeypatch, "one\n/reset\n/model mrss/tone\ntwo\n/quit\nthree\n")
+    assert len(backend.requests) == 2
+    assert backend.requests[1].messages == (Message("user", "two"),)
+    assert backend.requests[1].model == "tone"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/wieghts tone=1", "unknown command /wieghts"),
+        ("/merge mean", f"merge must be one of {', '.join(MERGES)}, or off, got 'mean'"),
+        ("/gate none", f"gate must be one of {', '.join(GATES)}, or off, got 'none'"),
+        ("/weights tone", "a weight is written name=number"),
+        ("/weights tone=-1", "weights: a weight must be finite and >= 0"),
+    ],
+)
+def test_a_bad_command_is_refused_with_what_is_allowed(
+    talk: Conversation, line: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match="^" + sentence.replace("+", r"\+")):
+        talk.command(line)
+
+
+def test_a_pipe_ends_at_the_first_error(
+    talk: Conversation, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend(open_error=QueueFullError("no room"))
+    with pytest.raises(QueueFullError):
+        _say(talk, backend, runner, monkeypatch, "one\ntwo\n")
+    assert len(backend.requests) == 1
+
+
+def test_at_a_terminal_an_error_is_told_and_the_turn_forgotten(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backend = FakeBackend(open_error=QueueFullError("no room"))
+    _say(talk, backend, runner, monkeypatch, "one\n", Terminal)
+    assert "error: no room\n" in capsys.readouterr().err
+    assert talk.turns == []
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def script(request: GenerateRequest) -> list[object]:
+        first = request.messages is not None and len(request.messages) == 1
+        return [text("Half"), KeyboardInterrupt()] if first else [text("Whole")]
+
+    backend = FakeBackend(script)  # type: ignore[arg-type]
+    _say(talk, backend, runner, monkeypatch, "one\ntwo\n", Terminal)
+    out, err = capsys.readouterr()
+    assert out == "Half\nWhole\n"
+    assert "[stopped]" in err
+    assert talk.turns[1] == Message("assistant", "Half")
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Interrupted(Terminal):
+        def readline(self, *args: object) -> str:
+            raise KeyboardInterrupt
+
+    _say(talk, FakeBackend(), runner, monkeypatch, "", Interrupted)
+    assert capsys.readouterr().err.count("Ctrl-C again leaves") == 1
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert printable("a\x1b[31m\tb\nc\r\x9bd é") == "a[31m\tb\ncd é"
