@@ -152,6 +152,10 @@ class DeltaStream(Protocol):
 
     async def __anext__(self) -> Delta: ...
 
+    def ready(self) -> bool:
+        """Tell whether the next delta, or the end, is already here; False is always safe."""
+        ...
+
     async def aclose(self) -> None: ...
 
 

@@ -109,6 +109,7 @@ class FakeStream:
         self.info = info
         self.ended = threading.Event()
         self.aborted = False
+        self._waiting: Wait | None = None
         self._deltas = self._run(steps)
 
     def __aiter__(self) -> FakeStream:
@@ -123,28 +124,29 @@ class FakeStream:
             self.ended.set()
             raise
 
+    def ready(self) -> bool:
+        return False
+
     async def aclose(self) -> None:
         if not self.ended.is_set():
             self.aborted = True
             self.ended.set()
+            if self._waiting is not None:
+                self._waiting.go.set()
 
     async def _run(self, steps: Script) -> AsyncIterator[Delta]:
         for step in steps:
             if isinstance(step, Wait):
+                self._waiting = step
                 step.reached.set()
-                await asyncio.to_thread(_wait_any, step.go, self.ended)
+                await asyncio.to_thread(step.go.wait)
+                self._waiting = None
             elif isinstance(step, BaseException):
                 raise step
             if self.aborted:
                 return
             if isinstance(step, Delta):
                 yield step
-
-
-def _wait_any(go: threading.Event, ended: threading.Event) -> None:
-    while not go.wait(0.01):
-        if ended.is_set():
-            return
 
 
 def _complete(script: Script, n: int) -> list[Step]:

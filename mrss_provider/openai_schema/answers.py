@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal

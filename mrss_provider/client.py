@@ -1,0 +1,373 @@
+"""Client: a `Backend` over our own server, by TCP or Unix socket. Loads neither torch nor a server.
+
+It belongs to no event loop: a stream does, to the one that opened it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mrss_provider.backend import Delta, GenerateRequest, ModelCard, StreamInfo
+from mrss_provider.errors import (
+    ConfigError,
+    EngineError,
+    EngineUnavailableError,
+    MRSSError,
+    QueueFullError,
+    RequestTimeoutError,
+    error_from_dict,
+)
+from mrss_provider.http1 import Connection, LeanTransport
+from mrss_provider.openai_schema import (
+    StreamOptions,
+    error_from_event,
+    info_from_headers,
+    read_chunk,
+    read_model_list,
+    request_to_body,
+)
+
+DEFAULT_TIMEOUT_S = 600.0
+# The server keeps the deadline and says so; this much later we stop believing in the server.
+_GRACE_S = 2.0
+# For answers that take no computing.
+_SHORT_ANSWER_S = 30.0
+_MAX_BODY_BYTES = 16 << 20
+_STREAM = StreamOptions(stream=True, include_usage=True, include_num_tokens=True)
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(frozen=True)
+class EngineVersion:
+    """What `GET /version` tells. `protocol` is the number that client and server must share."""
+
+    protocol: int
+    version: str
+    pid: int
+    model: str
+
+
+class Client:
+    """A `Backend` over HTTP.
+
+    Args:
+        address: `http://host:port`, `https://...` or `unix:///path/to/socket`.
+        api_key: sent as a bearer token.
+        connect_timeout_s: for the connection.
+        idle_timeout_s: longest silence in an answer; None leaves it to the request's timeout.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        connect_timeout_s: float = 5.0,
+        idle_timeout_s: float | None = None,
+    ) -> None:
+        base_url, socket = _parse_address(address)
+        headers = {
+            "accept-encoding": "identity",
+            "connection": "close",
+            "content-type": "application/json",
+        }
+        if api_key is not None:
+            headers["authorization"] = f"Bearer {api_key}"
+        self.address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._streams: set[ClientStream] = set()
+        self._is_closed = False
+        self._http = httpx.AsyncClient(
+            base_url=base_url, headers=headers, transport=LeanTransport(socket), trust_env=False
+        )
+
+    async def open(self, request: GenerateRequest) -> ClientStream:
+        """Admit a request.
+
+        Raises:
+            EngineUnavailableError: nobody answers at the address.
+            MRSSError: whatever the server refused the request with.
+        """
+        path = "/v1/completions" if request.messages is None else "/v1/chat/completions"
+        body = _ENCODE(request_to_body(request, _STREAM)).encode()
+        loop = asyncio.get_running_loop()
+        timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S) + _GRACE_S
+        deadline = loop.time() + timeout_s
+        response = await self._send("POST", path, timeout_s, body)
+        connection: Connection = response.extensions["connection"]
+        try:
+            info = info_from_headers(response.headers)
+        except MRSSError:
+            await connection.aclose()
+            raise
+        connection.watch(self._idle_timeout_s)
+        left_s = max(0.0, deadline - loop.time())
+        stream = ClientStream(info, connection, left_s, self._streams.discard)
+        self._streams.add(stream)
+        return stream
+
+    async def models(self) -> list[ModelCard]:
+        """Return the names that are served, `base` first.
+
+        Raises:
+            EngineUnavailableError: nobody answers at the address.
+        """
+        return read_model_list(await self._get_json("/v1/models"))
+
+    async def version(self) -> EngineVersion:
+        """Return who answers.
+
+        Raises:
+            EngineUnavailableError: nobody answers, or not one of our engines.
+        """
+        raw = await self._get_json("/version")
+        try:
+            return EngineVersion(raw["protocol"], raw["version"], raw["pid"], raw["model"])
+        except KeyError as exc:
+            raise EngineUnavailableError(
+                f"{self.address} is not an mrss engine (its /version has no {exc})"
+            ) from exc
+
+    async def check_ready(self) -> None:
+        """Return once the engine says that it is ready.
+
+        Raises:
+            EngineUnavailableError: it is not, or nobody answers.
+        """
+        await self._get_json("/ready")
+
+    async def lease(self) -> Connection:
+        """Hold a lease, until the returned connection is closed or this process ends.
+
+        An engine that was started for its clients stays while somebody holds one. The
+        connection's `read` returns b"" or raises once the engine is gone.
+
+        Raises:
+            EngineUnavailableError: nobody answers at the address.
+        """
+        response = await self._send("GET", "/v1/lease", _SHORT_ANSWER_S, b"")
+        connection: Connection = response.extensions["connection"]
+        connection.watch(None)
+        return connection
+
+    async def aclose(self) -> None:
+        """End every open stream with `EngineUnavailableError`; idempotent."""
+        self._is_closed = True
+        for stream in list(self._streams):
+            stream.fail(EngineUnavailableError("the client was closed"))
+        await self._http.aclose()
+
+    async def _get_json(self, path: str) -> dict[str, Any]:
+        response = await self._send("GET", path, _SHORT_ANSWER_S, b"")
+        body = await self._read_json(response)
+        if not isinstance(body, dict):
+            raise EngineUnavailableError(
+                f"{self.address} is not an mrss engine ({path} is no JSON)"
+            )
+        return body
+
+    async def _send(self, method: str, path: str, timeout_s: float, body: bytes) -> httpx.Response:
+        """Send a request and return the answer, its body unread, if its status is 200."""
+        if self._is_closed:
+            raise EngineUnavailableError("the client is closed")
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_timeout_s))
+        request = self._http.build_request(method, path, content=body, timeout=timeout)
+        try:
+            response = await self._http.send(request, stream=True)
+        except httpx.HTTPError as exc:
+            raise self._translate(exc) from exc
+        if response.status_code == 200:
+            return response
+        raise _with_retry_after(
+            error_from_dict(response.status_code, await self._read_json(response)), response
+        )
+
+    async def _read_json(self, response: httpx.Response) -> object:
+        connection: Connection = response.extensions["connection"]
+        body = bytearray()
+        try:
+            while data := await connection.read():
+                body += data
+                if len(body) > _MAX_BODY_BYTES:
+                    raise EngineError(f"the answer is longer than {_MAX_BODY_BYTES} bytes")
+        except httpx.HTTPError as exc:
+            raise self._translate(exc) from exc
+        finally:
+            await connection.aclose()
+        try:
+            return json.loads(body)
+        except ValueError:
+            # An answer of something else (a proxy's error page): the status alone must do.
+            return None
+
+    def _translate(self, exc: httpx.HTTPError) -> MRSSError:
+        return _translate(exc, self.address)
+
+
+class ClientStream:
+    """A `DeltaStream` over one connection. Deltas that came together are returned as one."""
+
+    def __init__(
+        self,
+        info: StreamInfo,
+        connection: Connection,
+        timeout_s: float,
+        on_end: Callable[[ClientStream], None],
+    ) -> None:
+        self.info = info
+        self._connection = connection
+        self._on_end = on_end
+        self._ready: deque[Delta] = deque()
+        self._rest = b""
+        self._is_done = False
+        self._error: MRSSError | None = None
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+
+    def __aiter__(self) -> ClientStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if self._is_done:
+                raise StopAsyncIteration
+            await self._read()
+        return self._ready.popleft()
+
+    def ready(self) -> bool:
+        """Whether the next delta is already here."""
+        return bool(self._ready)
+
+    async def aclose(self) -> None:
+        """Close the connection, which aborts the answer; idempotent."""
+        self._ready.clear()
+        self._end()
+
+    def fail(self, error: MRSSError) -> None:
+        """End the stream with `error` after what has already come."""
+        if not self._is_done:
+            self._error = self._error or error
+        self._end()
+
+    async def _read(self) -> None:
+        try:
+            data = await self._connection.read()
+            if data:
+                self._take(data)
+            elif not self._is_done:
+                raise EngineUnavailableError("the engine's answer broke off before its end")
+        except httpx.HTTPError as exc:
+            # After `aclose` the reader that was waiting just stops.
+            if not self._is_done:
+                self.fail(_translate(exc, "the engine"))
+        except MRSSError as exc:
+            self.fail(exc)
+        except ValueError as exc:
+            self.fail(EngineError(f"the engine sent an event that is no JSON ({exc})"))
+
+    def _take(self, data: bytes) -> None:
+        events = (self._rest + data).split(b"\n\n")
+        self._rest = events.pop()
+        deltas = []
+        for event in events:
+            if event == b"data: [DONE]":
+                self._end()
+                break
+            if not event.startswith(b"data: "):
+                # A comment keeps a connection alive; nothing else is expected.
+                continue
+            chunk = json.loads(event[6:])
+            if "error" in chunk:
+                self._error = error_from_event(chunk) or EngineError("the engine sent an error")
+                self._end()
+                break
+            deltas.append(read_chunk(chunk))
+        self._ready.extend(deltas if len(deltas) < 2 else _coalesce(deltas))
+
+    def _expire(self, timeout_s: float) -> None:
+        self.fail(RequestTimeoutError(f"no complete answer within {timeout_s:.3g} s"))
+
+    def _end(self) -> None:
+        self._is_done = True
+        self._timer.cancel()
+        self._connection.close()
+        self._on_end(self)
+
+
+def _coalesce(deltas: Sequence[Delta]) -> list[Delta]:
+    """Join neighbours of the same choice."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if (
+            last is None
+            or last.index != delta.index
+            or last.finish_reason is not None
+            or last.usage is not None
+            or delta.usage is not None
+        ):
+            joined.append(delta)
+        else:
+            joined[-1] = replace(
+                delta,
+                text=last.text + delta.text,
+                num_tokens=last.num_tokens + delta.num_tokens,
+                logprobs=last.logprobs + delta.logprobs,
+            )
+    return joined
+
+
+def _parse_address(address: str) -> tuple[str, Path | None]:
+    """Return the base URL, and the path of the Unix socket if it is one.
+
+    Raises:
+        ConfigError: neither form.
+    """
+    if address.startswith("unix://"):
+        path = address.removeprefix("unix://")
+        if path.startswith("/"):
+            return "http://engine", Path(path)
+    elif address.startswith(("http://", "https://")):
+        try:
+            url = httpx.URL(address)
+        except httpx.InvalidURL as exc:
+            raise _bad_address(address) from exc
+        if url.host:
+            # Users of the OpenAI client are used to write the /v1.
+            return address.rstrip("/").removesuffix("/v1"), None
+    raise _bad_address(address)
+
+
+def _bad_address(address: str) -> ConfigError:
+    return ConfigError(
+        f"an engine's address is http://host:port or unix:///path/to/socket, got {address!r}",
+        param="api_base",
+    )
+
+
+def _translate(exc: httpx.HTTPError, where: str) -> MRSSError:
+    if isinstance(exc, httpx.ReadTimeout):
+        return RequestTimeoutError(f"{where} did not answer in time ({exc})")
+    if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
+        return EngineUnavailableError(f"no engine answers at {where} ({exc})")
+    return EngineUnavailableError(f"the connection to {where} broke off ({exc})")
+
+
+def _with_retry_after(error: MRSSError, response: httpx.Response) -> MRSSError:
+    if isinstance(error, QueueFullError):
+        try:
+            error.retry_after_s = float(response.headers.get("retry-after", ""))
+        except ValueError:
+            # A proxy's date form, or none: the default hint stays.
+            return error
+    return error
