@@ -1,0 +1,132 @@
+"""Deltas to LiteLLM's stream chunks, in the one order in which LiteLLM loses nothing.
+
+LiteLLM's stream wrapper drops what comes after a finish reason, and takes the finish reason from
+the first choice of a chunk only. So: content; the finish of every choice but the first, each behind
+an empty first choice; the usage on a chunk without content; last, the first choice's finish.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from litellm.types.utils import (
+    ChoiceLogprobs,
+    Delta,
+    ModelResponseStream,
+    StreamingChoices,
+    Usage,
+)
+
+from mrss_provider import backend
+from mrss_provider.backend import StreamInfo, TokenLogprob
+from mrss_provider.errors import EngineUnavailableError
+from mrss_provider.openai_schema import mrss_fields, usage_to_dict
+from mrss_provider.openai_schema.answers import chat_logprobs
+from mrss_provider.provider.calls import Call
+
+
+class StreamChunks:
+    """Writes the chunks of one answer.
+
+    They carry the name that LiteLLM's own last chunk has, without `mrss/` (the proxy puts the
+    client's name in its place), and the deployment's id, which spares the proxy a look-up each.
+    """
+
+    def __init__(self, call: Call) -> None:
+        request = call.requests[0]
+        self._model = request.model
+        self._num_choices = request.n
+        self._model_id = call.model_id
+        self._id = f"{'cmpl' if call.is_text else 'chatcmpl'}-{uuid.uuid4().hex}"
+        # Set with the first chunk: LiteLLM takes the time of the last one then, not earlier.
+        self._created = 0
+        self._started: set[int] = set()
+        self._finished: dict[int, str] = {}
+        self._usage: backend.Usage | None = None
+
+    def write(self, deltas: Sequence[backend.Delta], info: StreamInfo) -> list[ModelResponseStream]:
+        """Return the chunks for deltas that came together: at most two for each choice."""
+        chunks = []
+        for index, text, logprobs in _merge(deltas, self._num_choices):
+            if text or logprobs:
+                chunks.append(self._content(index, text, logprobs, info))
+        for delta in deltas:
+            self._usage = delta.usage or self._usage
+            if delta.finish_reason is None:
+                continue
+            self._finished[delta.index] = delta.finish_reason
+            if delta.index not in self._started:
+                chunks.append(self._content(delta.index, "", (), info))
+            if delta.index > 0:
+                chunks.append(self._late_finish(delta.index, delta.finish_reason))
+        return chunks
+
+    def end(self) -> list[ModelResponseStream]:
+        """Return the last chunks: the usage, then the first choice's finish reason.
+
+        Raises:
+            EngineUnavailableError: the answer stopped short. Without a finish reason LiteLLM
+                would say "stop", and without usage it would guess one.
+        """
+        if self._usage is None or len(self._finished) < self._num_choices:
+            raise EngineUnavailableError("the engine closed the stream before the answer's end")
+        usage = self._chunk([StreamingChoices(delta=Delta())])
+        usage.usage = Usage(**usage_to_dict(self._usage))
+        finish = StreamingChoices(delta=Delta(), finish_reason=self._finished[0])
+        return [usage, self._chunk([finish])]
+
+    def _content(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob], info: StreamInfo
+    ) -> ModelResponseStream:
+        delta = Delta(content=text)
+        is_first = not self._started
+        if index not in self._started:
+            self._started.add(index)
+            delta = Delta(content=text, role="assistant")
+        if is_first:
+            delta.provider_specific_fields = {"mrss": mrss_fields(info.mixture, info.rows)}
+        choice = StreamingChoices(index=index, delta=delta)
+        if logprobs:
+            choice.logprobs = ChoiceLogprobs(**(chat_logprobs(logprobs) or {}))
+        chunk = self._chunk([choice])
+        if is_first:
+            # On the first chunk alone: one with a fingerprint is serialised the slow way.
+            chunk.system_fingerprint = info.fingerprint
+        return chunk
+
+    def _late_finish(self, index: int, reason: str) -> ModelResponseStream:
+        return self._chunk(
+            [
+                StreamingChoices(index=0, delta=Delta()),
+                StreamingChoices(index=index, delta=Delta(), finish_reason=reason),
+            ]
+        )
+
+    def _chunk(self, choices: list[StreamingChoices]) -> ModelResponseStream:
+        if not self._created:
+            self._created = int(time.time())
+        chunk = ModelResponseStream(
+            id=self._id, created=self._created, model=self._model, choices=choices
+        )
+        if self._model_id is not None:
+            chunk._hidden_params = {"model_id": self._model_id}
+        return chunk
+
+
+def _merge(
+    deltas: Sequence[backend.Delta], num_choices: int
+) -> list[tuple[int, str, Sequence[TokenLogprob]]]:
+    """Join the text and log-probabilities of each choice, in order of first appearance."""
+    if num_choices == 1:
+        if len(deltas) == 1:
+            return [(0, deltas[0].text, deltas[0].logprobs)]
+        text = "".join([delta.text for delta in deltas])
+        return [(0, text, [token for delta in deltas for token in delta.logprobs])]
+    merged: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
+    for delta in deltas:
+        texts, logprobs = merged.setdefault(delta.index, ([], []))
+        texts.append(delta.text)
+        logprobs += delta.logprobs
+    return [(index, "".join(texts), tokens) for index, (texts, tokens) in merged.items()]

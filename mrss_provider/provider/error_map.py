@@ -1,0 +1,83 @@
+"""What each of our errors is called in LiteLLM: one table.
+
+The class decides more than the status: whether LiteLLM's router tries again, takes another
+deployment or cools this one down. So a mistake of the caller is never a 404 (which would cool a
+deployment down for everybody), and an engine that is gone is a 503 (which lets the router move on).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+from typing import Any
+
+import httpx
+import litellm
+
+from mrss_provider import errors
+from mrss_provider.errors import MRSSError, QueueFullError
+
+PROVIDER = "mrss"
+
+log = logging.getLogger(__name__)
+
+TABLE: dict[type[MRSSError], type[Exception]] = {
+    MRSSError: litellm.InternalServerError,
+    errors.InvalidRequestError: litellm.BadRequestError,
+    errors.UnknownNameError: litellm.BadRequestError,
+    errors.ContextLengthError: litellm.ContextWindowExceededError,
+    errors.AuthenticationError: litellm.AuthenticationError,
+    errors.PermissionDeniedError: litellm.PermissionDeniedError,
+    errors.NotFoundError: litellm.NotFoundError,
+    errors.RequestTimeoutError: litellm.Timeout,
+    errors.ConflictError: litellm.BadRequestError,
+    errors.PayloadTooLargeError: litellm.BadRequestError,
+    errors.QueueFullError: litellm.RateLimitError,
+    errors.EngineUnavailableError: litellm.ServiceUnavailableError,
+    errors.EngineError: litellm.InternalServerError,
+    # A file or a flag is the operator's to mend: the caller's request was fine.
+    errors.FileFormatError: litellm.InternalServerError,
+    errors.ModelFileError: litellm.InternalServerError,
+    errors.StateFileError: litellm.InternalServerError,
+    errors.ConfigError: litellm.InternalServerError,
+}
+
+# These two classes want the response they stand for; the others make their own.
+_WITH_RESPONSE = (litellm.RateLimitError, litellm.PermissionDeniedError)
+
+
+def to_litellm(error: BaseException, model: str) -> Exception:
+    """Return the LiteLLM exception that stands for `error`; raise it `from error`.
+
+    What is not an `MRSSError` is a defect: the caller gets an id, the log the traceback.
+    """
+    if isinstance(error, tuple(litellm.LITELLM_EXCEPTION_TYPES)):
+        return error  # type: ignore[return-value]
+    if not isinstance(error, MRSSError):
+        error = _defect(error)
+    target = TABLE[type(error)]
+    fields: dict[str, Any] = {"message": error.message, "model": model, "llm_provider": PROVIDER}
+    if issubclass(target, _WITH_RESPONSE):
+        fields["response"] = _response(error)
+    mapped = target(**fields)
+    # The proxy writes these into the OpenAI error object.
+    for name in ("code", "param", "type"):
+        setattr(mapped, name, getattr(error, name))
+    return mapped
+
+
+def _defect(error: BaseException) -> MRSSError:
+    error_id = uuid.uuid4().hex[:12]
+    log.error("internal error %s", error_id, exc_info=error)
+    return errors.EngineError(
+        f"internal error {error_id} ({type(error).__name__}); the log has the details under this id"
+    )
+
+
+def _response(error: MRSSError) -> httpx.Response:
+    headers = {}
+    if isinstance(error, QueueFullError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    request = httpx.Request("POST", "http://mrss/v1/chat/completions")
+    return httpx.Response(error.status_code, headers=headers, request=request)

@@ -1,0 +1,83 @@
+"""The object that LiteLLM iterates over: chunks of one answer, asynchronously or not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Self
+
+from litellm.types.utils import ModelResponseStream
+
+from mrss_provider.backend import Delta
+from mrss_provider.provider.answers import RunningAnswer
+from mrss_provider.provider.chunks import StreamChunks
+from mrss_provider.provider.error_map import to_litellm
+
+
+class ChunkStream:
+    """Chunks of a running answer; whoever stops reading ends it.
+
+    A class and not a generator: a generator that was never started has no `finally`, and a
+    client may well leave between admission and the first token.
+    """
+
+    def __init__(self, answer: RunningAnswer, chunks: StreamChunks, model: str) -> None:
+        self._answer = answer
+        self._chunks = chunks
+        self._model = model
+        self._ready: deque[ModelResponseStream] = deque()
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ModelResponseStream:
+        while not self._ready:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                self._write(await self._answer.take())
+            except Exception as exc:
+                self.close()
+                raise to_litellm(exc, self._model) from exc
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.popleft()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ModelResponseStream:
+        while not self._ready:
+            if self._ended:
+                raise StopIteration
+            try:
+                self._write(self._answer.take_blocking())
+            except Exception as exc:
+                self.close()
+                raise to_litellm(exc, self._model) from exc
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """End the answer without waiting for the engine; idempotent."""
+        self.close()
+
+    def close(self) -> None:
+        """Do as `aclose`."""
+        self._ended = True
+        self._ready.clear()
+        self._answer.cancel()
+
+    def __del__(self) -> None:
+        self._answer.cancel()
+
+    def _write(self, deltas: Sequence[Delta]) -> None:
+        if deltas:
+            self._ready.extend(self._chunks.write(deltas, self._answer.info))
+        else:
+            self._ended = True
+            self._ready.extend(self._chunks.end())
