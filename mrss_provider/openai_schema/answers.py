@@ -61,7 +61,7 @@ class Answer:
     def add(self, delta: Delta, offset: int = 0) -> None:
         """Add a delta of the stream whose choices begin at `offset`."""
         if delta.usage is not None:
-            self.usage = _add_usage(self.usage, delta.usage)
+            self.usage = delta.usage if self.usage is None else self.usage + delta.usage
         if not (delta.text or delta.logprobs or delta.num_tokens or delta.finish_reason):
             return
         index = delta.index + offset
@@ -250,13 +250,3 @@ def _response(
         "usage": None if usage is None else usage_to_dict(usage),
         "mrss": mrss_fields(head.model, head.rows),
     }
-
-
-def _add_usage(left: Usage | None, right: Usage) -> Usage:
-    if left is None:
-        return right
-    return Usage(
-        left.prompt_tokens + right.prompt_tokens,
-        left.completion_tokens + right.completion_tokens,
-        left.cached_tokens + right.cached_tokens,
-    )

@@ -1,0 +1,1 @@
+"""The engine's HTTP server: OpenAI routes over any `Backend`, on TCP or a Unix socket."""

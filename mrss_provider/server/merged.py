@@ -1,0 +1,73 @@
+"""Merged: the streams of one answer (one for each prompt) as a single one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mrss_provider.backend import Delta, DeltaStream, Usage
+
+
+class Merged:
+    """Deltas of several streams in the order of arrival; a single stream passes through.
+
+    Stream i's choices become i*n .. i*n + n-1. One usage, the sum, comes at the end.
+    """
+
+    def __init__(self, streams: Sequence[DeltaStream], n: int) -> None:
+        self._streams = streams
+        self._n = n
+        self._usage: Usage | None = None
+        self._pending: dict[asyncio.Task[Delta], int] | None = None
+        self._ready: deque[Delta] = deque()
+
+    def __aiter__(self) -> Merged:
+        return self
+
+    def ready(self) -> bool:
+        """Tell whether the next delta, or the end, is already here."""
+        if len(self._streams) == 1:
+            return self._streams[0].ready()
+        return bool(self._ready)
+
+    async def __anext__(self) -> Delta:
+        if len(self._streams) == 1:
+            return await anext(self._streams[0])
+        if self._pending is None:
+            self._pending = {_next_of(s): i for i, s in enumerate(self._streams)}
+        while not self._ready:
+            if not self._pending:
+                raise StopAsyncIteration
+            try:
+                await self._wait()
+            except BaseException:
+                for task in self._pending:
+                    task.cancel()
+                await asyncio.gather(*self._pending, return_exceptions=True)
+                raise
+        return self._ready.popleft()
+
+    async def _wait(self) -> None:
+        assert self._pending is not None
+        done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            i = self._pending.pop(task)
+            try:
+                delta = task.result()
+            except StopAsyncIteration:
+                continue
+            self._pending[_next_of(self._streams[i])] = i
+            if delta.usage is not None:
+                self._usage = delta.usage if self._usage is None else self._usage + delta.usage
+            self._ready.append(replace(delta, index=delta.index + i * self._n, usage=None))
+        if not self._pending and self._usage is not None:
+            self._ready.append(Delta(usage=self._usage))
+
+
+def _next_of(stream: DeltaStream) -> asyncio.Task[Delta]:
+    async def take() -> Delta:
+        return await anext(stream)
+
+    return asyncio.create_task(take())

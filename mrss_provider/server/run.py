@@ -1,0 +1,214 @@
+"""run_server: one uvicorn in this process, until a signal or until nobody needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from mrss_provider.backend import Backend
+from mrss_provider.config import ServerConfig
+from mrss_provider.errors import ConfigError, MRSSError
+from mrss_provider.server.app import create_app
+from mrss_provider.server.lifecycle import Lifecycle
+
+logger = logging.getLogger(__name__)
+
+# After the drain nothing should be left; what is hangs.
+_CLOSE_S = 5
+_BACKLOG = 2048
+
+
+def run_server(backend: Backend, config: ServerConfig, *, model: str = "") -> None:
+    """Serve `backend`; return after SIGTERM, SIGINT, or when an idle engine leaves.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+        MRSSError: the backend could not be started.
+    """
+    listener = Listener(config)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            failure = runner.run(_serve(backend, config, model, listener))
+    finally:
+        listener.close()
+    if failure is not None:
+        raise failure
+
+
+async def _serve(
+    backend: Backend, config: ServerConfig, model: str, listener: Listener
+) -> MRSSError | None:
+    lifecycle = Lifecycle(config.idle_exit_s)
+    app = create_app(backend, config, lifecycle=lifecycle, model=model)
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            # Its INFO announces an address of its own invention.
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_CLOSE_S,
+        ),
+        lifecycle,
+        backend,
+        listener,
+        config.drain_s,
+    )
+    logger.info("listening on %s", address_of(config))
+    await server.serve(sockets=[listener.socket])
+    return lifecycle.failure
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which drains on the first signal and leaves at once on the second."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        lifecycle: Lifecycle,
+        backend: Backend,
+        listener: Listener,
+        drain_s: float,
+    ) -> None:
+        super().__init__(config)
+        self._loop = asyncio.get_running_loop()
+        self._lifecycle = lifecycle
+        self._backend = backend
+        self._listener = listener
+        self._drain_s = drain_s
+        self._ending: asyncio.Task[None] | None = None
+        lifecycle.on_end = self.end
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT."""
+        self._loop.call_soon_threadsafe(self._on_signal, sig)
+
+    def end(self, drain_s: float = 0.0) -> None:
+        """Stop taking requests, wait `drain_s` seconds for the running ones, leave."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(drain_s))
+
+    def _on_signal(self, sig: int) -> None:
+        if self._ending is not None:
+            self.force_exit = self.should_exit = True
+        logger.info("%s: leaving", signal.Signals(sig).name)
+        self.end(self._drain_s)
+
+    async def _end(self, drain_s: float) -> None:
+        await self._lifecycle.drain(drain_s)
+        # Ends the streams that are left, each with an error its client can tell from an end.
+        await self._backend.aclose()
+        self._listener.unlink()
+        self._lifecycle.stopping.set()
+        self.should_exit = True
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's where it is installed (LiteLLM's proxy brings it); it halves a chunk's cost."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def address_of(config: ServerConfig) -> str:
+    """Return the address as a client takes it."""
+    if config.socket is not None:
+        return f"unix://{config.socket}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{config.port}"
+
+
+class Listener:
+    """A bound, listening socket. A Unix one has mode 0600, and `unlink` removes its file.
+
+    Raises:
+        ConfigError: the address is taken or cannot be had.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._path = config.socket
+        try:
+            self.socket = _bind_unix(self._path) if self._path else _bind_tcp(config)
+            self._inode = os.stat(self._path).st_ino if self._path else 0
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {address_of(config)} ({exc.strerror or exc}); stop what does, "
+                "or choose another address"
+            ) from exc
+
+    def unlink(self) -> None:
+        """Remove the file, unless another server's has taken its place; idempotent.
+
+        Done while we still listen: the bound socket keeps its inode's number from being reused.
+        """
+        path, self._path = self._path, None
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == self._inode:
+                    path.unlink()
+
+    def close(self) -> None:
+        """Unlink and close; idempotent."""
+        self.unlink()
+        self.socket.close()
+
+
+def _bind_tcp(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Nobody can connect before `listen`, so the mode is set in time.
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a dead server.
+
+    Raises:
+        ConfigError: the file is no socket.
+        OSError: somebody listens on it.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise ConfigError(f"{path} exists and is no socket; choose another path")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+        raise OSError(f"a server listens on {path}")
