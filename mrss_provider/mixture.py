@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from mrss_provider.errors import InvalidRequestError
@@ -31,6 +31,7 @@ DEFAULT_GATE = "novelty"
 DEFAULT_CUT = 0.1
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_WEIGHT_PATTERN = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 # LiteLLM's dispatch looks at these substrings before it asks a custom provider, so a state with
 # such a name would send the prompt to another company's API.
@@ -45,10 +46,14 @@ HIJACKED_SUBSTRINGS = (
 
 @dataclass(frozen=True)
 class Term:
-    """One state of a mixture and its weight, a ratio (only relations between weights count)."""
+    """One state of a mixture and its weight, a ratio (only relations between weights count).
+
+    `position` is where the name begins in the text it was parsed from.
+    """
 
     name: str
     weight: float = 1.0
+    position: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,25 @@ class Mixture:
         """Return the one spelling of this mixture: it parses back to itself and keys caches.
 
         Equal names are added up, terms sorted, weights divided by the largest and written with
-        4 significant digits (1 is left out), and the default merge and gate are left out.
+        4 significant digits (1 is left out). What changes nothing is left out: a term of weight
+        0, the default merge and gate, and both of them where a single state remains.
         """
         totals = canonical_weights(self.terms)
         terms = "+".join(
             name if text == "1" else f"{name}:{text}"
             for name, text in ((name, _weight_text(totals[name])) for name in sorted(totals))
         )
-        default_merge = DEFAULT_MERGE if len(totals) > 1 else None
-        default_gate = DEFAULT_GATE if len(totals) > 1 else None
         model = f"@{self.model}" if self.model else ""
-        merge = f"~{self.merge}" if self.merge and self.merge != default_merge else ""
-        gate = f"~{self.gate}" if self.gate and self.gate != default_gate else ""
+        if len(totals) == 1:
+            return terms + model
+        merge = f"~{self.merge}" if self.merge and self.merge != DEFAULT_MERGE else ""
+        gate = f"~{self.gate}" if self.gate and self.gate != DEFAULT_GATE else ""
         return terms + model + merge + gate
 
     def with_weights(self, weights: Mapping[str, float]) -> Mixture:
         """Return this mixture with the named terms' weights replaced.
+
+        A name that was typed twice becomes one term, so that the new weight is its whole weight.
 
         Raises:
             InvalidRequestError: a name that is not a term, or a bad weight.
@@ -99,10 +107,10 @@ class Mixture:
                     f"{'+'.join(self.names)!r}; name the terms only",
                     param="mrss.weights",
                 )
-        terms = tuple(
-            Term(t.name, check_weight(weights.get(t.name, t.weight), "mrss.weights"))
-            for t in self.terms
-        )
+        replaced = {name: check_weight(value, "mrss.weights") for name, value in weights.items()}
+        first = {term.name: term for term in reversed(self.terms)}
+        kept = [t for t in self.terms if t.name not in replaced or first[t.name] is t]
+        terms = tuple(replace(t, weight=replaced.get(t.name, t.weight)) for t in kept)
         check_terms(terms, "mrss.weights")
         return replace(self, terms=terms)
 
@@ -151,11 +159,15 @@ def check_weight(value: object, where: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequestError(f"{where}: a weight is a number, got {value!r}", param=where)
-    if not math.isfinite(value) or value < 0:
+    try:
+        weight = float(value)
+    except OverflowError:
+        weight = math.inf
+    if not math.isfinite(weight) or weight < 0:
         raise InvalidRequestError(
-            f"{where}: a weight must be finite and >= 0, got {value!r}", param=where
+            f"{where}: a weight must be finite and >= 0, got {value!r:.40}", param=where
         )
-    return float(value)
+    return weight
 
 
 def check_terms(terms: Sequence[Term], where: str) -> None:
@@ -169,12 +181,18 @@ def check_terms(terms: Sequence[Term], where: str) -> None:
 
 
 def canonical_weights(terms: Sequence[Term]) -> dict[str, float]:
-    """Return name -> weight with equal names added and the largest weight made 1."""
+    """Return name -> weight: equal names added, zeros dropped, the largest weight made 1.
+
+    At least one weight is above 0 (`check_terms`).
+    """
+    # Dividing before adding keeps the sum finite whatever was typed.
+    peak = max(term.weight for term in terms)
     totals: dict[str, float] = {}
     for term in terms:
-        totals[term.name] = totals.get(term.name, 0.0) + term.weight
+        totals[term.name] = totals.get(term.name, 0.0) + term.weight / peak
     largest = max(totals.values())
-    return {name: float(_weight_text(weight / largest)) for name, weight in totals.items()}
+    ratios = {name: float(_weight_text(total / largest)) for name, total in totals.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio > 0}
 
 
 def _weight_text(weight: float) -> str:
@@ -215,8 +233,9 @@ class _Parser:
         return mixture
 
     def _term(self) -> Term:
+        start = self.at
         name = self._name("a state name")
-        return Term(name, self._weight() if self._take(":") else 1.0)
+        return Term(name, self._weight() if self._take(":") else 1.0, start)
 
     def _name(self, what: str) -> str:
         match = NAME_PATTERN.match(self.text, self.at)
@@ -227,13 +246,14 @@ class _Parser:
         return match.group()
 
     def _weight(self) -> float:
-        match = re.compile(r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?|[0-9]+\.").match(
-            self.text, self.at
-        )
+        match = _WEIGHT_PATTERN.match(self.text, self.at)
         if match is None:
             self._fail(self.at, "expected a weight such as 0.7 after ':'")
+        weight = float(match.group())
+        if math.isinf(weight):
+            self._fail(self.at, f"the weight {match.group():.20} is too large")
         self.at = match.end()
-        return check_weight(float(match.group()), "model")
+        return weight
 
     def _take(self, char: str) -> bool:
         if not self.text.startswith(char, self.at):

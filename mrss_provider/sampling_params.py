@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,10 +28,12 @@ class SamplingParams:
         top_p: in (0, 1]; 1 is off.
         top_k: >= 0; 0 is off (-1 is accepted as 0, as vLLM's users send it).
         min_p: in [0, 1]; 0 is off.
-        presence_penalty: in [-2, 2], subtracted once from tokens that occurred.
-        frequency_penalty: in [-2, 2], subtracted for each occurrence.
-        repetition_penalty: in (0, 10]; divides positive logits, multiplies negative ones; 1 off.
-        penalty_decay: in (0, 1]; occurrences are multiplied by it at each step; 1 is off.
+        presence_penalty: in [-2, 2], subtracted once from tokens that occurred in the answer.
+        frequency_penalty: in [-2, 2], subtracted for each occurrence in the answer.
+        repetition_penalty: in (0, 10]; divides positive logits, multiplies negative ones, of
+            tokens that occurred in the prompt or the answer; 1 is off.
+        penalty_decay: in (0, 1]; the occurrences that `frequency_penalty` counts are multiplied
+            by it at each step; 1 is off.
         logit_bias: token id -> bias in [-100, 100]; -100 bans the token.
         seed: any 64-bit integer; None draws a fresh one.
         max_tokens: > 0.
@@ -134,21 +135,18 @@ def _check_range(
 ) -> None:
     allowed = f"{'(' if low_open else '['}{low:g}, {high:g}]"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        not is_number
-        or not math.isfinite(value)  # type: ignore[arg-type]
-        or not low <= value <= high  # type: ignore[operator]
-        or (low_open and value == low)
-    ):
+    # NaN fails the comparison, and so do integers too large for a float.
+    inside = is_number and low <= value <= high  # type: ignore[operator]
+    if not inside or (low_open and value == low):
         raise InvalidRequestError(
-            f"{name} must be in {allowed}, got {value!r}", param=param or name
+            f"{name} must be in {allowed}, got {value!r:.40}", param=param or name
         )
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequestError(
-            f"{name} must be an integer in [{low}, {high}], got {value!r}", param=name
+            f"{name} must be an integer in [{low}, {high}], got {value!r:.40}", param=name
         )
 
 

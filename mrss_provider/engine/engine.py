@@ -1,0 +1,174 @@
+"""Engine: requests in, sampled tokens out, one `step` at a time, all on one thread.
+
+No text, no clock, no asyncio. `check` may be called from any thread; nothing else may.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from mrss_provider.config import EngineConfig
+from mrss_provider.engine.model_runner import ModelRunner
+from mrss_provider.engine.request import EngineRequest, EngineStats, TokenOutput
+from mrss_provider.engine.scheduler import Batch, Choice, Scheduler
+from mrss_provider.engine.state_library import StateLibrary
+from mrss_provider.engine.tail import Pick, Picked, pick_tokens
+from mrss_provider.errors import ContextLengthError, EngineError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from mrss_provider.model import Model
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching of mixtures over one model.
+
+    Args:
+        model: what computes.
+        library: the states that requests were resolved against.
+        config: limits (`max_rows`, `max_queued`, `prefill_chunk_len`, `max_context_len`).
+        allowed_ids: token ids that have a vocabulary entry; no other is ever sampled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        library: StateLibrary,
+        config: EngineConfig,
+        *,
+        allowed_ids: Iterable[int],
+    ) -> None:
+        self.library = library
+        self._config = config
+        self._vocab_size = model.config.vocab_size
+        self._allowed = frozenset(allowed_ids)
+        banned = [i for i in range(self._vocab_size) if i not in self._allowed]
+        self._banned_ids = torch.tensor(banned, dtype=torch.int64, device=model.device)
+        self._runner = ModelRunner(model, config.max_rows)
+        self._scheduler = Scheduler(
+            max_rows=config.max_rows,
+            max_queued=config.max_queued,
+            prefill_chunk_len=config.prefill_chunk_len,
+        )
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_sampled_tokens = 0
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuse what can never run. Reads only what never changes.
+
+        Raises:
+            ContextLengthError: prompt and answer are longer than the limit.
+            InvalidRequestError: too many rows, or token ids outside the vocabulary.
+        """
+        sampling = request.sampling
+        assert sampling.max_tokens is not None, "resolve_sampling comes first"
+        total = len(request.prompt) + sampling.max_tokens
+        if total > self._config.max_context_len:
+            raise ContextLengthError(
+                f"prompt and answer must fit in {self._config.max_context_len} tokens, got "
+                f"{len(request.prompt)} of prompt and max_tokens {sampling.max_tokens}"
+            )
+        if request.rows > self._config.max_rows:
+            raise InvalidRequestError(
+                f"a request may use at most {self._config.max_rows} rows (max_rows), got "
+                f"{request.rows}: {request.mixture.rows} for {request.mixture.canonical!r} "
+                f"times n = {request.n}"
+            )
+        self._check_ids("prompt", request.prompt)
+        self._check_ids("logit_bias", sampling.logit_bias)
+        banned = {i for i, bias in sampling.logit_bias.items() if bias <= -100.0}
+        if self._allowed <= banned:
+            raise InvalidRequestError("logit_bias must leave a token, got a ban of every one")
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request whose id no unfinished request has.
+
+        Raises:
+            InvalidRequestError: as `check`.
+            QueueFullError: too many wait already.
+        """
+        self.check(request)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one of its answers: no output of it follows, its slots are free.
+
+        An unknown id or index is no error: it may just have finished.
+        """
+        self._scheduler.abort(request_id, index)
+
+    def step(self) -> list[TokenOutput]:
+        """Advance every running request: a prompt chunk, or one token for each answer.
+
+        A failure ends the requests that had a part in it, each with an `EngineError`, never the
+        engine.
+        """
+        batch = self._scheduler.schedule()
+        if not (batch.decoding or batch.chunks):
+            return []
+        try:
+            picked = self._run(batch)
+        except Exception as exc:
+            log.exception("a step failed and ends %d answers", len(batch.decoding))
+            error = EngineError(f"the engine failed in this step: {type(exc).__name__}: {exc}")
+            return self._scheduler.fail(batch, error)
+        self._num_steps += 1
+        self._num_prompt_tokens += sum(chunk.length for chunk in batch.chunks)
+        self._num_sampled_tokens += len(picked)
+        return self._scheduler.commit(batch, picked)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> list[Picked]:
+        logits, rows = self._runner.forward(batch)
+        picks = [_pick(choice, own) for choice, own in zip(batch.sampling, rows, strict=True)]
+        return pick_tokens(logits, picks, self._banned_ids) if picks else []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return self._scheduler.has_work
+
+    @property
+    def num_free_rows(self) -> int:
+        """Slots that nobody holds."""
+        return self._scheduler.num_free_rows
+
+    def stats(self) -> EngineStats:
+        """Return gauges of this moment and totals since the start."""
+        free = self._scheduler.num_free_rows
+        return EngineStats(
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            num_rows=self._config.max_rows - free,
+            num_free_rows=free,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_sampled_tokens=self._num_sampled_tokens,
+        )
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        for token_id in ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{field} has token ids in [0, {self._vocab_size}), got {token_id}",
+                    param=field,
+                )
+
+
+def _pick(choice: Choice, rows: range | list[int]) -> Pick:
+    request = choice.owner.request
+    return Pick(
+        rows=rows,
+        mixture=request.mixture,
+        sampling=request.sampling,
+        bias=choice.owner.bias,
+        occurrences=choice.occurrences,
+        choice=choice.index,
+        position=choice.num_sampled,
+    )

@@ -1,0 +1,136 @@
+"""`mixtures.toml`: named mixtures, one table each.
+
+    [story]
+    terms = "knowledge+tone:0.4"    # names and weights, as in a typed name
+    merge = "delta"                 # optional, as the rest
+    gate = "novelty"
+    cut = 0.1
+    temperature = 0.9
+    top_p = 0.7
+    sampling_order = "openai"
+    description = "Facts, told warmly"
+
+Keys are strict. A bad table spoils only its own name.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrss_provider.engine.gates import GATES
+from mrss_provider.engine.merge import MERGE_RULES
+from mrss_provider.errors import ConfigError, InvalidRequestError
+from mrss_provider.mixture import DEFAULT_MERGE, Term, check_name, parse_mixture
+from mrss_provider.sampling_params import SamplingOrder, SamplingParams
+
+MIXTURES_FILE = "mixtures.toml"
+
+_SAMPLING_KEYS = ("temperature", "top_p", "sampling_order")
+_KEYS = ("terms", "merge", "gate", "cut", *_SAMPLING_KEYS, "description")
+
+
+@dataclass(frozen=True)
+class NamedMixture:
+    """One table of the file. None is "not said": the default of the request takes its place."""
+
+    terms: tuple[Term, ...]
+    merge: str | None = None
+    gate: str | None = None
+    cut: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    sampling_order: SamplingOrder | None = None
+    description: str = ""
+
+
+def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, ConfigError]]:
+    """Read a file: the good tables by name, and what is wrong with the bad ones.
+
+    Whether the terms' states exist is not known here. A file that cannot be read at all is one
+    error under the file's own name. A file that does not exist is empty.
+    """
+    if not path.exists():
+        return {}, {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        # TOMLDecodeError and UnicodeDecodeError are ValueErrors.
+        return {}, {path.name: ConfigError(f"{path.name} cannot be read: {exc}")}
+    good: dict[str, NamedMixture] = {}
+    bad: dict[str, ConfigError] = {}
+    for name, table in tables.items():
+        try:
+            check_name(name, "mixture")
+            good[name] = _parse_table(table)
+        except (ConfigError, InvalidRequestError) as exc:
+            bad[name] = ConfigError(f"{path.name}, [{name}]: {exc.message}", param=exc.param)
+    return good, bad
+
+
+def check_cut(value: object, where: str) -> float:
+    """Return a plausibility cut in [0, 1).
+
+    Raises:
+        InvalidRequestError: anything else.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < 1):  # type: ignore[operator]
+        raise InvalidRequestError(f"{where} must be in [0, 1), got {value!r:.40}", param=where)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _parse_table(table: object) -> NamedMixture:
+    if not isinstance(table, dict):
+        raise ConfigError(f"a mixture is a table with the key 'terms', got {table!r:.40}")
+    for key in table:
+        if key not in _KEYS:
+            raise ConfigError(f"unknown key {key!r}, the keys are {', '.join(_KEYS)}", param=key)
+    for key, rules in (("merge", MERGE_RULES), ("gate", GATES)):
+        if key in table and table[key] not in list(rules):
+            raise ConfigError(
+                f"{key} must be one of {', '.join(rules)}, got {table[key]!r:.40}", param=key
+            )
+    sampling = SamplingParams(**{key: table[key] for key in _SAMPLING_KEYS if key in table})
+    return NamedMixture(
+        terms=_parse_terms(table),
+        merge=table.get("merge"),
+        gate=table.get("gate"),
+        cut=_parse_cut(table),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        sampling_order=sampling.sampling_order,
+        description=_text(table, "description", ""),
+    )
+
+
+def _parse_terms(table: Mapping[str, Any]) -> tuple[Term, ...]:
+    text = _text(table, "terms", None)
+    mixture = parse_mixture(text)
+    if mixture.model or mixture.merge or mixture.gate:
+        raise ConfigError(
+            f"terms are names and weights only (merge and gate are keys of their own), "
+            f"got {text!r:.200}",
+            param="terms",
+        )
+    return mixture.terms
+
+
+def _parse_cut(table: Mapping[str, Any]) -> float | None:
+    if "cut" not in table:
+        return None
+    cut = check_cut(table["cut"], "cut")
+    merge = table.get("merge", DEFAULT_MERGE)
+    if cut > 0 and not MERGE_RULES[merge].has_cut:
+        raise ConfigError(f"the merge rule {merge!r} has no cut, remove it", param="cut")
+    return cut
+
+
+def _text(table: Mapping[str, Any], key: str, default: str | None) -> str:
+    value = table.get(key, default)
+    if not isinstance(value, str):
+        raise ConfigError(f"{key} must be a string, got {value!r:.40}", param=key)
+    return value

@@ -1,0 +1,393 @@
+"""StateLibrary: names -> tuned states and named mixtures, and the resolution of what is typed.
+
+A folder holds state files (the file's stem is the state's name) and `mixtures.toml`; both share
+one namespace. A bad file never hides: it is in `problems`, and naming it raises what is wrong.
+Lookups read one immutable snapshot, so they may come from any thread.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrss_provider.backend import MixtureOptions, ModelCard
+from mrss_provider.engine.gates import GATES
+from mrss_provider.engine.merge import MERGE_RULES
+from mrss_provider.engine.mixtures_file import (
+    MIXTURES_FILE,
+    NamedMixture,
+    check_cut,
+    read_mixtures,
+)
+from mrss_provider.engine.request import ResolvedMixture
+from mrss_provider.errors import (
+    ConfigError,
+    InvalidRequestError,
+    MRSSError,
+    StateFileError,
+    UnknownNameError,
+)
+from mrss_provider.mixture import (
+    BASE,
+    DEFAULT_CUT,
+    DEFAULT_GATE,
+    DEFAULT_MERGE,
+    Mixture,
+    Term,
+    canonical_weights,
+    check_name,
+    check_terms,
+    check_weight,
+    parse_mixture,
+)
+from mrss_provider.model import TunedState, load_tuned_state
+
+if TYPE_CHECKING:
+    from mrss_provider.model import ModelConfig
+
+log = logging.getLogger(__name__)
+
+STATE_SUFFIXES = (".safetensors", ".pth", ".st")
+_MAX_NAMES_IN_MESSAGE = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file or an entry of `mixtures.toml`; naming `name` raises `error`."""
+
+    name: str
+    path: Path
+    error: MRSSError
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """One consistent view of what is loaded; never changed, only replaced."""
+
+    states: Mapping[str, TunedState] = field(default_factory=dict)
+    mixtures: Mapping[str, NamedMixture] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    created: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [BASE, *sorted(self.states), *sorted(self.mixtures)]
+
+
+class StateLibrary:
+    """The tuned states and named mixtures of one loaded model.
+
+    Args:
+        folder: holds state files and `mixtures.toml`; an empty one leaves `base`.
+        model_config: of the loaded model.
+        model_name: what `@model` may say; None takes the configuration's.
+        max_states: terms that one mixture may have.
+        context_len: for the cards.
+        strict: refuse states that were tuned on other weights of the same shape.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model_config: ModelConfig,
+        *,
+        model_name: str | None = None,
+        max_states: int = 16,
+        context_len: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self._model_config = model_config
+        self._model_name = model_name or model_config.name
+        self._max_states = max_states
+        self._context_len = context_len
+        self._entries = _load_folder(folder, model_config, strict=strict)
+        for problem in self._entries.problems:
+            log.warning("%s: %s", problem.path.name, problem.error)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What could not be loaded, and why."""
+        return self._entries.problems
+
+    @property
+    def states(self) -> Mapping[str, TunedState]:
+        """The loaded states by name."""
+        return self._entries.states
+
+    @property
+    def mixtures(self) -> Mapping[str, NamedMixture]:
+        """The named mixtures by name."""
+        return self._entries.mixtures
+
+    def get(self, name: str) -> TunedState:
+        """Return a loaded state.
+
+        Raises:
+            UnknownNameError: nothing has that name, or a mixture has.
+            MRSSError: the file of that name is bad; what is wrong with it.
+        """
+        entries = self._entries
+        _raise_problem(entries, name)
+        if name not in entries.states:
+            raise _unknown(entries, name, text=name, position=0)
+        return entries.states[name]
+
+    def cards(self) -> list[ModelCard]:
+        """Return what `/v1/models` lists: `base`, then states, then mixtures, by name."""
+        entries = self._entries
+        cards = [ModelCard(BASE, "base", f"{self._model_name} without a tuned state")]
+        for name in sorted(entries.states):
+            metadata = entries.states[name].metadata
+            cards.append(ModelCard(name, "state", metadata.display_name or ""))
+        for name in sorted(entries.mixtures):
+            named = entries.mixtures[name]
+            cards.append(ModelCard(name, "mixture", named.description))
+        return [
+            replace(card, created=entries.created.get(card.id, 0), context_len=self._context_len)
+            for card in cards
+        ]
+
+    def resolve(self, text: str, options: MixtureOptions | None = None) -> ResolvedMixture:
+        """Make a typed name and a request's options concrete.
+
+        Raises:
+            UnknownNameError: a state, mixture or model that is not loaded, with its position in
+                `text` and the nearest names.
+            InvalidRequestError: a malformed name or option.
+            MRSSError: a name whose file is bad.
+        """
+        entries = self._entries
+        options = options or MixtureOptions()
+        typed = parse_mixture(text)
+        self._check_model(typed, text)
+        named = _named_mixture(entries, typed)
+        terms = named.terms if named else typed.terms
+        self._check_terms(entries, terms, text)
+        terms = _weighted(terms, options)
+        merge = _chosen("merge", typed.merge, options.merge, MERGE_RULES)
+        gate = _chosen("gate", typed.gate, options.gate, GATES)
+        merge = merge or (named and named.merge) or DEFAULT_MERGE
+        gate = gate or (named and named.gate) or DEFAULT_GATE
+        cut = _cut(merge, len(terms), options.cut, named)
+        resolved = self._rows(entries, Mixture(terms, None, merge, gate), cut)
+        if named is None:
+            return resolved
+        return replace(
+            resolved,
+            temperature=named.temperature,
+            top_p=named.top_p,
+            sampling_order=named.sampling_order,
+        )
+
+    def _check_model(self, typed: Mixture, text: str) -> None:
+        if typed.model is not None and typed.model != self._model_name:
+            raise UnknownNameError(
+                f"unknown model {typed.model!r} in {text!r}: this engine has loaded "
+                f"{self._model_name!r} (leave out '@{typed.model}')",
+                position=text.rindex("@") + 1,
+                suggestions=(self._model_name,),
+            )
+
+    def _check_terms(self, entries: _Entries, terms: Sequence[Term], text: str) -> None:
+        for term in terms:
+            _raise_problem(entries, term.name)
+            if term.name in entries.mixtures:
+                inner = "+".join(t.name for t in entries.mixtures[term.name].terms)
+                raise InvalidRequestError(
+                    f"{term.name!r} at position {term.position} of {text!r} is a named mixture "
+                    f"and cannot be a term or have a weight; write its terms ({inner}) instead",
+                    param="model",
+                )
+            if term.name != BASE and term.name not in entries.states:
+                raise _unknown(entries, term.name, text=text, position=term.position)
+        num_states = len({term.name for term in terms})
+        if num_states > self._max_states:
+            raise InvalidRequestError(
+                f"a mixture has at most {self._max_states} states (max_states), got {num_states}",
+                param="model",
+            )
+
+    def _rows(self, entries: _Entries, mixture: Mixture, cut: float) -> ResolvedMixture:
+        """Lay out the rows: the base first if it is named or needed, then the states by name."""
+        ratios = canonical_weights(mixture.terms)
+        names = sorted(name for name in ratios if name != BASE)
+        states: tuple[TunedState | None, ...] = tuple(entries.states[name] for name in names)
+        merge, gate = mixture.merge or DEFAULT_MERGE, mixture.gate or DEFAULT_GATE
+        has_base = BASE in ratios
+        weights: tuple[float, ...] = (1.0,)
+        if len(ratios) == 1:
+            # One row comes back as it is under every rule and gate.
+            merge, gate, cut = "linear", "fixed", 0.0
+            states = (None,) if has_base else states
+        else:
+            rule = MERGE_RULES[merge]
+            weights, base_weight = rule.scale([ratios[n] for n in names], ratios.get(BASE, 0.0))
+            has_base = has_base or rule.anchored or GATES[gate].needs_base
+            if has_base:
+                states, weights = (None, *states), (base_weight, *weights)
+        return ResolvedMixture(
+            canonical=mixture.canonical(),
+            states=states,
+            weights=weights,
+            merge=merge,
+            gate=gate,
+            cut=cut,
+            base_row=0 if has_base else None,
+            fingerprint=self._fingerprint(states, weights, merge, gate, cut),
+        )
+
+    def _fingerprint(self, states: Sequence[TunedState | None], *rest: object) -> str:
+        hashes = [state.sha256 if state is not None else BASE for state in states]
+        text = repr((self._model_config.fingerprint, hashes, rest))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _load_folder(folder: Path, model_config: ModelConfig, *, strict: bool) -> _Entries:
+    if not folder.is_dir():
+        raise ConfigError(f"the folder of states {str(folder)!r} does not exist", param="states")
+    states: dict[str, TunedState] = {}
+    created: dict[str, int] = {}
+    problems: list[Problem] = []
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in STATE_SUFFIXES and path.is_file():
+            by_name.setdefault(path.stem, []).append(path)
+    for name, paths in by_name.items():
+        try:
+            states[name] = _load_state(name, paths, model_config, strict=strict)
+            created[name] = int(paths[0].stat().st_mtime)
+        except MRSSError as exc:
+            problems.append(Problem(name, paths[0], exc))
+    mixtures_path = folder / MIXTURES_FILE
+    mixtures, bad = read_mixtures(mixtures_path)
+    for name in list(mixtures):
+        fault = _fault_of_mixture(name, mixtures, by_name, states)
+        if fault:
+            bad[name] = ConfigError(f"{MIXTURES_FILE}, [{name}]: {fault}", param="terms")
+    for name, error in bad.items():
+        mixtures.pop(name, None)
+        problems.append(Problem(name, mixtures_path, error))
+    created |= {name: int(mixtures_path.stat().st_mtime) for name in mixtures}
+    return _Entries(states, mixtures, tuple(problems), created)
+
+
+def _load_state(
+    name: str, paths: Sequence[Path], model_config: ModelConfig, *, strict: bool
+) -> TunedState:
+    check_name(name)
+    if len(paths) > 1:
+        files = " and ".join(path.name for path in paths)
+        raise StateFileError(f"the state {name!r} has more than one file, {files}; keep one")
+    try:
+        return load_tuned_state(paths[0], model_config, name=name, strict=strict)
+    except OSError as exc:
+        raise StateFileError(f"{paths[0].name} cannot be read: {exc}") from exc
+
+
+def _fault_of_mixture(
+    name: str,
+    mixtures: Mapping[str, NamedMixture],
+    files: Mapping[str, object],
+    states: Mapping[str, TunedState],
+) -> str | None:
+    if name in files:
+        return f"a state file has the name {name!r} too, rename one of them"
+    for term in mixtures[name].terms:
+        if term.name in mixtures:
+            return f"the term {term.name!r} is a mixture, terms are states; write its terms instead"
+        if term.name != BASE and term.name not in states:
+            what = "cannot be loaded" if term.name in files else "does not exist"
+            return f"the state {term.name!r} {what}"
+    return None
+
+
+def _named_mixture(entries: _Entries, typed: Mixture) -> NamedMixture | None:
+    """Return the mixture that the whole name means, if it is one."""
+    if len(typed.terms) != 1 or typed.terms[0].weight != 1.0:
+        return None
+    return entries.mixtures.get(typed.terms[0].name)
+
+
+def _weighted(terms: tuple[Term, ...], options: MixtureOptions) -> tuple[Term, ...]:
+    """Return `terms` with the weights that the request's options give."""
+    if options.gating_weights is None:
+        return Mixture(terms).with_weights(options.weights).terms if options.weights else terms
+    if options.weights:
+        raise InvalidRequestError(
+            "give mrss.weights or mrss_gatingweight, not both", param="mrss_gatingweight"
+        )
+    if len(options.gating_weights) != len(terms):
+        raise InvalidRequestError(
+            f"mrss_gatingweight must have one weight for each of {len(terms)} terms "
+            f"({'+'.join(term.name for term in terms)}), got {len(options.gating_weights)}",
+            param="mrss_gatingweight",
+        )
+    weighted = tuple(
+        replace(term, weight=check_weight(weight, "mrss_gatingweight"))
+        for term, weight in zip(terms, options.gating_weights, strict=True)
+    )
+    check_terms(weighted, "mrss_gatingweight")
+    return weighted
+
+
+def _chosen(
+    what: str, typed: str | None, option: str | None, known: Mapping[str, object]
+) -> str | None:
+    """Return the merge rule or gate that the name or the options say."""
+    if option is not None and option not in known:
+        raise InvalidRequestError(
+            f"mrss.{what} must be one of {', '.join(known)}, got {option!r:.40}",
+            param=f"mrss.{what}",
+        )
+    if typed is not None and option is not None and typed != option:
+        raise InvalidRequestError(
+            f"the name says '~{typed}' and mrss.{what} says {option!r}; say one of them",
+            param=f"mrss.{what}",
+        )
+    return typed or option
+
+
+def _cut(merge: str, num_terms: int, option: object, named: NamedMixture | None) -> float:
+    rule = MERGE_RULES[merge]
+    if option is not None:
+        cut = check_cut(option, "mrss.cut")
+        if cut > 0 and num_terms > 1 and not rule.has_cut:
+            raise InvalidRequestError(
+                f"the merge rule {merge!r} has no cut; leave out mrss.cut", param="mrss.cut"
+            )
+        return cut
+    if not rule.has_cut:
+        return 0.0
+    return DEFAULT_CUT if named is None or named.cut is None else named.cut
+
+
+def _raise_problem(entries: _Entries, name: str) -> None:
+    for problem in entries.problems:
+        if problem.name == name:
+            raise type(problem.error)(f"{name!r} cannot be used: {problem.error.message}")
+
+
+def _unknown(entries: _Entries, name: str, *, text: str, position: int) -> UnknownNameError:
+    """Build the error for a name that nothing loaded has."""
+    names = entries.names
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}" if near else "known are"
+    if not near:
+        shown = names[:_MAX_NAMES_IN_MESSAGE]
+        more = len(names) - len(shown)
+        hint += f" {', '.join(shown)}" + (f" and {more} more" if more else "")
+    unreadable = [p.error.message for p in entries.problems if p.name == MIXTURES_FILE]
+    aside = f" ({unreadable[0]})" if unreadable else ""
+    return UnknownNameError(
+        f"unknown state or mixture {name!r} at position {position} of {text!r}: {hint}{aside}",
+        position=position,
+        suggestions=near,
+    )
