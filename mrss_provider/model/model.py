@@ -1,0 +1,279 @@
+"""Model: token ids and slots in, hidden states and logits out. Knows no text and no requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mrss_provider.errors import ConfigError, ModelFileError
+from mrss_provider.model.config import DTYPES, ModelConfig
+from mrss_provider.model.cpu import configure_cpu
+from mrss_provider.model.linear import (
+    Activation,
+    Backend,
+    Linear,
+    PlainLinear,
+    make_head,
+    make_linear,
+    pick_backend,
+    pick_dtype,
+)
+from mrss_provider.model.rwkv6 import Layer6
+from mrss_provider.model.rwkv7 import NORM_EPS, Layer7
+from mrss_provider.model.state import StatePool, StateSnapshot
+from mrss_provider.model.steps import DecodeStep, PrefillStep, Step, UnrollStep
+from mrss_provider.model.weights import Weights, load_weights
+
+
+def load_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    state_dtype: str = "fp32",
+    packed: bool = True,
+) -> Model:
+    """Load an RWKV-6 or RWKV-7 checkpoint.
+
+    Args:
+        path: `.pth`, `.safetensors`, an index of shards, or a folder with one of them.
+        device: "cpu", "cuda", or "auto": CUDA if there is one.
+        dtype: of the weights: "fp32", "bf16", "fp16"; "auto" as `pick_dtype` says.
+        threads: CPU threads of this whole process; 0 is physical cores - 1, at least 1.
+        state_dtype: of the recurrent states, "fp32" or "fp16".
+        packed: lay weights out for speed; False keeps them plain, which `Model.unroll` needs.
+
+    Raises:
+        ModelFileError: not such a checkpoint; says what was found and what is needed.
+        ConfigError: CUDA asked for where there is none.
+    """
+    where = _device(device)
+    weights = load_weights(path)
+    name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
+    if where.type == "cpu":
+        configure_cpu(threads)
+    return Model(weights, where, name, state_dtype, pick_backend(where, name, packed=packed))
+
+
+class Model:
+    """A loaded checkpoint.
+
+    A row's result does not depend on the other rows of its batch, bit for bit, where `linear` says
+    so of the device and dtype: on an x86 CPU, fp16 weights in any batch, others from two rows up.
+
+    Attributes:
+        config: version, shape, dtype, fingerprint.
+        device: where the weights are.
+        base_state: the state that came inside the checkpoint, or None for zeros.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        dtype: str,
+        state_dtype: str,
+        backend: Backend,
+    ) -> None:
+        """Convert and lay out the weights; see `load_model`."""
+        self.config = ModelConfig(
+            version=weights.version,
+            num_layers=weights.num_layers,
+            hidden_size=weights.hidden_size,
+            num_heads=weights.num_heads,
+            head_size=weights.head_size,
+            vocab_size=weights.vocab_size,
+            ffn_size=weights.ffn_size,
+            dtype=dtype,
+            fingerprint=weights.fingerprint,
+            name=weights.name,
+        )
+        self.device = device
+        self.base_state = _base_state(weights, device)
+        self._state_dtype = state_dtype
+        load = _Loader(weights, device, DTYPES[dtype], backend)
+        self._embedding = load.matrix("emb.weight").clone()
+        self._ln0 = load.norm("blocks.0.ln0") if "blocks.0.ln0.weight" in weights.tensors else None
+        layer = Layer7 if weights.version == 7 else Layer6
+        self._layers = [
+            layer(i, load.vectors(f"blocks.{i}."), weights.num_heads, load.linears(f"blocks.{i}."))
+            for i in range(weights.num_layers)
+        ]
+        self._ln_out = load.norm("ln_out")
+        self._head = make_head(load.matrix("head.weight"), backend)
+
+    def new_pool(self, num_slots: int) -> StatePool:
+        """Allocate the states of `num_slots` rows, each at the base state."""
+        return StatePool(
+            self.config,
+            num_slots,
+            device=self.device,
+            state_dtype=self._state_dtype,
+            base=self.base_state,
+        )
+
+    @torch.no_grad()
+    def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Read one token a row.
+
+        Args:
+            token_ids: int64 [B].
+            slots: int64 [B], each row's state in `pool`, no slot twice; -1 is a padding row.
+            pool: *modified* at `slots`.
+
+        Returns:
+            hidden [B, C] fp32, after the last norm; undefined for padding rows.
+        """
+        return self._norm_out(self._forward(token_ids, DecodeStep(pool, slots)))
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        token_ids: Tensor,
+        cu_seqlens: Sequence[int],
+        slots: Tensor,
+        pool: StatePool,
+        *,
+        all_positions: bool = False,
+    ) -> Tensor:
+        """Read several tokens of several rows, packed one row after the other.
+
+        Args:
+            token_ids: int64 [T].
+            cu_seqlens: n + 1 offsets into T, from 0 to T, growing.
+            slots: int64 [n], each row's state in `pool`, no slot twice.
+            pool: *modified* at `slots`.
+            all_positions: return every token's hidden state, not only each row's last.
+
+        Returns:
+            hidden [n, C], or [T, C] with `all_positions`, fp32, after the last norm.
+        """
+        step = PrefillStep(pool, slots, cu_seqlens)
+        x = self._forward(token_ids, step)
+        return self._norm_out(x if all_positions else x[step.lasts])
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [M, V] fp32 of hidden states [M, C]."""
+        return self._head(hidden).float()
+
+    def unroll(
+        self, token_ids: Tensor, wkv: Tensor, time_offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read sequences from given states, differentiably in the states and offsets.
+
+        Only for a model loaded with `packed=False`.
+
+        Args:
+            token_ids: int64 [B, T].
+            wkv: [L, B, H, N, N] fp32, each row's first state.
+            time_offset: [L, C] fp32, or None.
+
+        Returns:
+            logits [B, T, V] fp32, and the states after the last token [L, B, H, N, N].
+        """
+        assert isinstance(self._layers[0].key, PlainLinear), "unroll needs packed=False"
+        batch, seq_len = token_ids.shape
+        step = UnrollStep(wkv, seq_len, time_offset)
+        x = self._norm_out(self._forward(token_ids.flatten(), step))
+        return self._head(x).float().view(batch, seq_len, -1), torch.stack(step.wkv)
+
+    def _forward(self, token_ids: Tensor, step: Step) -> Tensor:
+        """Return the residual stream after the last layer [M, C] fp32."""
+        x = self._embedding[token_ids].float()
+        if self._ln0 is not None:
+            x = F.layer_norm(x, x.shape[1:], *self._ln0, NORM_EPS)
+        v_first: Tensor | None = None
+        for layer in self._layers:
+            x, v_first = layer(x, v_first, step)
+        return x
+
+    def _norm_out(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], *self._ln_out, NORM_EPS)
+
+
+class _Loader:
+    """Hands out a checkpoint's tensors in the dtype and on the device that they are used in."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend,
+    ) -> None:
+        self._name = weights.name
+        self._tensors = weights.tensors
+        self._device = device
+        self._dtype = dtype
+        self._backend = backend
+
+    def matrix(self, name: str) -> Tensor:
+        """Return a matrix in the weights' dtype.
+
+        Raises:
+            ModelFileError: values that this dtype cannot hold, or NaN.
+        """
+        tensor = self._tensors[name].to(self._device, self._dtype)
+        if not torch.isfinite(tensor).all():
+            raise ModelFileError(
+                f"{self._name}: {name} holds NaN, or values beyond the range of {self._dtype}: "
+                f"try another dtype"
+            )
+        return tensor
+
+    def vectors(self, prefix: str) -> dict[str, Tensor]:
+        """Return the fp32 vectors (and the [H, N] ones) of a layer, without the prefix."""
+        small = ("att.r_k", "att.time_faaaa")
+        return {
+            name.removeprefix(prefix): tensor.to(self._device, torch.float32, copy=True)
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix) and (tensor.ndim == 1 or name.endswith(small))
+        }
+
+    def norm(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of a norm, fp32."""
+        weight, bias = (self._tensors[f"{name}.{part}"] for part in ("weight", "bias"))
+        return weight.to(self._device, torch.float32), bias.to(self._device, torch.float32)
+
+    def linears(self, prefix: str) -> _MakeLinear:
+        """Return the factory of a layer's linears."""
+        return _MakeLinear(self, prefix, self._backend)
+
+
+class _MakeLinear:
+    """Builds the linear of a name; `name.3` is the third of stacked matrices."""
+
+    def __init__(self, loader: _Loader, prefix: str, backend: Backend) -> None:
+        self._loader = loader
+        self._prefix = prefix
+        self._backend = backend
+
+    def __call__(self, name: str, activation: Activation) -> Linear:
+        stacked, _, index = name.rpartition(".")
+        if index.isdigit():
+            weight = self._loader.matrix(self._prefix + stacked)[int(index)]
+        else:
+            weight = self._loader.matrix(self._prefix + name)
+        return make_linear(weight, self._backend, activation)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device; use cpu", param="device")
+    return torch.device(name)
+
+
+def _base_state(weights: Weights, device: torch.device) -> StateSnapshot | None:
+    if weights.time_state is None:
+        return None
+    wkv = weights.time_state if weights.version == 7 else weights.time_state.mT
+    zeros = torch.zeros(weights.num_layers, weights.hidden_size, device=device)
+    return StateSnapshot(wkv.contiguous().to(device), zeros, zeros.clone())

@@ -1,0 +1,154 @@
+"""How a layer reads and writes recurrent state: decoding, prefill of packed prompts, unrolling.
+
+The layers of `rwkv6` and `rwkv7` are written once, over packed tokens [M, C]; a step knows which
+token comes before which, and where the states are. M = B rows, T packed tokens, or B * T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from mrss_kernels import wkv6_decode, wkv6_prefill, wkv7_decode, wkv7_prefill
+from mrss_kernels.reference import wkv6_chunked, wkv7_chunked
+from torch import Tensor
+
+from mrss_provider.model.state import StatePool
+
+Part = Literal["att", "ffn"]
+
+
+class Step(Protocol):
+    """One pass over M tokens."""
+
+    def shift(self, layer: int, part: Part, h: Tensor) -> Tensor:
+        """Return `previous token's h - h` [M, C] fp32 and keep the last h of each row."""
+        ...
+
+    def wkv7(
+        self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor
+    ) -> Tensor:
+        """Run RWKV-7's recurrence over inputs [M, H, N]; return y [M, H, N] fp32."""
+        ...
+
+    def wkv6(self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        """Run RWKV-6's recurrence over inputs [M, H, N]; return y [M, H, N] fp32."""
+        ...
+
+    def offset(self, layer: int) -> Tensor | None:
+        """Return the rows' time offsets, broadcastable to [M, C], or None if no row has one."""
+        ...
+
+
+class DecodeStep:
+    """One token a row; the rows' states lie in a pool and are *modified*."""
+
+    def __init__(self, pool: StatePool, slots: Tensor) -> None:
+        """Prepare a step over `slots` int64 [B]; -1 is a padding row."""
+        self._pool = pool
+        self._slots = slots
+        self._index = _as_slice(slots) if slots.device.type == "cpu" else slots
+
+    def shift(self, layer: int, part: Part, h: Tensor) -> Tensor:
+        store = _shifts(self._pool, part)[layer]
+        delta = store[self._index] - h
+        store[self._index] = h
+        return delta
+
+    def wkv7(
+        self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor
+    ) -> Tensor:
+        return wkv7_decode(r, w, k, v, kk, a, self._pool.wkv[layer], self._slots)
+
+    def wkv6(self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        return wkv6_decode(r, w, k, v, u, self._pool.wkv[layer], self._slots)
+
+    def offset(self, layer: int) -> Tensor | None:
+        if not self._pool.has_offsets or self._pool.time_offset is None:
+            return None
+        return self._pool.time_offset[layer][self._index]
+
+
+class PrefillStep:
+    """Several tokens a row, packed; the rows' states lie in a pool and are *modified*."""
+
+    def __init__(self, pool: StatePool, slots: Tensor, cu_seqlens: Sequence[int]) -> None:
+        """Prepare a step over sequences `cu_seqlens` (n + 1 offsets) for `slots` int64 [n]."""
+        self._pool = pool
+        self._slots = slots
+        self._cu_seqlens = list(cu_seqlens)
+        bounds = torch.tensor(self._cu_seqlens, device=slots.device)
+        self._starts, self.lasts = bounds[:-1], bounds[1:] - 1
+
+    def shift(self, layer: int, part: Part, h: Tensor) -> Tensor:
+        store = _shifts(self._pool, part)[layer]
+        previous = torch.empty_like(h)
+        previous[1:] = h[:-1]
+        previous[self._starts] = store[self._slots]
+        store[self._slots] = h[self.lasts]
+        return previous.sub_(h)
+
+    def wkv7(
+        self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor
+    ) -> Tensor:
+        return wkv7_prefill(r, w, k, v, kk, a, self._pool.wkv[layer], self._slots, self._cu_seqlens)
+
+    def wkv6(self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        return wkv6_prefill(r, w, k, v, u, self._pool.wkv[layer], self._slots, self._cu_seqlens)
+
+    def offset(self, layer: int) -> Tensor | None:
+        if not self._pool.has_offsets or self._pool.time_offset is None:
+            return None
+        rows = self._pool.time_offset[layer][self._slots]
+        lengths = self.lasts - self._starts + 1
+        return rows.repeat_interleave(lengths, dim=0)
+
+
+class UnrollStep:
+    """B sequences of T tokens from given states; modifies nothing and is differentiable.
+
+    Attributes:
+        wkv: the layers' states after the pass, filled in as layers run, each [B, H, N, N].
+    """
+
+    def __init__(self, wkv: Tensor, seq_len: int, time_offset: Tensor | None) -> None:
+        """Start from `wkv` [L, B, H, N, N] and zero shifts; `time_offset` is [L, C] or None."""
+        self.wkv: list[Tensor] = list(wkv.unbind(0))
+        self._seq_len = seq_len
+        self._offset = time_offset
+
+    def shift(self, layer: int, part: Part, h: Tensor) -> Tensor:
+        rows = h.view(-1, self._seq_len, h.shape[-1])
+        previous = torch.nn.functional.pad(rows[:, :-1], (0, 0, 1, 0))
+        return (previous - rows).view(h.shape)
+
+    def wkv7(
+        self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor
+    ) -> Tensor:
+        r_, w_, k_, v_, kk_, a_ = (self._unpack(x) for x in (r, w, k, v, kk, a))
+        y, self.wkv[layer] = wkv7_chunked(r_, w_, k_, v_, kk_, a_, self.wkv[layer])
+        return y.reshape(r.shape)
+
+    def wkv6(self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        r_, w_, k_, v_ = (self._unpack(x) for x in (r, w, k, v))
+        y, self.wkv[layer] = wkv6_chunked(r_, w_, k_, v_, u, self.wkv[layer])
+        return y.reshape(r.shape)
+
+    def offset(self, layer: int) -> Tensor | None:
+        return None if self._offset is None else self._offset[layer]
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        return x.view(-1, self._seq_len, *x.shape[1:])
+
+
+def _shifts(pool: StatePool, part: Part) -> Tensor:
+    return pool.shift_att if part == "att" else pool.shift_ffn
+
+
+def _as_slice(slots: Tensor) -> Tensor | slice:
+    """Return a run of slots as a slice, which reads and writes without gathering."""
+    ids = slots.tolist()
+    if ids and ids[0] >= 0 and ids == list(range(ids[0], ids[0] + len(ids))):
+        return slice(ids[0], ids[0] + len(ids))
+    return slots
