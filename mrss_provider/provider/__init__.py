@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mrss_provider.provider.handler import MRSSProvider
+from mrss_provider.provider.custom_llm import MRSSProvider
 from mrss_provider.provider.registration import handler, register
 
 __all__ = ["MRSSProvider", "handler", "register"]

@@ -12,7 +12,7 @@ from mrss_provider.provider import MRSSProvider
 litellm.suppress_debug_info = True
 
 # LiteLLM's own; as an error, each would end the call that met it.
-LITELLM_WARNINGS = ("ignore:Item .* on TypedDict class:UserWarning",)
+LITELLM_WARNINGS = ("ignore:::litellm", "ignore:::pydantic")
 
 
 def pytest_collection_modifyitems(items):

@@ -159,7 +159,7 @@ def test_embeddings_are_refused_with_a_sentence():
 
 
 def test_timeout_covers_the_whole_answer_and_stops_it(backend):
-    backend.script = [text("a"), Wait()]
+    backend.script = lambda request: [text("a"), Wait()]
     for call in (complete, lambda **kwargs: asyncio.run(acomplete(**kwargs))):
         with pytest.raises(litellm.Timeout, match=r"0\.05 s") as caught:
             call(timeout=0.05)

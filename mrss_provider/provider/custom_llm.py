@@ -25,6 +25,9 @@ from mrss_provider.provider.streams import ChunkStream
 
 T = TypeVar("T")
 
+# LiteLLM calls `astreaming` on one of a few pool threads that serve all its providers, so none
+# of them may sit there until an engine has loaded its weights.
+ADMISSION_WAIT_S = 2.0
 STREAM_LIMIT_S = 86_400.0
 
 
@@ -111,13 +114,15 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
         try:
             call = _read(kwargs)
             check_streamable(call)
+            if call.requests[0].n > 1:
+                _keep_out_of_cache(kwargs.get("logging_obj"))
             # Its length is unlimited as long as something comes: RunningAnswer sees to that.
             request = replace(call.requests[0], timeout_s=STREAM_LIMIT_S)
             process = self._process
             answer = RunningAnswer(process.io, lambda: self._open(call, request), call.timeout_s)
             chunks = StreamChunks(call)
             stream = ChunkStream(answer, chunks, call.model)
-            answer.wait_admitted(process.engines.admission_wait_s(call.address))
+            answer.wait_admitted(ADMISSION_WAIT_S)
         except Exception as exc:
             raise to_litellm(exc, _name(kwargs)) from exc
         return stream
@@ -172,6 +177,14 @@ def _read(kwargs: dict[str, Any]) -> Call:
         timeout=kwargs.get("timeout"),
         logging_obj=kwargs.get("logging_obj"),
     )
+
+
+def _keep_out_of_cache(logging_obj: Any) -> None:
+    """Ask LiteLLM's cache not to store this stream: it would store all choices as one text."""
+    handler = getattr(logging_obj, "llm_caching_handler", None)
+    if handler is not None:
+        control = handler.request_kwargs.get("cache") or {}
+        handler.request_kwargs["cache"] = {**control, "no-store": True}
 
 
 def _name(kwargs: dict[str, Any]) -> str:
