@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from mrss_provider.config import EngineConfig, ServerConfig
@@ -32,13 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(given: dict[str, str]) -> None:
+def serve(given: Mapping[str, str]) -> None:
     """Build the configuration (flag over variable over default) and serve.
 
     Raises:
         MRSSError: a bad value, an address that is taken, a model that cannot be loaded.
     """
-    env = {f"MRSS_{key.upper()}": value for key, value in given.items()}
+    from mrss_provider.async_engine import AsyncEngine
+    from mrss_provider.server.run import run_server
+
+    env = {**os.environ, **{f"MRSS_{name.upper()}": value for name, value in given.items()}}
+    engine_config = EngineConfig.from_env(env=env)
+    server_config = ServerConfig.from_env(env=env)
+    run_server(AsyncEngine(engine_config), server_config, model=engine_config.model.name)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
 from starlette.applications import Starlette
@@ -17,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from mrss_provider import __version__
 from mrss_provider.backend import Backend
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import EngineError, InvalidRequestError, MRSSError, NotFoundError
@@ -112,7 +112,7 @@ class Routes:
         return JSONResponse(
             {
                 "protocol": PROTOCOL,
-                "version": _package_version(),
+                "version": __version__,
                 "pid": os.getpid(),
                 "model": self._model,
             }
@@ -185,13 +185,6 @@ def create_app(
     )
     app.add_middleware(HostGuard, config=config)
     return app
-
-
-def _package_version() -> str:
-    try:
-        return version("mrss-provider")
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 async def _start(backend: Backend, lifecycle: Lifecycle) -> None:

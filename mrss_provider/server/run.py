@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's where it is installed (LiteLLM's proxy brings it); it halves a chunk's cost."""
+    """Return uvloop's where it is installed, as LiteLLM's proxy does: a chunk costs less."""
     try:
         import uvloop
     except ImportError:
