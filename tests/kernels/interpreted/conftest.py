@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
             out = make(*args, **kwargs)
@@ -21,4 +20,3 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    yield

@@ -39,13 +39,15 @@ def rms(x: Tensor) -> float:
     return float(x.double().pow(2).mean().sqrt())
 
 
-def assert_as_good_as_reference(got: Tensor, reference: Tensor, exact: Tensor) -> None:
+def assert_as_good_as_reference(
+    got: Tensor, reference: Tensor, exact: Tensor, rounded_to: torch.dtype | None = None
+) -> None:
     """Fail unless the RMS error of `got` is at most 3 x the one that `reference` makes.
 
-    The floor is the rounding of one store in the output's dtype: a reference that happens to be
-    exact must not make the kernel's last bit a failure.
+    The floor is one rounding in the output's dtype, or in `rounded_to` where the op rounds on the
+    way: a reference that happens to be exact must not make the kernel's last bit a failure.
     """
     assert got.isfinite().all(), "the output has elements that nothing wrote"
-    allowed = 3 * rms(reference.double() - exact) + FLOOR[got.dtype] * rms(exact)
+    allowed = 3 * rms(reference.double() - exact) + FLOOR[rounded_to or got.dtype] * rms(exact)
     error = rms(got.double() - exact)
     assert error <= allowed, f"RMS error {error:.3e} > {allowed:.3e}"

@@ -1,0 +1,304 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
+"""Products of few rows with large weights: the weights are streamed once, whatever the rows.
+
+One row is a matrix-vector product on the ordinary cores; 2 to 64 rows go through the tensor cores
+with the rows padded to 16, 32 or 64. `num_splits` cuts K; the parts are added up by whoever reads
+them, in a fixed order, so no sum depends on timing. Derivation: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mrss_kernels._checks import (
+    FLOATS,
+    expect_contiguous,
+    expect_device,
+    expect_dtype,
+    expect_shape,
+)
+from mrss_kernels._launch import dependent_launch
+
+GROUP_LEN = 64
+"""Output rows that share one input group: the granularity of `groups`."""
+
+MAX_ROWS = 64
+"""Rows from which a library product is the better choice (kernels/README.md, measured)."""
+
+ACTIVATIONS = ("none", "relu2")
+
+
+class LinearConfig(NamedTuple):
+    """How one product is cut: outputs a program, K a block, parts of K, warps, pipeline stages.
+
+    `prefetch_len` columns of each program's weights are asked into the L2 before it waits for the
+    kernel in front of it.
+    """
+
+    block_n: int
+    block_k: int
+    num_splits: int
+    num_warps: int
+    num_stages: int = 1
+    prefetch_len: int = 0
+
+
+@triton.jit
+def gemv_kernel(
+    p_x,
+    p_w,
+    p_groups,
+    p_y,
+    R,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    RELU2: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (R / BN, SPLITS). x [M, K], w [R, K], y [SPLITS, R]; the first block comes early."""
+    i_n = tl.program_id(0)
+    i_s = tl.program_id(1)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_k = i_s * (K // SPLITS) + tl.arange(0, BK)
+    p_tile = p_w + o_n[:, None] * K + o_k[None, :]
+    w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=(o_n < R)[:, None], other=0.0)
+    if GROUPED:
+        p_x += tl.load(p_groups + i_n * BN // 64) * K
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
+    for k in tl.static_range(BK, K // SPLITS, BK):
+        w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=(o_n < R)[:, None], other=0.0)
+        acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
+    y = tl.sum(acc, 1)
+    if RELU2:
+        y = tl.maximum(y, 0.0)
+        y = y * y
+    tl.store(p_y + i_s * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
+
+
+@triton.jit
+def skinny_kernel(
+    p_x,
+    p_w,
+    p_groups,
+    p_y,
+    B,
+    R,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    GROUPED: tl.constexpr,
+    RELU2: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (R / BN, SPLITS, B / BM). x [M, B, K], w [R, K], y [SPLITS, B, R]."""
+    i_n = tl.program_id(0)
+    i_s = tl.program_id(1)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_m = tl.program_id(2) * BM + tl.arange(0, BM)
+    m_n = (o_n < R)[:, None]
+    m_m = (o_m < B)[:, None]
+    first = i_s * (K // SPLITS)
+    o_k = first + tl.arange(0, BK)
+    p_tile = p_w + o_n[:, None] * K + o_k[None, :]
+    if GROUPED:
+        p_x += tl.load(p_groups + i_n * BN // 64).to(tl.int64) * B * K
+    p_rows = p_x + o_m[:, None] * K + o_k[None, :]
+    if K // SPLITS == BK:
+        w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=m_n, other=0.0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        x = tl.load(p_rows, mask=m_m, other=0.0)
+        acc = tl.dot(w, tl.trans(x), input_precision="ieee")
+    else:
+        if PDL and PREFETCH > 0:
+            o_line = first + tl.arange(0, PREFETCH // 64) * 64
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [(p_w + o_n[:, None] * K + o_line[None, :]).to(tl.uint64, bitcast=True)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        acc = tl.zeros([BN, BM], tl.float32)
+        for k in tl.range(0, K // SPLITS, BK, num_stages=STAGES):
+            w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=m_n, other=0.0)
+            x = tl.load(p_rows + k, mask=m_m, other=0.0)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    if RELU2:
+        acc = tl.maximum(acc, 0.0)
+        acc = acc * acc
+    p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
+    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m_n & (o_m < B)[None, :])
+
+
+@triton.jit
+def square_relu_kernel(p_x, total, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (total / BLOCK). x = max(x, 0)^2."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x = tl.maximum(tl.load(p_x + o, mask=o < total, other=0.0).to(tl.float32), 0.0)
+    tl.store(p_x + o, (x * x).to(p_x.dtype.element_ty), mask=o < total)
+
+
+def square_relu_(x: Tensor) -> Tensor:
+    """Replace every element by `max(x, 0)^2`, what stands between the two products of an FFN.
+
+    Args:
+        x: any shape, fp16, bf16 or fp32, contiguous, *modified*.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ValueError: a dtype, stride or device that the kernel cannot take.
+    """
+    expect_dtype("x", x, FLOATS)
+    expect_contiguous("x", x)
+    expect_device("x", x, x.device)
+    if x.numel():
+        grid = (-(-x.numel() // 2048),)
+        square_relu_kernel[grid](x, x.numel(), BLOCK=2048, **dependent_launch(x.device))
+    return x
+
+
+def rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    groups: Tensor | None = None,
+    *,
+    activation: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+    config: LinearConfig | None = None,
+) -> Tensor:
+    """Multiply few rows by one weight, each group of 64 outputs reading its own input.
+
+    `y[s, b, j] = sum over part s of K of x[groups[j // 64], b, :] * weight[j, :]`.
+
+    Args:
+        x: inputs [M, B, K] fp16, bf16 or fp32, contiguous; K a multiple of 64.
+        weight: [R, K], dtype of `x`, contiguous; R any, but a multiple of 64 with `groups`.
+        groups: int32 [R / 64], which of the M inputs each 64 outputs read; None: M is 1.
+        activation: "none", or "relu2" for max(y, 0)^2, which needs a config of one part.
+        out_dtype: dtype of y; parts are fp32 whatever it says.
+        config: how to cut the product; None takes `choose_config`.
+
+    Returns:
+        y [num_splits, B, R]: the parts of each sum, to be added up by the reader.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device or option that the kernel cannot take.
+    """
+    _check_linear(x, weight, groups, activation)
+    _, rows, size_k = x.shape
+    size_r = weight.shape[0]
+    config = config or choose_config(rows, size_r, size_k, splittable=activation == "none")
+    check_config(config, size_k, groups is not None, activation)
+    if config.num_splits > 1:
+        out_dtype = torch.float32
+    y = x.new_empty((config.num_splits, rows, size_r), dtype=out_dtype)
+    grid = (-(-size_r // config.block_n), config.num_splits)
+    flags = {
+        "K": size_k,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "SPLITS": config.num_splits,
+        "GROUPED": groups is not None,
+        "RELU2": activation == "relu2",
+        "EVEN": size_r % config.block_n == 0,
+        "num_warps": config.num_warps,
+    }
+    flags |= dependent_launch(x.device)
+    if rows == 1 and config.num_stages == 1:
+        gemv_kernel[grid](x, weight, groups, y, size_r, **flags)
+    elif rows:
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        flags |= {"BM": block_m, "STAGES": config.num_stages, "PREFETCH": config.prefetch_len}
+        skinny_kernel[(*grid, -(-rows // block_m))](
+            x, weight, groups, y, rows, size_r, num_stages=config.num_stages, **flags
+        )
+    return y
+
+
+def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> LinearConfig:
+    """Return the measured cut for `rows` rows with a weight [size_r, size_k].
+
+    It depends on nothing else, so that a row bucket always adds in the same order.
+    """
+    if rows == 1:
+        block_k = _largest_block(size_k, 2048)
+        return LinearConfig(max(1, 8192 // block_k), block_k, 1, 4)
+    num_splits = 1
+    if splittable:
+        while size_r // 64 * num_splits < 128 and size_k % (128 * num_splits * 2) == 0:
+            num_splits *= 2
+    block_k = _largest_block(size_k // num_splits, 128)
+    return LinearConfig(64, block_k, num_splits, 4, 4)
+
+
+def check_config(config: LinearConfig, size_k: int, grouped: bool, activation: str) -> None:
+    """Raise `ValueError` unless `config` can cut a product over `size_k`."""
+    part = size_k // config.num_splits
+    if size_k % config.num_splits or part % config.block_k:
+        raise ValueError(
+            f"K must be a multiple of num_splits * block_k = "
+            f"{config.num_splits * config.block_k}, got {size_k}"
+        )
+    if grouped and GROUP_LEN % config.block_n:
+        raise ValueError(f"block_n must divide {GROUP_LEN} with groups, got {config.block_n}")
+    if activation != "none" and config.num_splits > 1:
+        raise ValueError(f"num_splits must be 1 with an activation, got {config.num_splits}")
+
+
+def _largest_block(size: int, at_most: int) -> int:
+    """Return the largest power of two that divides `size`, up to `at_most`."""
+    return min(size & -size, at_most)
+
+
+def _check_linear(x: Tensor, weight: Tensor, groups: Tensor | None, activation: str) -> None:
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(
+            f"x must be [M, B, K] and weight [R, K], got {list(x.shape)} and {list(weight.shape)}"
+        )
+    size_r, size_k = weight.shape[0], x.shape[-1]
+    expect_shape("weight", weight, (size_r, size_k))
+    expect_dtype("x", x, FLOATS)
+    expect_dtype("weight", weight, (x.dtype,))
+    for name, tensor in (("x", x), ("weight", weight)):
+        expect_contiguous(name, tensor)
+        expect_device(name, tensor, x.device)
+    if size_k % GROUP_LEN:
+        raise ValueError(f"K must be a multiple of {GROUP_LEN}, got {size_k}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if groups is None:
+        expect_shape("x", x, (1, *x.shape[1:]))
+        return
+    if size_r % GROUP_LEN:
+        raise ValueError(f"R must be a multiple of {GROUP_LEN} with groups, got {size_r}")
+    expect_shape("groups", groups, (size_r // GROUP_LEN,))
+    expect_dtype("groups", groups, (torch.int32,))
+    expect_device("groups", groups, x.device)

@@ -1,0 +1,128 @@
+"""Compile every Triton kernel for compute capability 9.0, on a machine without a GPU.
+
+Prints one JSON line a kernel: name, bytes of machine code, shared memory, registers, stack bytes.
+Run it without TRITON_INTERPRET; `test_compile.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from mrss_kernels import add_norm_mix, rows_linear, time_mix7, wkv6, wkv7
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HALF = "*fp16"
+LINEAR = {"p_x": HALF, "p_w": HALF, "p_groups": "*i32", "p_y": "*fp32", "B": "i32", "R": "i32"}
+NORM = dict.fromkeys(("p_weight", "p_bias", "p_weight0", "p_bias0"), "*fp32")
+NORM |= {"p_shift": "*fp32", "p_mix": "*fp32", "p_out": HALF}
+NORM |= {"p_x": "*fp32", "p_tokens": "*i64", "p_parts": "*fp32", "p_slots": "*i64"}
+NORM |= {"p_sum": "*fp32", "B": "i32", "eps": "fp32"}
+MIX = dict.fromkeys(
+    ("p_in", "p_low", "p_lora", "p_vectors", "p_first", "p_pool", "p_offset"), "*fp32"
+)
+MIX |= {"p_up": HALF, "p_slots": "*i64", "p_out": HALF, "B": "i32", "eps": "fp32"}
+LORA = {"p_low": "*fp32", "p_up": HALF, "p_vectors": "*fp32", "p_out": "*fp32", "B": "i32"}
+VECTORS = dict.fromkeys(("p_r", "p_k", "p_v", "p_kk", "p_a", "p_u"), HALF)
+VECTORS |= {"p_w": "*fp32", "p_y": "*fp32", "p_slots": "*i64", "p_cu_seqlens": "*i64"}
+RANKS = {"RW": 128, "RA": 128, "RG": 256, "RV": 64}
+HEAD = {"H": 32, "N": 64, "R": 3 * 2048 + 576, **RANKS}
+GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
+SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PDL": True}
+POOLS = {"*fp32": "fp32", "*fp16": "fp16"}
+
+
+def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Return name, kernel, types of the arguments, constants and options of every compilation."""
+    found: list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]] = []
+    for pool, name in POOLS.items():
+        types = VECTORS | {"p_pool": pool}
+        block = {"H": 32, "N": 64, "BV": 16}
+        found += [
+            (f"{kernel.__name__} {name}", kernel, types, block, {"num_warps": 1})
+            for kernel in (
+                wkv6.wkv6_decode_kernel,
+                wkv6.wkv6_prefill_kernel,
+                wkv7.wkv7_decode_kernel,
+                wkv7.wkv7_prefill_kernel,
+            )
+        ]
+        flags = {"BRW": 128, "BRA": 128, "BRG": 256, "BRV": 64, "PARTS": 1, "PDL": True}
+        flags |= {"STACKED": False}
+        for fused in (True, False):
+            constants = HEAD | flags | {"FUSED": fused, "OFFSET": False}
+            label = f"time_mix7_kernel {name} {'fused' if fused else 'apart'}"
+            options = {"num_warps": 8 if fused else 4, "launch_pdl": True}
+            found.append(
+                (label, time_mix7.time_mix7_kernel, MIX | {"p_pool": pool}, constants, options)
+            )
+    pdl = {"num_warps": 4, "launch_pdl": True}
+    for grouped, relu2 in ((True, False), (False, True)):
+        flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
+        label = "grouped" if grouped else "relu2"
+        types = LINEAR | {"p_y": HALF} if relu2 else LINEAR
+        found.append((f"gemv_kernel {label}", rows_linear.gemv_kernel, types, GEMV | flags, pdl))
+        for label_k, cut in (
+            ("loop", {"BK": 128, "STAGES": 4, "PREFETCH": 512}),
+            ("one block", {"BK": 256, "SPLITS": 8, "STAGES": 1, "PREFETCH": 0}),
+        ):
+            constants = SKINNY | flags | cut
+            label_full = f"skinny_kernel {label} {label_k}"
+            found.append((label_full, rows_linear.skinny_kernel, types, constants, pdl))
+    for mixes in (0, 1, 6):
+        constants = {"C": 2048, "BC": 2048, "BS": 256, "PARTS": 4, "MIXES": mixes, "BX": 8}
+        constants |= {"EMBED": mixes == 6, "NORM0": mixes == 6, "PDL": True}
+        kernel = add_norm_mix.add_norm_mix_kernel
+        found.append((f"{kernel.__name__} {mixes}", kernel, NORM, constants, pdl))
+    types = {"p_x": HALF, "total": "i32"}
+    constants = {"BLOCK": 2048, "PDL": True}
+    found.append(("square_relu_kernel", rows_linear.square_relu_kernel, types, constants, pdl))
+    constants = {"C": 2048, "R": HEAD["R"], **RANKS, "PARTS": 1, "BM": 16, "BN": 32, "PDL": True}
+    found.append(("lora_up_kernel", time_mix7.lora_up_kernel, LORA, constants, pdl))
+    return found
+
+
+def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: Any) -> Any:
+    """Compile one kernel as a launch on aligned tensors would."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.startswith("p_")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return registers and stack bytes from the machine code's own report."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources: {report!r}")
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def main() -> None:
+    """Compile the cases whose name holds the first argument; all of them without one."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, kernel, types, constants, options in cases():
+        if wanted in name:
+            compiled = compile_one(kernel, types, constants, options)
+            cubin = compiled.asm["cubin"]
+            line = {"kernel": name, "bytes": len(cubin), "shared": compiled.metadata.shared}
+            sys.stdout.write(json.dumps(line | resources(cubin)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
