@@ -111,7 +111,7 @@ def load_weights(path: Path) -> Weights:
         ffn_size=sizes["F"],
         dtype=key_weight.dtype,
         fingerprint=tensor_hash(key_weight),
-        name=(path if path.is_dir() else file).stem,
+        name=path.resolve().name if path.is_dir() else file.stem,
         tensors={name: _canonical(name, tensor) for name, tensor in tensors.items()},
         time_state=_stack_states(states, sizes, file),
     )

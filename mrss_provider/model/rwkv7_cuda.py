@@ -1,0 +1,226 @@
+"""RWKV-7's decode step on CUDA: seven launches a layer, from token ids to the last norm.
+
+Built from the layers of `rwkv7`, whose weights it packs so that r, k, v and the first halves of
+the LoRAs are one matrix; the layers' own linears become views of it, so nothing is held twice but
+the second halves. Same result as `Model.decode`'s layer by layer form, up to rounding. Kernels and
+layouts: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from mrss_kernels import add_norm_mix as norm_ops
+from mrss_kernels import rows_linear as linear_ops
+from mrss_kernels import time_mix7 as time_ops
+from torch import Tensor
+
+from mrss_provider.model.linear import Linear, PlainLinear
+from mrss_provider.model.rwkv7 import Layer7
+from mrss_provider.model.state import StatePool
+
+Norm = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer's weights as the kernels read them.
+
+    Attributes:
+        mix: how far r, k, v, w, a, g move to the token before, [6, C] fp32.
+        project: rows of receptance, key, value, w1, a1, g1, v1, each LoRA padded with zeros to a
+            multiple of 64 rows: [3C + sum(ranks), C].
+        groups: which row of `mix` each 64 rows of `project` read, int32.
+        ranks: padded ranks of w, a, g, v; v's is 0 in layer 0.
+        up: w2, a2, g2, v2 side by side, padded likewise: [C, sum(ranks)].
+        vectors: [8, C] fp32, rows as `mrss_kernels.time_mix7.VECTORS`.
+    """
+
+    ln1: Norm
+    ln2: Norm
+    mix: Tensor
+    project: Tensor
+    groups: Tensor
+    ranks: tuple[int, int, int, int]
+    up: Tensor
+    vectors: Tensor
+    output: Tensor
+    ffn_mix: Tensor
+    ffn_key: Tensor
+    ffn_value: Tensor
+
+
+class FusedDecoder:
+    """The decode step of one RWKV-7 with fp16 or bf16 weights on CUDA."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer7],
+        embedding: Tensor,
+        ln0: Norm | None,
+        ln_out: Norm,
+        head: Tensor,
+    ) -> None:
+        """Pack the layers' weights; their linears are *modified* to views of the packed ones.
+
+        Args:
+            layers: of a model whose linears are plain and on CUDA.
+            embedding: [V, C], in the weights' dtype.
+            ln0: norm of looked-up rows, or None.
+            ln_out: the last norm.
+            head: [V, C], in the weights' dtype.
+        """
+        self._layers = [pack_layer(layer) for layer in layers]
+        self._embedding = embedding
+        self._ln0 = ln0
+        self._ln_out = ln_out
+        self._head = head
+
+    def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
+
+        Args:
+            token_ids: int64 [B], contiguous.
+            slots: int64 [B], contiguous; -1 is a padding row.
+            pool: *modified* at `slots`.
+
+        Returns:
+            hidden [B, C] fp32, after the last norm; undefined for padding rows.
+        """
+        dtype = self._embedding.dtype
+        rows, channels = token_ids.shape[0], self._embedding.shape[1]
+        v_first = pool.shift_att.new_empty((rows, channels))
+        x, parts = self._embedding, None
+        first = {"tokens": token_ids, "norm0": self._ln0}
+        for i, layer in enumerate(self._layers):
+            lookup = first if i == 0 else {}
+            x, mixed = norm_ops.add_norm_mix(
+                x, parts, *layer.ln1, pool.shift_att[i], slots, layer.mix, dtype=dtype, **lookup
+            )
+            y = self._time_mix(i, layer, mixed, v_first, slots, pool)
+            parts = _product(y[None], layer.output)
+            x, mixed = norm_ops.add_norm_mix(
+                x, parts, *layer.ln2, pool.shift_ffn[i], slots, layer.ffn_mix, dtype=dtype
+            )
+            parts = _product(_squared_relu(mixed, layer.ffn_key), layer.ffn_value)
+        return norm_ops.add_norm(x, parts, *self._ln_out)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [M, V] fp32 of hidden states [M, C]."""
+        x = hidden.to(self._head.dtype).contiguous()
+        if x.shape[0] > linear_ops.MAX_ROWS:
+            return torch.mm(x, self._head.t(), out_dtype=torch.float32)
+        config = linear_ops.choose_config(x.shape[0], *self._head.shape, splittable=False)
+        return linear_ops.rows_linear(x[None], self._head, config=config)[0]
+
+    def _time_mix(
+        self,
+        index: int,
+        layer: PackedLayer,
+        mixed: Tensor,
+        v_first: Tensor,
+        slots: Tensor,
+        pool: StatePool,
+    ) -> Tensor:
+        """Return the output projection's input [B, C] from the six mixed inputs [6, B, C]."""
+        offsets = None
+        if pool.has_offsets and pool.time_offset is not None:
+            offsets = pool.time_offset[index]
+        low = None
+        if mixed.shape[1] <= linear_ops.MAX_ROWS:
+            projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
+        else:
+            channels = mixed.shape[2]
+            square = layer.project[: 3 * channels].view(3, channels, channels)
+            projected = torch.bmm(mixed[:3], square.mT)
+            groups = layer.groups[3 * channels // linear_ops.GROUP_LEN :]
+            low = linear_ops.rows_linear(mixed, layer.project[3 * channels :], groups)
+        return time_ops.time_mix7(
+            projected,
+            layer.up,
+            layer.vectors,
+            layer.ranks,
+            v_first,
+            pool.wkv[index],
+            slots,
+            offsets,
+            low=low,
+        )
+
+
+def pack_layer(layer: Layer7) -> PackedLayer:
+    """Pack one layer; its linears are *modified* to views of the packed weights."""
+    square = [_weight(x) for x in (layer.receptance, layer.key, layer.value)]
+    downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
+    ups = [layer.w2, layer.a2, layer.g2] + ([layer.v2] if layer.index else [])
+    padded = [_pad(_weight(x), 0) for x in downs]
+    project = torch.cat(square + padded)
+    lengths = [len(x) for x in square + padded]
+    # Of r, k, v, w, a, g, v's LoRA: the row of `mix` that it reads.
+    inputs = [0, 1, 2, 3, 4, 5, 2][: len(lengths)]
+    start = 0
+    for linear, length in zip(
+        [layer.receptance, layer.key, layer.value, *downs], lengths, strict=True
+    ):
+        plain = cast(PlainLinear, linear)
+        plain.weight = project[start : start + plain.weight.shape[0]]
+        start += length
+    groups = [
+        source
+        for source, length in zip(inputs, lengths, strict=True)
+        for _ in range(length // linear_ops.GROUP_LEN)
+    ]
+    rank_w, rank_a, rank_g, rank_v = (*lengths[3:], 0)[:4]
+    r, w, k, v, a, g = layer.mix[:, 0]
+    return PackedLayer(
+        ln1=layer.ln1,
+        ln2=layer.ln2,
+        mix=torch.stack([r, k, v, w, a, g]).contiguous(),
+        project=project,
+        groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
+        ranks=(rank_w, rank_a, rank_g, rank_v),
+        up=torch.cat([_pad(_weight(x), 1) for x in ups], 1).contiguous(),
+        vectors=_vectors(layer),
+        output=_weight(layer.output),
+        ffn_mix=layer.ffn_mix[None].contiguous(),
+        ffn_key=_weight(layer.ffn_key),
+        ffn_value=_weight(layer.ffn_value),
+    )
+
+
+def _vectors(layer: Layer7) -> Tensor:
+    """Return w0, a0, v0 (0 in layer 0), k_k, k_a, r_k, ln_x weight and bias as [8, C] fp32."""
+    biases = list(-layer.minus_bias[:, 0])
+    if len(biases) == 2:
+        biases.append(torch.zeros_like(biases[0]))
+    rows = [*biases, layer.k_k, layer.k_a, layer.r_k.flatten(), *layer.ln_x]
+    return torch.stack(rows).contiguous()
+
+
+def _weight(linear: Linear) -> Tensor:
+    return cast(PlainLinear, linear).weight
+
+
+def _pad(weight: Tensor, dim: int) -> Tensor:
+    """Append zeros along `dim` up to a multiple of 64."""
+    missing = -weight.shape[dim] % linear_ops.GROUP_LEN
+    shape = list(weight.shape)
+    shape[dim] = missing
+    return torch.cat((weight, weight.new_zeros(shape)), dim)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the parts [P, B, R] of x [1, B, K] @ weight^T."""
+    if x.shape[1] <= linear_ops.MAX_ROWS:
+        return linear_ops.rows_linear(x, weight)
+    return torch.mm(x[0], weight.t())[None]
+
+
+def _squared_relu(x: Tensor, weight: Tensor) -> Tensor:
+    """Return max(x @ weight^T, 0)^2 [1, B, R] in the dtype of x [1, B, K]."""
+    if x.shape[1] <= linear_ops.MAX_ROWS:
+        return linear_ops.rows_linear(x, weight, activation="relu2", out_dtype=x.dtype)
+    return linear_ops.square_relu_(torch.mm(x[0], weight.t()))[None]
