@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mrss_provider.cli.options import takes_config
+from mrss_provider.cli.states_app import states
+from mrss_provider.config import EngineConfig, ServerConfig
+
 app = typer.Typer(
     name="mrss",
-    help="Mixtures of recurrent RWKV states: serve them, talk to them, look after the files.",
+    help="Mixtures of recurrent RWKV states: serve them, talk to them, look after their files.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(states)
+
+_ENGINE_OPTIONS = ("model", "states", "device", "dtype", "threads")
+
+Name = Annotated[
+    str, typer.Argument(help="States and weights, such as knowledge+tone:0.5, or a named mixture.")
+]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Ask this engine: http://host:port or unix:///path."),
+]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Load the model in this process.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [the mixture's]")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus, in (0, 1]. [the mixture's]")]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest answer. [1024]")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -30,10 +52,124 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""
+
+
+@app.command()
+@takes_config(EngineConfig, ServerConfig)
+def serve(overrides: dict[str, Any]) -> None:
+    """Serve a model and its states over the OpenAI API.
+
+    An option that is not given is read from the environment (--max-rows: MRSS_MAX_ROWS), then
+    takes the default in brackets.
+    """
+    from mrss_provider.cli.serve import serve as command
+
+    command(EngineConfig.from_env(overrides), ServerConfig.from_env(overrides))
+
+
+@app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
+def chat(
+    overrides: dict[str, Any],
+    name: Name = "base",
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", help="Answer this and leave.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+    server: Server = None,
+    in_process: InProcess = False,
+) -> None:
+    """Talk to a mixture in the terminal; from a pipe, each line is a turn.
+
+    The engine is the one that this user's programs share, started if need be. With an engine
+    option (--model, --states, ...) the model is loaded in this process.
+    """
+    from mrss_provider.cli.chat import Conversation
+    from mrss_provider.cli.chat import chat as command
+    from mrss_provider.cli.connect import connected
+    from mrss_provider.sampling_params import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
+    )
+    talk = Conversation(name.removeprefix("mrss/"), sampling, system)
+    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+        command(talk, backend, runner, message=message, as_json=as_json)
+
+
+@app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
+def generate(
+    overrides: dict[str, Any],
+    name: Name = "base",
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="[stdin]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+    server: Server = None,
+    in_process: InProcess = False,
+) -> None:
+    """Continue a text as it stands, without a chat template."""
+    from mrss_provider.cli.ask import print_reply
+    from mrss_provider.cli.connect import connected
+    from mrss_provider.sampling_params import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+    )
+    text = sys.stdin.read() if prompt is None else prompt
+    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+        print_reply(backend, runner, name.removeprefix("mrss/"), text, sampling, as_json)
+
+
+@app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
+def models(
+    overrides: dict[str, Any],
+    as_json: Json = False,
+    server: Server = None,
+    in_process: InProcess = False,
+) -> None:
+    """List the names that an engine serves."""
+    from mrss_provider.cli.ask import print_models
+    from mrss_provider.cli.connect import connected
+
+    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+        print_models(runner.run(backend.models()), as_json)
+
+
+@app.command()
+def proxy(
+    port: Annotated[int, typer.Option(help="TCP port.")] = 4000,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    config: Annotated[
+        Path | None, typer.Option(help="[proxy_config.yaml here, else the bundled one]")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(help="Worker processes; one engine for all.")] = 1,
+) -> None:
+    """Run a LiteLLM proxy and its engine until Ctrl-C; `make run` calls this."""
+    from mrss_provider.cli.proxy import run_proxy
+
+    run_proxy(config, host, port, num_workers)
 
 
 @app.command()
@@ -56,3 +192,19 @@ def pull(
     if what is None:
         raise typer.BadParameter("give a repository or an alias (--list shows them)")
     answer(str(command.pull(what, file=file, to=to, revision=revision)))
+
+
+@app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
+def doctor(
+    overrides: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="[proxy_config.yaml here, else the bundled one]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check the installation, the files and the proxy's configuration; say a sentence."""
+    from mrss_provider.cli.doctor import doctor as command
+
+    if not command(overrides, config, as_json):
+        raise typer.Exit(1)

@@ -1,12 +1,23 @@
-"""One request to a backend, its text shown while it arrives."""
+"""One request to a backend, its text shown while it arrives; and the list of names."""
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mrss_provider.backend import Backend, FinishReason, GenerateRequest, StreamInfo, Usage
+from mrss_provider.backend import (
+    Backend,
+    FinishReason,
+    GenerateRequest,
+    ModelCard,
+    StreamInfo,
+    Usage,
+)
+from mrss_provider.cli.output import answer, answer_json, printable, table
+from mrss_provider.sampling_params import SamplingParams
 
 
 @dataclass
@@ -69,3 +80,55 @@ async def ask(
             reply.duration_s = time.monotonic() - started
     finally:
         await stream.aclose()
+
+
+def print_reply(
+    backend: Backend,
+    runner: asyncio.Runner,
+    name: str,
+    text: str,
+    sampling: SamplingParams,
+    as_json: bool,
+) -> None:
+    """Continue `text` and print what comes.
+
+    Raises:
+        MRSSError: as `ask`.
+    """
+    request = GenerateRequest(model=name, sampling=sampling, prompt=text)
+    reply = Reply()
+    show = ignore if as_json else writer()
+    runner.run(ask(backend, request, reply, show))
+    if as_json:
+        answer_json(reply.to_json())
+    else:
+        show("\n")
+
+
+def print_models(cards: Sequence[ModelCard], as_json: bool) -> None:
+    """Print the names, one a line."""
+    if as_json:
+        for card in cards:
+            answer_json({"id": f"mrss/{card.id}", "kind": card.kind, **_about(card)})
+        return
+    rows = [(f"mrss/{card.id}", card.kind, card.description) for card in cards]
+    answer(table(("NAME", "KIND", "DESCRIPTION"), rows))
+
+
+def _about(card: ModelCard) -> dict[str, object]:
+    return {"description": card.description, "context_len": card.context_len}
+
+
+def writer() -> Callable[[str], object]:
+    """Return what shows text on stdout at once; a terminal gets no control characters."""
+    is_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        sys.stdout.write(printable(text) if is_terminal else text)
+        sys.stdout.flush()
+
+    return show
+
+
+def ignore(text: str) -> None:
+    """Show nothing: the whole answer is printed at its end."""

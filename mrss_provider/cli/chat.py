@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mrss_provider.backend import Backend, GenerateRequest, Message, MixtureOptions
-from mrss_provider.cli.ask import Reply, ask
-from mrss_provider.cli.output import answer_json, note, printable
+from mrss_provider.cli.ask import Reply, ask, ignore, writer
+from mrss_provider.cli.output import answer_json, note
 from mrss_provider.errors import InvalidRequestError, MRSSError
 from mrss_provider.mixture import GATES, MERGES, check_weight
 from mrss_provider.sampling_params import SamplingParams
@@ -145,7 +145,7 @@ def _turn(
     told: bool = False,
 ) -> None:
     reply = Reply()
-    show = _ignore if as_json else writer()
+    show = ignore if as_json else writer()
     try:
         runner.run(ask(backend, conversation.request(text), reply, show))
     except KeyboardInterrupt:
@@ -162,21 +162,6 @@ def _turn(
         show("\n")
         if told:
             note(reply.summary())
-
-
-def writer() -> Callable[[str], object]:
-    """Return what shows text on stdout at once; a terminal gets no control characters."""
-    is_terminal = sys.stdout.isatty()
-
-    def show(text: str) -> None:
-        sys.stdout.write(printable(text) if is_terminal else text)
-        sys.stdout.flush()
-
-    return show
-
-
-def _ignore(text: str) -> None:
-    """Show nothing: the whole answer is printed at its end."""
 
 
 def _lines(interactive: bool) -> Iterator[str]:
