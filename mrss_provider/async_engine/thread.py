@@ -1,0 +1,214 @@
+"""EngineThread: the one thread that calls `Engine`, and the only way to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from mrss_provider.engine.request import EngineRequest, TokenOutput
+from mrss_provider.errors import EngineError, EngineUnavailableError, MRSSError
+
+logger = logging.getLogger(__name__)
+
+
+class StepEngine(Protocol):
+    """What the thread needs of `Engine`."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: EngineRequest) -> None: ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
+
+    def step(self) -> list[TokenOutput]: ...
+
+
+class Sink(Protocol):
+    """Who reads the outputs of a request, on `loop`."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
+    def on_output(self, output: TokenOutput) -> None:
+        """Take one output; called on `loop`."""
+        ...
+
+    def on_failure(self, error: MRSSError) -> None:
+        """Learn that nothing more will come; called on `loop`."""
+        ...
+
+
+@dataclass
+class _Entry:
+    sink: Sink
+    unfinished: set[int]
+
+
+_Message = Callable[[], None]
+
+
+class EngineThread:
+    """Runs `load()` and then steps its engine, both on one thread, until `stop`.
+
+    A dead event loop among the readers ends its own requests and nothing else.
+    """
+
+    def __init__(self, load: Callable[[], StepEngine]) -> None:
+        self.loaded: Future[None] = Future()
+        self.loaded.set_running_or_notify_cancel()
+        self._load = load
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._entries: dict[str, _Entry] = {}
+        self._engine: StepEngine | None = None
+        self._is_stopping = False
+        # Guards the inbox against messages that nobody would read.
+        self._lock = threading.Lock()
+        self._closed_by: MRSSError | None = None
+        self._thread = threading.Thread(target=self._run, name="mrss-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; `loaded` tells when it takes requests, or why it cannot."""
+        self._thread.start()
+
+    def add(self, request: EngineRequest, sink: Sink) -> Future[None]:
+        """Queue a request; the future tells whether it was admitted. Any thread."""
+        admitted: Future[None] = Future()
+        admitted.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed_by is not None:
+                admitted.set_exception(self._closed_by)
+            else:
+                self._inbox.put(lambda: self._add(request, sink, admitted))
+        return admitted
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one of its answers, before the next step. Any thread."""
+        self._inbox.put(lambda: self._abort(request_id, index))
+
+    def stop(self) -> None:
+        """End all requests with `EngineUnavailableError` and the thread after its step."""
+        self._inbox.put(self._stop)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread to end."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._load()
+        except MRSSError as exc:
+            self._close(exc)
+            return
+        except Exception as exc:
+            logger.exception("the engine could not be loaded")
+            self._close(EngineError(f"the engine could not be loaded: {exc!r}"))
+            return
+        self.loaded.set_result(None)
+        while not self._is_stopping:
+            self._take_messages(self._engine)
+            if not self._is_stopping and self._engine.has_work:
+                self._step(self._engine)
+        self._close(EngineUnavailableError("the engine was closed"))
+
+    def _close(self, error: MRSSError) -> None:
+        """Refuse everything from now on, and end what is there, with `error`."""
+        self._is_stopping = True
+        with self._lock:
+            self._closed_by = error
+        if not self.loaded.done():
+            self.loaded.set_exception(error)
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._fail_all(error)
+        self._engine = None
+
+    def _take_messages(self, engine: StepEngine) -> None:
+        """Handle what is in the inbox; wait for a message when there is nothing else to do."""
+        try:
+            while not self._is_stopping:
+                self._inbox.get(block=not engine.has_work)()
+        except queue.Empty:
+            return
+
+    def _step(self, engine: StepEngine) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as exc:
+            # `Engine.step` turns what it expects into outputs; this is a defect of ours.
+            logger.exception("the engine's step failed")
+            for request_id in list(self._entries):
+                engine.abort(request_id)
+            self._fail_all(EngineError(f"the engine failed: {type(exc).__name__}: {exc}"))
+        else:
+            self._publish(outputs)
+
+    def _add(self, request: EngineRequest, sink: Sink, admitted: Future[None]) -> None:
+        if self._engine is None or self._closed_by is not None:
+            admitted.set_exception(self._closed_by)
+            return
+        try:
+            self._engine.add(request)
+        except MRSSError as exc:
+            admitted.set_exception(exc)
+        except Exception as exc:
+            logger.exception("the engine could not take a request")
+            admitted.set_exception(EngineError(f"the engine failed: {exc!r}"))
+        else:
+            self._entries[request.id] = _Entry(sink, set(range(request.n)))
+            admitted.set_result(None)
+
+    def _abort(self, request_id: str, index: int | None = None) -> None:
+        if self._engine is not None:
+            self._engine.abort(request_id, index)
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            entry.unfinished -= entry.unfinished if index is None else {index}
+            if not entry.unfinished:
+                del self._entries[request_id]
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _publish(self, outputs: Sequence[TokenOutput]) -> None:
+        """Hand a step's outputs over, all those of one event loop in one call."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[Sink, TokenOutput]]] = {}
+        for output in outputs:
+            entry = self._entries.get(output.request_id)
+            if entry is None:
+                continue
+            batches.setdefault(entry.sink.loop, []).append((entry.sink, output))
+            if output.finish_reason is not None or output.error is not None:
+                entry.unfinished.discard(output.index)
+                if not entry.unfinished:
+                    del self._entries[output.request_id]
+        for loop, batch in batches.items():
+            if not _call_soon(loop, _deliver, batch):
+                for request_id in {output.request_id for _, output in batch}:
+                    self._abort(request_id)
+
+    def _fail_all(self, error: MRSSError) -> None:
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            _call_soon(entry.sink.loop, entry.sink.on_failure, error)
+
+
+def _deliver(batch: Sequence[tuple[Sink, TokenOutput]]) -> None:
+    for sink, output in batch:
+        sink.on_output(output)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], arg: object) -> bool:
+    try:
+        loop.call_soon_threadsafe(callback, arg)
+    except RuntimeError:
+        # The loop was closed with the request still running: nobody is left to read it.
+        return False
+    return True
