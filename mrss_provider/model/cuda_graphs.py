@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mrss_provider.model.state import StatePool
 
-BUCKETS = (
+BUCKETS: tuple[int, ...] = (
     *range(1, 9),
     *range(10, 17, 2),
     *range(20, 33, 4),

@@ -94,11 +94,18 @@ class FusedDecoder:
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
         x, parts = self._embedding, None
-        first = {"tokens": token_ids, "norm0": self._ln0}
         for i, layer in enumerate(self._layers):
-            lookup = first if i == 0 else {}
+            shift = pool.shift_att[i]
             x, mixed = norm_ops.add_norm_mix(
-                x, parts, *layer.ln1, pool.shift_att[i], slots, layer.mix, dtype=dtype, **lookup
+                x,
+                parts,
+                *layer.ln1,
+                shift,
+                slots,
+                layer.mix,
+                dtype=dtype,
+                tokens=token_ids if i == 0 else None,
+                norm0=self._ln0 if i == 0 else None,
             )
             y = self._time_mix(i, layer, mixed, v_first, slots, pool)
             parts = _product(y[None], layer.output)

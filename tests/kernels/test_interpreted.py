@@ -18,7 +18,8 @@ CHECKS = Path(__file__).parent / "interpreted"
 
 def run_checks(name: str, **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKS), env.get("PYTHONPATH")]))}
+    paths = [str(CHECKS), str(CHECKS.parents[1]), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(CHECKS / name)],

@@ -1,0 +1,84 @@
+"""RWKV-7's fused decode step against the model's layer by layer one, on seeded checkpoints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import DEVICE, INTERPRETED, randn, rms
+from safetensors.torch import save_file
+from tiny_model import Shape, checkpoint
+
+from mrss_provider.model import load_model
+from mrss_provider.model.rwkv7_cuda import FusedDecoder
+
+SHAPE = Shape(num_layers=2, hidden_size=128, vocab_size=77, ffn_size=320, ranks=(16, 80, 8, 24))
+TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1.5e-1}
+# The interpreter's dot cannot compute in bfloat16.
+DTYPES = ["fp32", "fp16"] if INTERPRETED else ["fp32", "fp16", "bf16"]
+
+
+def build(tmp_path, dtype, seed=0):
+    """Return a model that decodes layer by layer, and the fused decoder of its twin."""
+    path = tmp_path / "model.safetensors"
+    save_file(checkpoint(7, SHAPE, seed=seed), path)
+    plain, twin = (load_model(path, device=DEVICE, dtype=dtype, packed=False) for _ in range(2))
+    fused = FusedDecoder(twin._layers, twin._embedding, twin._ln0, twin._ln_out, twin._head.weight)
+    return plain, fused, twin
+
+
+def fill(pool, seed, offset):
+    for slot in range(pool.num_slots):
+        layers, heads = SHAPE.num_layers, SHAPE.num_heads
+        state = SimpleNamespace(
+            wkv=randn(layers, heads, 64, 64, seed=seed + slot, scale=0.3),
+            shift_att=randn(layers, 128, seed=seed + slot + 50),
+            shift_ffn=randn(layers, 128, seed=seed + slot + 70),
+            time_offset=randn(layers, 128, seed=seed + slot + 90) if offset else None,
+        )
+        pool.write(slot, state)
+
+
+def error(got, exact):
+    return rms(got - exact) / rms(exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", [[3], [4, 0, 1], [5, 1, -1, 0, 3, 2]])
+def test_fused_steps_equal_the_layer_by_layer_ones(tmp_path, slots, dtype) -> None:
+    compare(tmp_path, slots, dtype, offset=False)
+
+
+def test_time_offsets_are_applied(tmp_path) -> None:
+    compare(tmp_path, [4, 0, 1], "fp32", offset=True)
+
+
+def compare(tmp_path, slots, dtype, offset) -> None:
+    plain, fused, twin = build(tmp_path, dtype)
+    pools = [model.new_pool(6) for model in (plain, twin)]
+    for pool in pools:
+        fill(pool, seed=1, offset=offset)
+    ids = torch.tensor(slots, device=DEVICE)
+    live = ids >= 0
+    for step in range(2):
+        tokens = torch.tensor([(7 * i + 11 * step) % 77 for i in range(len(slots))], device=DEVICE)
+        expected = plain.decode(tokens, ids, pools[0])
+        hidden = fused.decode(tokens, ids, pools[1])
+        assert hidden.dtype == torch.float32
+        assert error(hidden[live], expected[live]) < TOLERANCE[dtype]
+        logits = fused.head(hidden)
+        assert logits.dtype == torch.float32
+        assert error(logits[live], plain.head(expected)[live]) < TOLERANCE[dtype]
+    for name in ("wkv", "shift_att", "shift_ffn"):
+        got, want = (getattr(pool, name)[:, : pool.num_slots] for pool in (pools[1], pools[0]))
+        assert error(got, want) < TOLERANCE[dtype]
+
+
+def test_packing_leaves_the_models_own_linears_as_they_were(tmp_path) -> None:
+    plain, _, twin = build(tmp_path, "fp32")
+    assert twin._layers[1].key.weight.data_ptr() != plain._layers[1].key.weight.data_ptr()
+    for name in ("receptance", "key", "value", "w1", "a1", "v1", "g1"):
+        got, want = (getattr(model._layers[1], name).weight for model in (twin, plain))
+        assert torch.equal(got, want)
+        assert got.is_contiguous()
