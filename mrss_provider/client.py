@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -34,6 +34,8 @@ from mrss_provider.openai_schema import (
     read_model_list,
     request_to_body,
 )
+
+EngineStatus = Literal["absent", "busy", "ready"]
 
 DEFAULT_TIMEOUT_S = 600.0
 # The server keeps the deadline and says so; this much later we stop believing in the server.
@@ -73,22 +75,22 @@ class Client:
         connect_timeout_s: float = 5.0,
         idle_timeout_s: float | None = None,
     ) -> None:
-        base_url, socket = _parse_address(address)
-        headers = {
-            "accept-encoding": "identity",
+        self.address = address
+        self._base_url, socket = _parse_address(address)
+        self._headers = {
             "connection": "close",
             "content-type": "application/json",
+            "user-agent": "mrss-provider",
         }
         if api_key is not None:
-            headers["authorization"] = f"Bearer {api_key}"
-        self.address = address
+            self._headers["authorization"] = f"Bearer {api_key}"
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._streams: set[ClientStream] = set()
         self._is_closed = False
-        self._http = httpx.AsyncClient(
-            base_url=base_url, headers=headers, transport=LeanTransport(socket), trust_env=False
-        )
+        # Straight to the transport: httpx's client would log each request and follow the
+        # environment's proxies, and keeps nothing that we need.
+        self._transport = LeanTransport(socket)
 
     async def open(self, request: GenerateRequest) -> ClientStream:
         """Admit a request.
@@ -137,13 +139,18 @@ class Client:
                 f"{self.address} is not an mrss engine (its /version has no {exc})"
             ) from exc
 
-    async def check_ready(self) -> None:
-        """Return once the engine says that it is ready.
+    async def probe(self) -> EngineStatus:
+        """Tell whether an engine is there and ready; "busy" is starting or shutting down.
 
         Raises:
-            EngineUnavailableError: it is not, or nobody answers.
+            MRSSError: what the engine failed to start with.
         """
-        await self._get_json("/ready")
+        try:
+            await self._get_json("/ready")
+        except EngineUnavailableError as exc:
+            is_absent = isinstance(exc.__cause__, httpx.HTTPError)
+            return "absent" if is_absent else "busy"
+        return "ready"
 
     async def lease(self) -> Connection:
         """Hold a lease, until the returned connection is closed or this process ends.
@@ -164,7 +171,6 @@ class Client:
         self._is_closed = True
         for stream in list(self._streams):
             stream.fail(EngineUnavailableError("the client was closed"))
-        await self._http.aclose()
 
     async def _get_json(self, path: str) -> dict[str, Any]:
         response = await self._send("GET", path, _SHORT_ANSWER_S, b"")
@@ -179,10 +185,16 @@ class Client:
         """Send a request and return the answer, its body unread, if its status is 200."""
         if self._is_closed:
             raise EngineUnavailableError("the client is closed")
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_timeout_s))
-        request = self._http.build_request(method, path, content=body, timeout=timeout)
+        connect_s = min(timeout_s, self._connect_timeout_s)
+        request = httpx.Request(
+            method,
+            self._base_url + path,
+            headers=self._headers,
+            content=body,
+            extensions={"timeout": {"connect": connect_s, "read": timeout_s}},
+        )
         try:
-            response = await self._http.send(request, stream=True)
+            response = await self._transport.handle_async_request(request)
         except httpx.HTTPError as exc:
             raise self._translate(exc) from exc
         if response.status_code == 200:

@@ -138,6 +138,11 @@ class Connection(asyncio.Protocol, httpx.AsyncByteStream):
             await self._wait()
         return self._head
 
+    @property
+    def is_open(self) -> bool:
+        """Whether more of the body may come."""
+        return not self._ended and self._error is None
+
     def watch(self, idle_s: float | None) -> None:
         """Abort with `httpx.ReadTimeout` after `idle_s` seconds without a byte; None: never."""
         if self._watchdog is not None:

@@ -9,10 +9,12 @@ what is known on admission (`info_to_headers`, `info_from_headers`).
 from __future__ import annotations
 
 from mrss_provider.openai_schema.answers import (
+    PROTOCOL,
     Answer,
     AnswerHead,
     Choice,
     chat_response,
+    check_protocol,
     completion_response,
     info_from_headers,
     info_to_headers,
@@ -55,6 +57,7 @@ __all__ = [
     "MAX_N",
     "MAX_PROMPTS",
     "MRSS_KEYS",
+    "PROTOCOL",
     "Answer",
     "AnswerHead",
     "Choice",
@@ -63,6 +66,7 @@ __all__ = [
     "ParsedRequest",
     "StreamOptions",
     "chat_response",
+    "check_protocol",
     "completion_response",
     "error_from_event",
     "error_headers",

@@ -16,6 +16,10 @@ Kind = Literal["chat", "text"]
 # JSON has no infinity; this is what OpenAI writes for a token that cannot come.
 MIN_LOGPROB = -9999.0
 
+PROTOCOL = 1
+"""Raised when a client no longer understands an older engine's answers, or the reverse."""
+
+_PROTOCOL_HEADER = "x-mrss-protocol"
 _HEADERS = {
     "mixture": "x-mrss-mixture",
     "rows": "x-mrss-rows",
@@ -144,15 +148,20 @@ def usage_from_dict(raw: Mapping[str, Any]) -> Usage:
 
 def info_to_headers(info: StreamInfo) -> dict[str, str]:
     """Write what is known on admission as response headers."""
-    return {header: str(getattr(info, name)) for name, header in _HEADERS.items()}
+    fields = {header: str(getattr(info, name)) for name, header in _HEADERS.items()}
+    return {_PROTOCOL_HEADER: str(PROTOCOL), **fields}
 
 
 def info_from_headers(headers: Mapping[str, str]) -> StreamInfo:
     """Read what `info_to_headers` wrote.
 
     Raises:
-        EngineUnavailableError: the headers are not there: the address is not one of our engines.
+        EngineUnavailableError: the headers are not there (the address is not one of our
+            engines), or of another protocol.
     """
+    protocol = headers.get(_PROTOCOL_HEADER)
+    if protocol is not None:
+        check_protocol(protocol)
     try:
         return StreamInfo(
             mixture=headers[_HEADERS["mixture"]],
@@ -164,6 +173,19 @@ def info_from_headers(headers: Mapping[str, str]) -> StreamInfo:
         raise EngineUnavailableError(
             "the answer does not come from an mrss engine (no x-mrss headers); check the address"
         ) from exc
+
+
+def check_protocol(protocol: object) -> None:
+    """Refuse an engine of another protocol.
+
+    Raises:
+        EngineUnavailableError: as said.
+    """
+    if str(protocol) != str(PROTOCOL):
+        raise EngineUnavailableError(
+            f"the engine speaks protocol {protocol}, this client {PROTOCOL}; restart the engine "
+            "with the version of mrss-provider that is installed here"
+        )
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from mrss_provider.backend import Backend
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import EngineError, InvalidRequestError, MRSSError, NotFoundError
 from mrss_provider.openai_schema import (
+    PROTOCOL,
     model_list,
     model_object,
     parse_chat_request,
@@ -32,9 +33,6 @@ from mrss_provider.server.hosts import HostGuard
 from mrss_provider.server.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
-
-PROTOCOL = 1
-"""Raised when the server no longer understands what an older client sends, or the reverse."""
 
 
 @runtime_checkable
