@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from mrss_provider.model import Model
 from mrss_provider.model.config import DTYPES
 from mrss_provider.model.weights import Weights
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,18 @@ SHAPES = {
 
 
 def random_model(
-    shape: Shape, *, dtype: str, state_dtype: str = "fp32", device: str = "cuda", seed: int = 0
+    shape: Shape,
+    *,
+    dtype: str,
+    state_dtype: str = "fp32",
+    compute_dtype: str | None = None,
+    device: str = "cuda",
+    seed: int = 0,
 ) -> Model:
-    """Return a model with seeded random weights, drawn so that activations stay near 1."""
+    """Return a model with seeded random weights, drawn so that activations stay near 1.
+
+    Weights are drawn in `dtype` and then held in `compute_dtype`, if that is given.
+    """
     tensors = _tensors(shape, DTYPES[dtype], torch.device(device), seed)
     weights = Weights(
         version=7,
@@ -56,7 +66,8 @@ def random_model(
         tensors=tensors,
         time_state=None,
     )
-    return Model(weights, torch.device(device), dtype, state_dtype, "plain")
+    held = compute_dtype or dtype
+    return Model(weights, torch.device(device), held, state_dtype, "plain")
 
 
 def weight_bytes(shape: Shape, dtype: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ from mrss_provider.model.rwkv7 import NORM_EPS, Layer7
 from mrss_provider.model.state import StatePool, StateSnapshot
 from mrss_provider.model.steps import DecodeStep, PrefillStep, Step, UnrollStep
 from mrss_provider.model.weights import Weights, load_weights
+
+if TYPE_CHECKING:
+    from mrss_provider.model.cuda_graphs import DecodeGraphs
+    from mrss_provider.model.rwkv7_cuda import FusedDecoder
 
 
 def load_model(
@@ -129,6 +135,13 @@ class Model:
         Returns:
             hidden [B, C] fp32, after the last norm; undefined for padding rows.
         """
+        if self._graphs is not None:
+            return self._graphs.decode(token_ids, slots, pool)
+        return self.decode_by_layer(token_ids, slots, pool)
+
+    @torch.no_grad()
+    def decode_by_layer(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Read one token a row, one torch op after the other; as `decode`, on any device."""
         return self._norm_out(self._forward(token_ids, DecodeStep(pool, slots)))
 
     @torch.no_grad()
@@ -160,7 +173,32 @@ class Model:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [M, V] fp32 of hidden states [M, C]."""
+        if self.fused is not None:
+            return self.fused.head(hidden)
         return self._head(hidden).float()
+
+    @functools.cached_property
+    def fused(self) -> FusedDecoder | None:
+        """RWKV-7's fused decode step, or None where its kernels cannot run."""
+        if self.device.type != "cuda":
+            return None
+        # Here and not above: a machine without CUDA needs no Triton.
+        from mrss_provider.model import rwkv7_cuda
+
+        layers = [layer for layer in self._layers if isinstance(layer, Layer7)]
+        if not layers or not rwkv7_cuda.is_supported(self.config, self.device):
+            return None
+        # On CUDA the head is one of the two plain forms, and both keep their weight.
+        head = cast(PlainLinear, self._head).weight
+        return rwkv7_cuda.FusedDecoder(layers, self._embedding, self._ln0, self._ln_out, head)
+
+    @functools.cached_property
+    def _graphs(self) -> DecodeGraphs | None:
+        if self.fused is None:
+            return None
+        from mrss_provider.model.cuda_graphs import DecodeGraphs
+
+        return DecodeGraphs(self.fused.decode)
 
     def unroll(
         self, token_ids: Tensor, wkv: Tensor, time_offset: Tensor | None = None

@@ -18,6 +18,7 @@ from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import time_mix7 as time_ops
 from torch import Tensor
 
+from mrss_provider.model.config import ModelConfig
 from mrss_provider.model.linear import Linear, PlainLinear
 from mrss_provider.model.rwkv7 import Layer7
 from mrss_provider.model.state import StatePool
@@ -51,6 +52,20 @@ class PackedLayer:
     ffn_mix: Tensor
     ffn_key: Tensor
     ffn_value: Tensor
+
+
+def is_supported(config: ModelConfig, device: torch.device) -> bool:
+    """Tell whether the kernels take this model: 16-bit weights on CUDA, widths multiples of 64."""
+    widths = (config.hidden_size, config.ffn_size)
+    size = config.head_size
+    return (
+        device.type == "cuda"
+        and config.version == 7
+        and config.dtype in ("fp16", "bf16")
+        and all(width % linear_ops.GROUP_LEN == 0 for width in widths)
+        and size & (size - 1) == 0
+        and 16 <= size <= 128
+    )
 
 
 class FusedDecoder:
