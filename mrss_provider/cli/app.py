@@ -93,8 +93,8 @@ def chat(
 ) -> None:
     """Talk to a mixture in the terminal; from a pipe, each line is a turn.
 
-    The engine is the one that this user's programs share, started if need be. With an engine
-    option (--model, --states, ...) the model is loaded in this process.
+    The engine is the one at MRSS_SOCKET, else one that this user's programs share, started if
+    need be; with --model, --states, ... one for these.
     """
     from mrss_provider.cli.chat import Conversation
     from mrss_provider.cli.chat import chat as command
@@ -158,7 +158,9 @@ def models(
 
 
 @app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
 def proxy(
+    overrides: dict[str, Any],
     port: Annotated[int, typer.Option(help="TCP port.")] = 4000,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     config: Annotated[
@@ -169,7 +171,7 @@ def proxy(
     """Run a LiteLLM proxy and its engine until Ctrl-C; `make run` calls this."""
     from mrss_provider.cli.proxy import run_proxy
 
-    run_proxy(config, host, port, num_workers)
+    run_proxy(config, host, port, num_workers, overrides)
 
 
 @app.command()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import typer
+
 from mrss_provider.backend import Backend
-from mrss_provider.cli.output import CommandError, note
+from mrss_provider.cli.output import note
 
 
 @contextmanager
@@ -20,34 +23,23 @@ def connected(
     Args:
         server: address of an engine, `http://...` or `unix://...`.
         in_process: load the model here.
-        overrides: engine settings given as flags; they need a model of our own.
+        overrides: engine settings given as flags; they describe the engine to load or start.
 
     Raises:
-        CommandError: options that contradict each other.
+        typer.BadParameter: options that contradict each other.
         MRSSError: no engine answers, or the model cannot be loaded.
     """
     if server is not None and (in_process or overrides):
-        raise CommandError(
-            "--server asks an engine that runs; --in-process and the engine's options load one "
-            "here: give one or the other"
+        raise typer.BadParameter(
+            "--server asks an engine that runs; --in-process and the engine's options start one: "
+            "give one or the other"
         )
     with asyncio.Runner() as runner:
-        if server is not None:
-            backend = _client(server)
-        elif in_process or overrides:
-            backend = _own_engine(overrides)
-        else:
-            backend = _shared_engine()
+        backend = _own_engine(overrides) if in_process else _other_engine(server, overrides)
         try:
             yield backend, runner
         finally:
             runner.run(backend.aclose())
-
-
-def _client(server: str) -> Backend:
-    from mrss_provider.client import Client
-
-    return Client(server)
 
 
 def _own_engine(overrides: Mapping[str, Any]) -> Backend:
@@ -58,5 +50,12 @@ def _own_engine(overrides: Mapping[str, Any]) -> Backend:
     return AsyncEngine(EngineConfig.from_env(overrides))
 
 
-def _shared_engine() -> Backend:
-    raise NotImplementedError
+def _other_engine(server: str | None, overrides: Mapping[str, Any]) -> Backend:
+    from mrss_provider.autostart import LocalEngine, engine_address
+    from mrss_provider.client import Client
+
+    address = None if overrides else engine_address(server)
+    if address is not None:
+        return Client(address)
+    flags = {f"MRSS_{name.upper()}": str(value) for name, value in overrides.items()}
+    return LocalEngine({**os.environ, **flags})

@@ -71,7 +71,7 @@ def import_(
     name: NewName,
     orientation: Annotated[
         Literal["vk", "kv"] | None,
-        typer.Option(help="Of the file. [its own word; kv for .st, else vk]"),
+        typer.Option(help="Of the file. [as it says; kv for .st, else vk]"),
     ] = None,
     group: Annotated[
         str | None, typer.Option(help="What it is about: knowledge, tone, ...")

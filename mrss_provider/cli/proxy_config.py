@@ -1,0 +1,95 @@
+"""The LiteLLM proxy's configuration: which one is meant, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mrss_provider.cli.output import CommandError
+from mrss_provider.config import BUNDLED_STATES
+from mrss_provider.errors import MRSSError
+from mrss_provider.mixture import check_name, parse_mixture
+
+_FILE = "proxy_config.yaml"
+_HANDLER = "mrss_provider.handler"
+
+
+def find_proxy_config(path: Path | None) -> Path:
+    """Return `path`, else `proxy_config.yaml` in this folder, else the one that came with us.
+
+    Raises:
+        CommandError: a path that is no file.
+    """
+    if path is None:
+        here = Path(_FILE)
+        return here if here.is_file() else BUNDLED_STATES.parent / _FILE
+    if not path.is_file():
+        raise CommandError(f"the proxy's configuration {path} does not exist")
+    return path
+
+
+def examine(path: Path) -> list[str]:
+    """Return what is wrong with a configuration, as LiteLLM would read it; [] if nothing is.
+
+    Raises:
+        CommandError: not a YAML file with a table at its top.
+    """
+    config = _read(path)
+    return [*_handler_problems(config, path), *_name_problems(config)]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    # YAML comes with LiteLLM.
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise CommandError(f"{path} is no YAML: {' '.join(str(exc).split())}") from exc
+    if not isinstance(config, Mapping):
+        raise CommandError(f"{path} has no table at its top, LiteLLM needs one with model_list")
+    return config
+
+
+def _handler_problems(config: Mapping[str, Any], path: Path) -> list[str]:
+    settings = config.get("litellm_settings") or {}
+    entries = settings.get("custom_provider_map") or []
+    handlers = [e.get("custom_handler") for e in entries if e.get("provider") == "mrss"]
+    if not handlers:
+        return [
+            "litellm_settings.custom_provider_map has no provider mrss; add one with "
+            f"custom_handler: {_HANDLER}"
+        ]
+    if handlers != [_HANDLER]:
+        return [f"the custom_handler of mrss must be {_HANDLER}, once, got {handlers}"]
+    shadow = path.parent / "mrss_provider.py"
+    if shadow.exists():
+        return [f"{shadow} stands beside the configuration: LiteLLM would load it as the provider"]
+    return _import_problems()
+
+
+def _import_problems() -> list[str]:
+    from litellm import CustomLLM
+
+    from mrss_provider import handler
+
+    return [] if isinstance(handler, CustomLLM) else [f"{_HANDLER} is no LiteLLM handler"]
+
+
+def _name_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for entry in config.get("model_list") or []:
+        model = str((entry.get("litellm_params") or {}).get("model", ""))
+        name = model.removeprefix("mrss/")
+        if name == model or "*" in name:
+            continue
+        try:
+            for term in parse_mixture(name).terms:
+                if term.name != "base":
+                    check_name(term.name)
+        except MRSSError as exc:
+            problems.append(f"model {model}: {exc}")
+        if "," in str(entry.get("model_name")):
+            problems.append(f"model_name {entry['model_name']}: LiteLLM splits names at commas")
+    return problems
