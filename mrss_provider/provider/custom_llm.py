@@ -25,9 +25,6 @@ from mrss_provider.provider.streams import ChunkStream
 
 T = TypeVar("T")
 
-# LiteLLM calls `astreaming` on one of a few pool threads that serve all its providers, so none
-# of them may sit there until an engine has loaded its weights.
-ADMISSION_WAIT_S = 2.0
 STREAM_LIMIT_S = 86_400.0
 
 
@@ -122,7 +119,7 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
             answer = RunningAnswer(process.io, lambda: self._open(call, request), call.timeout_s)
             chunks = StreamChunks(call)
             stream = ChunkStream(answer, chunks, call.model)
-            answer.wait_admitted(ADMISSION_WAIT_S)
+            answer.wait_admitted(process.engines.admission_wait_s(call.address))
         except Exception as exc:
             raise to_litellm(exc, _name(kwargs)) from exc
         return stream

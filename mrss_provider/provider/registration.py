@@ -8,8 +8,8 @@ import litellm
 from litellm.utils import custom_llm_setup
 
 from mrss_provider.backend import Backend, ModelCard
-from mrss_provider.provider.error_map import PROVIDER
 from mrss_provider.provider.custom_llm import MRSSProvider
+from mrss_provider.provider.error_map import PROVIDER
 
 handler = MRSSProvider()
 

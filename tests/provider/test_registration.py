@@ -67,7 +67,9 @@ def test_cache_tells_our_parameters_apart(first, second):
     litellm.cache = Cache()
 
     def ask(params):
-        return litellm.completion(**{"model": "mrss/base", "messages": HI, "caching": True, **params})
+        return litellm.completion(
+            **{"model": "mrss/base", "messages": HI, "caching": True, **params}
+        )
 
     answers = [ask(params) for params in (first, second, first)]
     assert len(backend.requests) == 2
@@ -83,9 +85,7 @@ def test_stream_of_several_choices_stays_out_of_the_cache(n, num_asked):
     litellm.cache = Cache()
 
     async def ask():
-        stream = await litellm.acompletion(
-            "mrss/base", messages=HI, n=n, stream=True, caching=True
-        )
+        stream = await litellm.acompletion("mrss/base", messages=HI, n=n, stream=True, caching=True)
         chunks = [chunk async for chunk in stream]
         # The cache is written behind the reader's back.
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))

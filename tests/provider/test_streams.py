@@ -205,7 +205,7 @@ def test_refused_stream_is_the_mapped_error_in_both_sdks(read, backend):
 
 
 def test_slow_admission_does_not_hold_the_pool_thread(provider, backend, monkeypatch):
-    monkeypatch.setattr("mrss_provider.provider.custom_llm.ADMISSION_WAIT_S", 0.02)
+    monkeypatch.setattr("mrss_provider.provider.engines.FIRST_ADMISSION_WAIT_S", 0.02)
     may_open = threading.Event()
     plain_open = backend.open
 

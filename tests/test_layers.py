@@ -1,0 +1,99 @@
+"""The arrows: which part may import which, and which package of others. A new arrow fails here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"mrss_provider": ROOT / "mrss_provider", "mrss_kernels": ROOT / "kernels/mrss_kernels"}
+
+LEAVES = {"errors", "config", "mixture", "sampling_params", "backend", "openai_schema", "chat"}
+TEXT = {"tokenizer", "stop"}
+BOTH_SIDES = {"async_engine", "engine", "model", "mrss_kernels", "client", "autostart", *TEXT}
+ALLOWED = {
+    **dict.fromkeys(LEAVES, LEAVES),
+    "chat": LEAVES | {"jinja2"},
+    "stop": LEAVES,
+    "tokenizer": LEAVES | {"tokenizers", "pyrwkv_tokenizer", "numpy"},
+    # leaves <- client <- provider
+    "http1": {"httpx"},
+    "client": LEAVES | {"http1", "httpx"},
+    "autostart": LEAVES | {"client", "http1", "httpx"},
+    "provider": LEAVES | {"client", "autostart", "litellm", "httpx"},
+    # leaves, mrss_kernels <- model <- engine <- async_engine <- server
+    "mrss_kernels": {"torch", "triton", "fla"},
+    "model": LEAVES | {"mrss_kernels", "torch", "numpy", "safetensors"},
+    "engine": LEAVES | {"model", "torch", "numpy"},
+    "async_engine": LEAVES | TEXT | {"engine", "model"},
+    "server": LEAVES | {"async_engine", "starlette", "uvicorn", "uvloop"},
+    # {tune, evaluate, compare} <- cli stand on both
+    "tune": LEAVES | BOTH_SIDES | {"torch", "numpy", "safetensors", "fla"},
+    "evaluate": LEAVES | BOTH_SIDES | {"torch", "numpy"},
+    "compare": LEAVES | {"client", "httpx", "numpy"},
+    "cli": LEAVES
+    | BOTH_SIDES
+    | {"server", "tune", "evaluate", "compare", "http1", "provider"}
+    | {"typer", "rich", "httpx", "huggingface_hub", "torch", "yaml", "litellm"},
+    # The lazy exports.
+    "__init__": {"async_engine", "client", "config", "mixture", "provider", "sampling_params"},
+}
+# Slow to load, and absent where there is no CUDA: never on import.
+IN_FUNCTIONS_ONLY = {"fla"}
+FILES = [
+    pytest.param(name, path, id=f"{name}/{path.relative_to(folder)}")
+    for name, folder in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+]
+
+
+def part_of(package, path):
+    """Return the part a file belongs to: the first name below the package."""
+    if package == "mrss_kernels":
+        return package
+    return path.relative_to(PACKAGES[package]).with_suffix("").parts[0]
+
+
+def arrows(node):
+    """Yield what `node` imports: one of our parts, or the name of somebody else's package."""
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif node.module == "mrss_provider":
+        modules = [f"mrss_provider.{alias.name}" for alias in node.names]
+    else:
+        modules = [node.module]
+    for module in modules:
+        top, *rest = module.split(".")
+        if top != "mrss_provider":
+            yield top
+        elif rest and rest[0] in ALLOWED:
+            yield rest[0]
+
+
+def imports(tree):
+    """Yield each import outside `if TYPE_CHECKING`, and whether it is inside a function."""
+    waiting = [(tree, False)]
+    while waiting:
+        node, in_function = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, in_function
+        in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        waiting += [(child, in_function) for child in ast.iter_child_nodes(node)]
+
+
+@pytest.mark.parametrize(("package", "path"), FILES)
+def test_imports_follow_the_arrows(package, path):
+    part = part_of(package, path)
+    assert part in ALLOWED, f"{part} is new: give it a row in ALLOWED"
+    for node, in_function in imports(ast.parse(path.read_text())):
+        assert not getattr(node, "level", 0), f"line {node.lineno}: a relative import"
+        for target in arrows(node):
+            if target == part or target in sys.stdlib_module_names:
+                continue
+            assert target in ALLOWED[part], f"line {node.lineno}: {part} -> {target} is a new arrow"
+            assert in_function or target not in IN_FUNCTIONS_ONLY, (
+                f"line {node.lineno}: {target} is imported inside functions only"
+            )
