@@ -11,11 +11,13 @@ the script's text; a missing finish and the usage are added.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from mrss_provider.backend import Delta, GenerateRequest, ModelCard, StreamInfo, Usage
+from mrss_provider.backend import Backend, Delta, GenerateRequest, ModelCard, StreamInfo, Usage
+from mrss_provider.config import ServerConfig
 from mrss_provider.errors import EngineUnavailableError, InvalidRequestError
 from mrss_provider.mixture import parse_mixture
 
@@ -165,3 +167,33 @@ def _complete(script: Script, n: int) -> list[Step]:
     usage = Usage(PROMPT_TOKENS, sum(delta.num_tokens for delta in deltas))
     has_usage = any(delta.usage for delta in deltas)
     return [*steps, *ends, *([] if has_usage else [Delta(usage=usage)])]
+
+
+@contextlib.contextmanager
+def serving(backend: Backend, config: ServerConfig) -> Iterator[Callable[[float], None]]:
+    """Serve `backend` in a thread; yields what ends the server from any thread (drain_s)."""
+    from mrss_provider.server.run import Listener, Server
+
+    listener = Listener(config)
+    begun = threading.Event()
+    servers: list[Server] = []
+
+    async def main() -> None:
+        servers.append(Server(backend, config, listener, model="fake"))
+        begun.set()
+        await servers[0].run_to_end()
+
+    def end(drain_s: float = 0.0) -> None:
+        loop = servers[0]._loop
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(servers[0].end, drain_s)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), name="fake-server")
+    thread.start()
+    try:
+        begun.wait()
+        yield end
+    finally:
+        end()
+        thread.join()
+        listener.close()

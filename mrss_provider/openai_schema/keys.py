@@ -60,8 +60,7 @@ class KeyTable:
 
     def _unknown(self, key: str) -> InvalidRequestError:
         shown = key if len(key) <= 64 else key[:61] + "..."
-        known = [*self.honoured, *self.accepted, *self.refused]
-        near = difflib.get_close_matches(shown, sorted(known), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(shown, sorted(self.honoured), n=1, cutoff=0.3)
         hint = f"did you mean {self.path(near[0])!r}?" if near else "leave it out"
         path = self.path(shown)
         return InvalidRequestError(f"{path!r} is no parameter here; {hint}", param=path)

@@ -17,7 +17,7 @@ import uvicorn
 
 from mrss_provider.backend import Backend
 from mrss_provider.config import ServerConfig
-from mrss_provider.errors import ConfigError, MRSSError
+from mrss_provider.errors import ConfigError
 from mrss_provider.server.app import create_app
 from mrss_provider.server.lifecycle import Lifecycle
 
@@ -38,59 +38,55 @@ def run_server(backend: Backend, config: ServerConfig, *, model: str = "") -> No
     listener = Listener(config)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            failure = runner.run(_serve(backend, config, model, listener))
+            runner.run(_serve(backend, config, listener, model))
     finally:
         listener.close()
-    if failure is not None:
-        raise failure
 
 
-async def _serve(
-    backend: Backend, config: ServerConfig, model: str, listener: Listener
-) -> MRSSError | None:
-    lifecycle = Lifecycle(config.idle_exit_s)
-    app = create_app(backend, config, lifecycle=lifecycle, model=model)
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            # Its INFO announces an address of its own invention.
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            lifespan="on",
-            timeout_graceful_shutdown=_CLOSE_S,
-        ),
-        lifecycle,
-        backend,
-        listener,
-        config.drain_s,
-    )
+async def _serve(backend: Backend, config: ServerConfig, listener: Listener, model: str) -> None:
     logger.info("listening on %s", address_of(config))
-    await server.serve(sockets=[listener.socket])
-    return lifecycle.failure
+    await Server(backend, config, listener, model=model).run_to_end()
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which drains on the first signal and leaves at once on the second."""
+    """uvicorn, which drains on the first signal and leaves at once on the second.
+
+    Made on the event loop that it runs on.
+    """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        lifecycle: Lifecycle,
-        backend: Backend,
-        listener: Listener,
-        drain_s: float,
+        self, backend: Backend, config: ServerConfig, listener: Listener, *, model: str = ""
     ) -> None:
-        super().__init__(config)
+        self.lifecycle = Lifecycle(config.idle_exit_s)
+        self.lifecycle.on_end = self.end
+        super().__init__(
+            uvicorn.Config(
+                create_app(backend, config, lifecycle=self.lifecycle, model=model),
+                log_config=None,
+                # Its INFO announces an address of its own invention.
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=_CLOSE_S,
+            )
+        )
         self._loop = asyncio.get_running_loop()
-        self._lifecycle = lifecycle
         self._backend = backend
         self._listener = listener
-        self._drain_s = drain_s
+        self._drain_s = config.drain_s
         self._ending: asyncio.Task[None] | None = None
-        lifecycle.on_end = self.end
+
+    async def run_to_end(self) -> None:
+        """Serve until `end`, a signal, or an idle engine's time has come.
+
+        Raises:
+            MRSSError: the backend could not be started.
+        """
+        await self.serve(sockets=[self._listener.socket])
+        if self.lifecycle.failure is not None:
+            raise self.lifecycle.failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT."""
@@ -108,11 +104,11 @@ class Server(uvicorn.Server):
         self.end(self._drain_s)
 
     async def _end(self, drain_s: float) -> None:
-        await self._lifecycle.drain(drain_s)
+        await self.lifecycle.drain(drain_s)
         # Ends the streams that are left, each with an error its client can tell from an end.
         await self._backend.aclose()
         self._listener.unlink()
-        self._lifecycle.stopping.set()
+        self.lifecycle.stopping.set()
         self.should_exit = True
 
 
