@@ -245,7 +245,7 @@ class StateLibrary:
         )
 
     def _fingerprint(self, states: Sequence[TunedState | None], *rest: object) -> str:
-        hashes = [state.sha256 if state is not None else BASE for state in states]
+        hashes = [(state.sha256, state.metadata.bos) if state else BASE for state in states]
         text = repr((self._model_config.fingerprint, hashes, rest))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
