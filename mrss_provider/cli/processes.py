@@ -76,7 +76,11 @@ class Child:
             self._is_shown = True
 
     def stop(self, wait_s: float) -> None:
-        """Ask the process to end, then end it and its children; return when it is gone."""
+        """Ask the process to end, then end it and its children; return when it is gone.
+
+        What it says meanwhile is not shown.
+        """
+        self._is_shown = False
         if self._process.poll() is None:
             self._process.terminate()
             try:
