@@ -1,8 +1,6 @@
 """One place for what every test needs: no network, few threads, none of the user's settings."""
 
 import os
-import sys
-from pathlib import Path
 
 # Before torch, litellm or huggingface_hub are imported: they read these once.
 for _name in [name for name in os.environ if name.startswith("MRSS_")]:
@@ -17,6 +15,3 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1,localhost",
     "COLUMNS": "80",
 }
-
-# Test files import fakes.py and tiny_model.py from here, and their own folder's modules.
-sys.path.insert(0, str(Path(__file__).parent))
