@@ -97,6 +97,8 @@ class FakeBackend:
 
     async def aclose(self) -> None:
         self.closed = True
+        for stream in self.streams:
+            stream.fail(EngineUnavailableError("the engine was closed"))
 
 
 class FakeStream:
@@ -112,6 +114,7 @@ class FakeStream:
         self.ended = threading.Event()
         self.aborted = False
         self._waiting: Wait | None = None
+        self._error: BaseException | None = None
         self._deltas = self._run(steps)
 
     def __aiter__(self) -> FakeStream:
@@ -126,15 +129,23 @@ class FakeStream:
             self.ended.set()
             raise
 
+    def fail(self, error: BaseException) -> None:
+        if not self.ended.is_set():
+            self._error = error
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.ended.set()
+        if self._waiting is not None:
+            self._waiting.go.set()
+
     def ready(self) -> bool:
         return False
 
     async def aclose(self) -> None:
         if not self.ended.is_set():
             self.aborted = True
-            self.ended.set()
-            if self._waiting is not None:
-                self._waiting.go.set()
+            self._let_go()
 
     async def _run(self, steps: Script) -> AsyncIterator[Delta]:
         for step in steps:
@@ -145,6 +156,8 @@ class FakeStream:
                 self._waiting = None
             elif isinstance(step, BaseException):
                 raise step
+            if self._error is not None:
+                raise self._error
             if self.aborted:
                 return
             if isinstance(step, Delta):
