@@ -1,4 +1,8 @@
-"""One LiteLLM proxy, two workers, for the session; an engine of ours with a scripted backend."""
+"""One LiteLLM proxy, two workers, for the session, before two engines.
+
+The shipped entries reach the scripted engine of the test process; `auto/...` has no address, so
+it starts a real engine on the bundled model, as the shipped entries do for a user.
+"""
 
 import os
 import re
@@ -14,31 +18,32 @@ import pytest
 import yaml
 from scripted_engine import EngineThread, ScriptedBackend
 
+from mrss_provider.config import ServerConfig
+
 ROOT = Path(__file__).parent.parent.parent
 START_S = 90.0
 NUM_WORKERS = 2
 
 
 class Proxy:
-    """A `litellm` process that runs `config`; `lines` is what it wrote."""
+    """A `litellm` process; `lines` is what it wrote."""
 
-    def __init__(self, config, num_workers, env):
+    def __init__(self, config, env):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.lines = []
-        self._failed = False
-        self._num_started = threading.Semaphore(0)
+        self._has_failed = False
+        self._started = threading.Semaphore(0)
         command = [
             str(Path(sys.executable).parent / "litellm"),
             *("--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
-            *("--num_workers", str(num_workers)),
+            *("--num_workers", str(NUM_WORKERS), "--telemetry", "False"),
         ]
         self.process = subprocess.Popen(
             command,
             env={**os.environ, **env},
-            cwd=config.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,13 +51,13 @@ class Proxy:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        for _ in range(num_workers):
-            if not self._num_started.acquire(timeout=START_S) or self._failed:
+        for _ in range(NUM_WORKERS):
+            if not self._started.acquire(timeout=START_S) or self._has_failed:
                 self.stop()
                 pytest.fail("the proxy did not start:\n" + "".join(self.lines[-40:]))
 
-    def client(self, cls=openai.OpenAI, **kwargs):
-        return cls(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **kwargs)
+    def client(self, cls=openai.OpenAI):
+        return cls(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60.0)
 
     def stop(self):
         self.process.terminate()
@@ -66,21 +71,39 @@ class Proxy:
     def _read(self):
         for line in self.process.stdout:
             self.lines.append(line)
-            if "Application startup complete" in line:
-                self._num_started.release()
-            elif "Application startup failed" in line:
-                self._failed = True
-                self._num_started.release()
+            self._has_failed |= "Application startup failed" in line
+            if "Application startup " in line:
+                self._started.release()
 
 
 def shipped_config():
-    """Return proxy_config.yaml with its second backend turned on."""
+    """Return proxy_config.yaml with its second backend turned on, as its comment tells."""
     text = (ROOT / "proxy_config.yaml").read_text()
-    commented = re.search(
-        r"(?m)(^  # (?:- model_name: other|  litellm_params:|    \w+:).*\n)+", text
-    )
-    assert commented, "the second backend's block is gone"
-    return yaml.safe_load(text.replace(commented[0], re.sub("(?m)^  # ", "  ", commented[0])))
+    block = re.search(r"(?m)(^  # (- model_name: other|  litellm_params:|    \w+:).*\n)+", text)
+    assert block, "the second backend's block is gone"
+    assert block[0].count("\n") == 5
+    return yaml.safe_load(text.replace(block[0], re.sub("(?m)^  # ", "  ", block[0])))
+
+
+def proxy_config(folder):
+    """Return the shipped configuration, before the scripted engine, and what else tests need."""
+    config = shipped_config()
+    for entry in config["model_list"]:
+        if entry["litellm_params"]["model"].startswith("mrss/"):
+            entry["litellm_params"]["api_base"] = f"unix://{folder}/scripted.sock"
+        elif entry["model_name"] == "other":
+            entry["litellm_params"]["model"] = "openai/tone"
+    killable = {"model": "mrss/base", "api_base": f"unix://{folder}/killable.sock"}
+    config["model_list"] += [
+        {"model_name": "auto/*", "litellm_params": {"model": "mrss/*"}},
+        {"model_name": "killable", "litellm_params": killable},
+    ]
+    # Only requests that ask for it are cached.
+    config["litellm_settings"] |= {
+        "cache": True,
+        "cache_params": {"type": "local", "mode": "default_off"},
+    }
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -97,40 +120,28 @@ def backend():
 
 @pytest.fixture(scope="session")
 def engine(folder, backend):
-    engine = EngineThread(folder / "engine.sock", backend)
+    """The scripted engine; it listens on TCP too, for those who do without our provider."""
+    engine = EngineThread(backend, ServerConfig(socket=folder / "scripted.sock"))
     yield engine
     engine.stop()
 
 
 @pytest.fixture(scope="session")
 def proxy(folder, engine):
-    config = shipped_config()
-    config["model_list"].append(
-        {
-            "model_name": "killable",
-            "litellm_params": {
-                "model": "mrss/base",
-                "api_base": f"unix://{folder / 'killable.sock'}",
-                "num_retries": 0,
-            },
-        }
-    )
-    config["litellm_settings"] |= {
-        "cache": True,
-        "cache_params": {"type": "local", "mode": "default_off"},
-    }
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(proxy_config(folder)))
     env = {
-        "MRSS_SOCKET": str(folder / "engine.sock"),
-        "OTHER_API_BASE": "http://127.0.0.1:1/v1",
+        "XDG_RUNTIME_DIR": str(folder),
+        "MRSS_IDLE_EXIT_S": "1",
+        "OTHER_API_BASE": f"{engine.url}/v1",
         "OTHER_API_KEY": "unused",
     }
-    proxy = Proxy(path, NUM_WORKERS, env)
+    proxy = Proxy(path, env)
     yield proxy
     proxy.stop()
 
 
 @pytest.fixture(scope="session")
 def client(proxy):
-    return proxy.client()
+    with proxy.client() as client:
+        yield client

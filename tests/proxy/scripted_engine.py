@@ -13,13 +13,13 @@ from fakes import FakeBackend, Wait, text
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mrss_provider.backend import TokenLogprob
-from mrss_provider.config import ServerConfig
 from mrss_provider.errors import ContextLengthError, QueueFullError, UnknownNameError
 from mrss_provider.mixture import parse_mixture
 from mrss_provider.server.app import create_app
 
 KNOWN = ("base", "knowledge", "tone")
 WORDS = (" one", " two", " three")
+WAIT_S = 10.0
 
 
 class ScriptedBackend(FakeBackend):
@@ -30,7 +30,9 @@ class ScriptedBackend(FakeBackend):
     """
 
     def __init__(self):
-        super().__init__(_script)
+        super().__init__(self._script)
+        self._waits = {}
+        self._opened = threading.Condition()
 
     async def open(self, request):
         for term in parse_mixture(request.model).terms:
@@ -43,12 +45,38 @@ class ScriptedBackend(FakeBackend):
             raise QueueFullError("the queue is full", retry_after_s=2.0)
         if prompt == "too long":
             raise ContextLengthError("9000 tokens are more than the limit of 4096")
-        return await super().open(request)
+        stream = await super().open(request)
+        with self._opened:
+            self._opened.notify_all()
+        return stream
 
     def asked(self, prompt):
         """Return (request, stream) of every admitted request with this prompt."""
         pairs = zip(self.requests, self.streams, strict=True)
         return [(request, stream) for request, stream in pairs if prompt_of(request) == prompt]
+
+    def blocked(self, prompt):
+        """Return the stream that answers `prompt`, once it blocks."""
+        with self._opened:
+            assert self._opened.wait_for(lambda: self.asked(prompt), WAIT_S)
+        assert self._waits[prompt].reached.wait(WAIT_S)
+        ((_, stream),) = self.asked(prompt)
+        return stream
+
+    def _script(self, request):
+        prompt = prompt_of(request)
+        words = [text(word) for word in WORDS]
+        if request.sampling.logprobs:
+            words = [
+                replace(word, logprobs=(TokenLogprob(i, word.text.encode(), -float(i)),))
+                for i, word in enumerate(words)
+            ]
+        if prompt.startswith("wait"):
+            wait = self._waits[prompt] = Wait()
+            return [wait, *words] if "first" in prompt else [words[0], wait, *words[1:]]
+        if prompt == "break":
+            return [words[0], ZeroDivisionError("a secret")]
+        return words
 
 
 def prompt_of(request):
@@ -56,52 +84,43 @@ def prompt_of(request):
     return request.prompt if request.messages is None else request.messages[-1].content
 
 
-def _script(request):
-    prompt = prompt_of(request)
-    words = [text(word) for word in WORDS]
-    if request.sampling.logprobs:
-        words = [
-            replace(word, logprobs=(TokenLogprob(i, word.text.encode(), -float(i)),))
-            for i, word in enumerate(words)
-        ]
-    if prompt.startswith("wait first"):
-        return [Wait(), *words]
-    if prompt.startswith("wait later"):
-        return [words[0], Wait(), *words[1:]]
-    if prompt == "break":
-        return [words[0], ZeroDivisionError("a secret")]
-    return words
-
-
 class EngineThread:
-    """The server over `backend`, from construction to `stop`.
+    """The server over `backend`, on a Unix socket and on TCP, from construction to `stop`.
 
     Attributes:
-        peers: process ids that connected.
+        url: the TCP address.
+        peers: ids of the processes that connected to the socket.
     """
 
-    def __init__(self, path, backend):
+    def __init__(self, backend, config):
         self.peers = peers = set()
 
         class Protocol(H11Protocol):
             def connection_made(self, transport):
                 peer = transport.get_extra_info("socket")
-                size = struct.calcsize("3i")
-                raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-                peers.add(struct.unpack("3i", raw)[0])
+                if peer.family == socket.AF_UNIX:
+                    peers.add(_peer_pid(peer))
                 super().connection_made(transport)
 
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        listener.listen(256)
-        app = create_app(backend, ServerConfig(socket=path))
-        config = uvicorn.Config(app, http=Protocol, log_config=None, timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix.bind(str(config.socket))
+        tcp = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{tcp.getsockname()[1]}"
+        uvicorn_config = uvicorn.Config(
+            create_app(backend, config), http=Protocol, log_config=None, timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(uvicorn_config)
         self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [listener]}, daemon=True
+            target=self._server.run, kwargs={"sockets": [unix, tcp]}, daemon=True
         )
         self._thread.start()
 
     def stop(self):
         self._server.should_exit = True
         self._thread.join(5)
+
+
+def _peer_pid(peer):
+    size = struct.calcsize("3i")
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return struct.unpack("3i", raw)[0]

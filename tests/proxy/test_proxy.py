@@ -1,0 +1,429 @@
+"""A real `litellm` process with the shipped configuration, driven by the `openai` client."""
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from conftest import NUM_WORKERS
+from fakes import FINGERPRINT, PROMPT_TOKENS, ROWS
+from scripted_engine import WAIT_S, WORDS
+
+from mrss_provider.client import Client
+
+ANSWER = "".join(WORDS)
+NO_RETRIES = {"x-litellm-num-retries": "0"}
+_numbers = itertools.count()
+
+
+def user(prompt="Hi"):
+    return [{"role": "user", "content": prompt}]
+
+
+@pytest.fixture
+def chat(client):
+    """Call chat.completions, with a model and a prompt that most tests do not care about."""
+
+    def call(prompt="Hi", *, model="mrss/tone", **kwargs):
+        return client.chat.completions.create(model=model, messages=user(prompt), **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def unique():
+    """A suffix that makes a prompt this test's own."""
+    return f"{next(_numbers)}"
+
+
+def body_of(error):
+    return error.value.response.json()["error"]
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    ("model", "mixture"),
+    [
+        ("mrss/base", "base"),
+        ("mrss/knowledge+tone", "knowledge+tone"),
+        ("mrss/tone:3+knowledge:1.5", "knowledge:0.5+tone"),
+        ("mrss/base:0.2+tone:0.8~linear~fixed", "base:0.25+tone~linear~fixed"),
+    ],
+)
+def test_chat_by_concrete_and_wildcard_name(client, model, mixture):
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=user())
+    answer = raw.parse()
+    assert answer.model == model
+    assert answer.choices[0].message.content == ANSWER
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (PROMPT_TOKENS, 3)
+    assert answer.system_fingerprint == FINGERPRINT
+    expected = {"mixture": mixture, "rows": ROWS}
+    assert answer.mrss == expected
+    assert answer.choices[0].message.provider_specific_fields == {"mrss": expected}
+    assert raw.headers["llm_provider-x-mrss-mixture"] == mixture
+    assert raw.headers["x-litellm-model-id"]
+
+
+def test_streamed_chat_has_exact_usage_when_asked(chat):
+    *chunks, last = chat(stream=True, stream_options={"include_usage": True})
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == ANSWER
+    assert chunks[0].choices[0].delta.role == "assistant"
+    mrss = chunks[0].choices[0].delta.provider_specific_fields["mrss"]
+    assert mrss == {"mixture": "tone", "rows": ROWS}
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (PROMPT_TOKENS, 3)
+    assert last.usage.total_tokens == PROMPT_TOKENS + 3
+    everything = [*chunks, last]
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in everything}) == 1
+
+
+def test_streamed_chat_has_no_usage_unasked(chat):
+    chunks = list(chat(stream=True))
+    assert all(chunk.usage is None for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_streamed_choices_all_finish_and_keep_their_logprobs(chat):
+    chunks = list(chat(stream=True, n=3, logprobs=True))
+    texts, tokens, finished = Counter(), Counter(), {}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += len(choice.delta.content or "")
+        tokens[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+        if choice.finish_reason:
+            finished[choice.index] = choice.finish_reason
+    assert texts == dict.fromkeys(range(3), len(ANSWER))
+    assert tokens == dict.fromkeys(range(3), 3)
+    assert finished == dict.fromkeys(range(3), "stop")
+
+
+def test_completion_answers_every_prompt_raw(client, backend, unique):
+    prompts = [f"Once {unique}", f"Twice {unique}"]
+    answer = client.completions.create(model="mrss/base", prompt=prompts, n=2, logprobs=1)
+    assert [choice.text for choice in answer.choices] == [ANSWER] * 4
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[3].logprobs.tokens == list(WORDS)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2 * PROMPT_TOKENS, 12)
+    for prompt in prompts:
+        ((request, _),) = backend.asked(prompt)
+        assert request.messages is None
+
+
+def test_streamed_completion(client):
+    chunks = list(client.completions.create(model="mrss/base", prompt="Once", stream=True))
+    assert "".join(chunk.choices[0].text or "" for chunk in chunks) == ANSWER
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="n=1"):
+        client.completions.create(model="mrss/base", prompt="Once", stream=True, n=2)
+
+
+def test_parameters_reach_the_engine(chat, backend, unique):
+    chat(
+        f"parameters {unique}",
+        model="mrss/knowledge+tone",
+        user="bob",
+        temperature=0.25,
+        stop=["\n\n"],
+        extra_body={"top_k": 5, "mrss": {"weights": {"tone": 3}, "gate": "fixed"}},
+    )
+    ((request, _),) = backend.asked(f"parameters {unique}")
+    assert request.sampling.temperature == 0.25
+    assert request.sampling.stop == ("\n\n",)
+    assert request.sampling.top_k == 5
+    assert request.mixture.weights == {"tone": 3.0}
+    assert request.mixture.gate == "fixed"
+    # The configuration's request_timeout.
+    assert request.timeout_s == 600.0
+
+
+def test_models_lists_the_concrete_entries(client):
+    names = {model.id for model in client.models.list()}
+    assert {"mrss/base", "mrss/knowledge", "mrss/tone", "mrss/knowledge+tone", "mrss-ab"} <= names
+
+
+def test_ab_group_spreads_and_tells_the_arm(client):
+    arms = {"mrss-ab-knowledge": "knowledge", "mrss-ab-knowledge-tone": "knowledge+tone"}
+    seen = Counter()
+    for _ in range(24):
+        raw = client.chat.completions.with_raw_response.create(model="mrss-ab", messages=user())
+        arm = raw.headers["x-litellm-model-id"]
+        assert raw.parse().mrss["mixture"] == arms[arm]
+        seen[arm] += 1
+    # A fair coin leaves one side empty once in eight million times.
+    assert set(seen) == set(arms)
+
+
+def test_list_of_models_is_answered_by_each(chat):
+    answers = chat(model="mrss/tone,mrss/base")
+    assert [answer.mrss["mixture"] for answer in answers] == ["tone", "base"]
+
+
+def test_second_backend_answers_over_openais_wire(chat, backend, unique):
+    # Here it is our own engine's server: the other way in, without our provider.
+    answer = chat(f"other {unique}", model="other")
+    assert answer.choices[0].message.content == ANSWER
+    assert len(backend.asked(f"other {unique}")) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropic_and_responses_bridges(client, proxy, stream):
+    body = {"model": "mrss/tone", "max_tokens": 9, "messages": user(), "stream": stream}
+    message = httpx.post(f"{proxy.url}/v1/messages", json=body)
+    assert message.status_code == 200
+    assert ANSWER in message.text
+    assert '"output_tokens":3' in message.text.replace(" ", "")
+    response = client.responses.create(model="mrss/tone", input="Hi", stream=stream)
+    final = list(response)[-1].response if stream else response
+    assert final.output_text == ANSWER
+    assert final.usage.output_tokens == 3
+
+
+def test_cache_tells_mixtures_and_our_parameters_apart(proxy, backend, unique):
+    prompt = f"cached {unique}"
+    bodies = [
+        {"mrss": {"gate": "fixed"}},
+        {"mrss": {"gate": "novelty"}},
+        {"top_k": 3},
+        {"model": "mrss/base"},
+    ]
+    # Each worker has a cache of its own; one connection stays with one worker.
+    with httpx.Client(base_url=proxy.url) as http:
+        ids = []
+        for extra in [*bodies, *bodies]:
+            body = {"model": "mrss/knowledge+tone", "messages": user(prompt), **extra}
+            body["cache"] = {"use-cache": True}
+            ids.append(http.post("/v1/chat/completions", json=body).json()["id"])
+    assert len(set(ids)) == len(bodies)
+    assert ids[len(bodies) :] == ids[: len(bodies)]
+    assert len(backend.asked(prompt)) == len(bodies)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("mrss/knowledge+ton", "unknown state 'ton' at position 10; did you mean 'tone'?"),
+        ("mrss/knowledge++tone", "position 10: expected a state name, got '+'"),
+        ("mrss/tone:much", "position 5: expected a weight"),
+        ("mrss/", "model must have 1 to"),
+    ],
+)
+def test_bad_name_is_a_400_with_the_place_and_the_remedy(chat, model, told, stream):
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(model=model, stream=stream)
+    assert told in body_of(error)["message"]
+    assert body_of(error)["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_p": 3}, "top_p"),
+        ({"extra_body": {"mrss": {"gait": "fixed"}}}, "mrss.gait"),
+        ({"extra_body": {"min_pp": 0.1}}, "min_pp"),
+    ],
+)
+def test_refused_parameter_is_a_400_that_names_it(chat, params, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(**params)
+    assert body_of(error)["param"] == param
+    assert body_of(error)["type"] == "invalid_request_error"
+
+
+def test_embeddings_are_a_400(client, proxy):
+    body = {"model": "mrss/tone", "input": "a"}
+    answer = httpx.post(f"{proxy.url}/v1/embeddings", json=body)
+    assert answer.status_code == 400
+    assert "embeddings are not supported yet" in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_queue_is_a_429_that_tells_when_to_come_back(chat, stream):
+    with pytest.raises(openai.RateLimitError, match="the queue is full") as error:
+        chat("full", stream=stream, extra_headers=NO_RETRIES)
+    assert error.value.response.headers["llm_provider-retry-after"] == "2"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_prompt_is_litellms_context_window_error(chat, stream):
+    with pytest.raises(openai.BadRequestError, match="ContextWindowExceededError") as error:
+        chat("too long", stream=stream)
+    assert "9000 tokens are more than the limit of 4096" in body_of(error)["message"]
+
+
+def test_defect_is_a_500_with_an_id_and_no_traceback(chat):
+    with pytest.raises(openai.InternalServerError) as error:
+        chat("break")
+    text = error.value.response.text
+    assert "under chatcmpl-" in text
+    with pytest.raises(openai.APIError) as stream_error:
+        list(chat("break", stream=True))
+    for told in (text, str(stream_error.value)):
+        assert "a secret" not in told
+        assert "Traceback" not in told
+
+
+# Time, and clients that leave
+
+
+def test_timeout_is_a_408_without_a_second_try_and_frees_the_rows(chat, backend, unique):
+    prompt = f"wait first {unique}"
+    with pytest.raises(openai.APIStatusError) as error:
+        chat(prompt, extra_body={"timeout": 0.2})
+    assert error.value.status_code == 408
+    ((_, stream),) = backend.asked(prompt)
+    assert stream.ended.wait(WAIT_S)
+    assert stream.aborted
+
+
+@pytest.mark.parametrize("moment", ["first", "later"])
+def test_silent_stream_times_out_and_frees_the_rows(chat, backend, moment, unique):
+    prompt = f"wait {moment} {unique}"
+    with pytest.raises(openai.APIError, match=r"nothing came for 0\.2 s"):
+        list(chat(prompt, stream=True, extra_body={"timeout": 0.2}))
+    ((_, stream),) = backend.asked(prompt)
+    assert stream.ended.wait(WAIT_S)
+    assert stream.aborted
+
+
+@pytest.mark.parametrize("moment", ["first", "later"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_hangs_up_frees_the_rows(proxy, backend, stream, moment, unique):
+    prompt = f"wait {moment} {unique}"
+
+    async def leave():
+        async with proxy.client(openai.AsyncOpenAI) as client:
+            create = client.chat.completions.create
+            asking = asyncio.create_task(
+                create(model="mrss/tone", messages=user(prompt), stream=stream)
+            )
+            answer = await asyncio.to_thread(backend.blocked, prompt)
+            if stream and moment == "later":
+                chunks = await asking
+                assert (await anext(chunks)).choices[0].delta.content == WORDS[0]
+                await chunks.close()
+            else:
+                asking.cancel()
+            return answer
+
+    answer = asyncio.run(leave())
+    assert answer.ended.wait(WAIT_S)
+    assert answer.aborted
+
+
+# Processes
+
+
+def test_all_workers_share_one_engine(proxy, engine):
+    body = {"model": "mrss/tone", "messages": user()}
+    workers = {child.pid for child in psutil.Process(proxy.process.pid).children(recursive=True)}
+    for _ in range(200):
+        # A connection each: the kernel deals them out.
+        assert httpx.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 200
+        if len(engine.peers & workers) == NUM_WORKERS:
+            break
+    assert len(engine.peers & workers) == NUM_WORKERS
+
+
+ENGINE = """
+import sys
+from pathlib import Path
+from fakes import FakeBackend
+from mrss_provider.config import ServerConfig
+from mrss_provider.server.run import run_server
+print("starting", flush=True)
+run_server(FakeBackend(), ServerConfig(socket=Path(sys.argv[1])))
+"""
+
+
+def start_engine(path):
+    """Start an engine process of our own, return it once it answers."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", ENGINE, str(path)], env=env)
+
+    async def answers():
+        client = Client(f"unix://{path}")
+        async with asyncio.timeout(WAIT_S * 3):
+            while await client.probe() != "ready":
+                await asyncio.sleep(0.02)
+        await client.aclose()
+
+    asyncio.run(answers())
+    return process
+
+
+def test_killed_engine_is_a_503_and_its_successor_serves(chat, folder):
+    ask = {"model": "killable", "extra_headers": NO_RETRIES}
+    first = start_engine(folder / "killable.sock")
+    assert chat(**ask).choices[0].message.content == "Hello, world"
+    first.send_signal(signal.SIGKILL)
+    first.wait(WAIT_S)
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="no engine answers") as error:
+            chat(**ask, stream=stream)
+        assert error.value.status_code == 503
+    second = start_engine(folder / "killable.sock")
+    try:
+        assert chat(**ask).choices[0].message.content == "Hello, world"
+    finally:
+        second.terminate()
+        second.wait(WAIT_S)
+
+
+def own_engines(folder):
+    """Return the engine processes whose socket is in `folder`."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "mrss_provider.server" in command and str(folder) in " ".join(command):
+            found.append(process)
+    return found
+
+
+def test_engine_is_started_once_for_all_and_again_after_sigkill(chat, folder):
+    def ask(_=None):
+        return chat("Who are you?", model="auto/knowledge+tone", max_tokens=4, seed=1)
+
+    def ask_eight_times():
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(ask, range(8)))
+
+    first = ask_eight_times()
+    (engine,) = own_engines(folder)
+    assert all(answer.usage.completion_tokens > 0 for answer in first)
+    assert {answer.mrss["mixture"] for answer in first} == {"knowledge+tone"}
+    stream = chat("Who are you?", model="auto/tone", max_tokens=100_000, stream=True)
+    next(stream)
+    engine.kill()
+    with pytest.raises(openai.APIError):
+        list(stream)
+    again = ask_eight_times()
+    (successor,) = own_engines(folder)
+    assert successor.pid != engine.pid
+    assert again[0].choices[0].message.content == first[0].choices[0].message.content
+
+
+@pytest.mark.slow
+def test_shipped_configuration_validates_as_it_is():
+    command = [str(Path(sys.executable).parent / "litellm"), "--validate_config"]
+    config = str(Path(__file__).parent.parent.parent / "proxy_config.yaml")
+    result = subprocess.run([*command, "--config", config], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "config OK (7 models)" in result.stdout
