@@ -146,7 +146,8 @@ class StateLibrary:
         cards = [ModelCard(BASE, "base", f"{self._model_name} without a tuned state")]
         for name in sorted(entries.states):
             metadata = entries.states[name].metadata
-            cards.append(ModelCard(name, "state", metadata.display_name or ""))
+            about = metadata.display_name or (f"a {metadata.group} state" if metadata.group else "")
+            cards.append(ModelCard(name, "state", about))
         for name in sorted(entries.mixtures):
             named = entries.mixtures[name]
             cards.append(ModelCard(name, "mixture", named.description))
@@ -301,7 +302,7 @@ def _fault_of_mixture(
     if name in files:
         return f"a state file has the name {name!r} too, rename one of them"
     for term in mixtures[name].terms:
-        if term.name in mixtures:
+        if term.name in mixtures and term.name not in files:
             return f"the term {term.name!r} is a mixture, terms are states; write its terms instead"
         if term.name != BASE and term.name not in states:
             what = "cannot be loaded" if term.name in files else "does not exist"
@@ -371,7 +372,8 @@ def _cut(merge: str, num_terms: int, option: object, named: NamedMixture | None)
 
 def _raise_problem(entries: _Entries, name: str) -> None:
     for problem in entries.problems:
-        if problem.name == name:
+        # A bad file called `base.pth` does not take the untuned model away.
+        if problem.name == name != BASE:
             raise type(problem.error)(f"{name!r} cannot be used: {problem.error.message}")
 
 
@@ -379,7 +381,7 @@ def _unknown(entries: _Entries, name: str, *, text: str, position: int) -> Unkno
     """Build the error for a name that nothing loaded has."""
     names = entries.names
     near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}" if near else "known are"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known are"
     if not near:
         shown = names[:_MAX_NAMES_IN_MESSAGE]
         more = len(names) - len(shown)

@@ -1,0 +1,485 @@
+"""StateLibrary: folders good and bad, and names made concrete."""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+
+from mrss_provider.backend import MixtureOptions
+from mrss_provider.engine.request import ResolvedMixture, resolve_sampling
+from mrss_provider.engine.state_library import StateLibrary
+from mrss_provider.errors import (
+    ConfigError,
+    InvalidRequestError,
+    MRSSError,
+    StateFileError,
+    UnknownNameError,
+)
+from mrss_provider.model import (
+    ModelConfig,
+    StateMetadata,
+    TunedState,
+    load_model,
+    save_tuned_state,
+)
+from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
+
+MIXTURES = """
+[story]
+terms = "tone:0.5+knowledge"
+temperature = 0.8
+top_p = 0.9
+sampling_order = "rwkv"
+description = "Facts, told warmly"
+
+[average]
+terms = "knowledge+tone+base"
+merge = "geometric"
+gate = "fixed"
+
+[sharp]
+terms = "knowledge+tone"
+cut = 0.4
+"""
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    path = tiny_model.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.pth")
+    return load_model(path, device="cpu", dtype="fp32", threads=1).config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("states")
+    for seed, name in enumerate(("knowledge", "tone", "poetry")):
+        tiny_model.write_state(folder / f"{name}.pth", seed=seed)
+    (folder / "mixtures.toml").write_text(MIXTURES)
+    (folder / "README.md").write_text("not a state")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path, model_config: ModelConfig) -> StateLibrary:
+    return StateLibrary(folder, model_config, model_name="tiny", max_states=4, context_len=512)
+
+
+def names(mixture: ResolvedMixture) -> list[str]:
+    return ["base" if state is None else state.name for state in mixture.states]
+
+
+def test_a_folder_becomes_states_and_mixtures(library: StateLibrary) -> None:
+    assert list(library.states) == ["knowledge", "poetry", "tone"]
+    assert sorted(library.mixtures) == ["average", "sharp", "story"]
+    assert library.problems == ()
+    assert library.get("tone").name == "tone"
+
+
+def test_cards_list_base_then_states_then_mixtures(library: StateLibrary, folder: Path) -> None:
+    cards = library.cards()
+    assert [(card.id, card.kind) for card in cards] == [
+        ("base", "base"),
+        ("knowledge", "state"),
+        ("poetry", "state"),
+        ("tone", "state"),
+        ("average", "mixture"),
+        ("sharp", "mixture"),
+        ("story", "mixture"),
+    ]
+    assert cards[-1].description == "Facts, told warmly"
+    assert cards[-1].created == int((folder / "mixtures.toml").stat().st_mtime)
+    assert cards[1].created == int((folder / "knowledge.pth").stat().st_mtime)
+    assert {card.context_len for card in cards} == {512}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "weights", "canonical", "rule"),
+    [
+        ("base", ["base"], (1.0,), "base", "linear~fixed"),
+        ("base:3", ["base"], (1.0,), "base", "linear~fixed"),
+        ("tone", ["tone"], (1.0,), "tone", "linear~fixed"),
+        ("tone:3~delta", ["tone"], (1.0,), "tone", "linear~fixed"),
+        ("tone+tone:2", ["tone"], (1.0,), "tone", "linear~fixed"),
+        ("tone+knowledge:0", ["tone"], (1.0,), "tone", "linear~fixed"),
+        (
+            "tone:2+knowledge:4",
+            ["base", "knowledge", "tone"],
+            (0.0, 1.0, 0.5),
+            "knowledge+tone:0.5",
+            "delta~novelty",
+        ),
+        (
+            "knowledge+tone@tiny~linear~fixed",
+            ["knowledge", "tone"],
+            (0.5, 0.5),
+            "knowledge+tone~linear~fixed",
+            "linear~fixed",
+        ),
+        (
+            "knowledge+tone:0.25~linear",
+            ["base", "knowledge", "tone"],
+            (0.0, 0.8, 0.2),
+            "knowledge+tone:0.25~linear",
+            "linear~novelty",
+        ),
+        (
+            "base:0.2+tone:0.8",
+            ["base", "tone"],
+            (0.2, 0.8),
+            "base:0.25+tone",
+            "delta~novelty",
+        ),
+        (
+            "tone:3+base~geometric~fixed",
+            ["base", "tone"],
+            (0.25, 0.75),
+            "base:0.3333+tone~geometric~fixed",
+            "geometric~fixed",
+        ),
+        (
+            "story",
+            ["base", "knowledge", "tone"],
+            (0.0, 1.0, 0.5),
+            "knowledge+tone:0.5",
+            "delta~novelty",
+        ),
+        (
+            "story~linear~fixed",
+            ["knowledge", "tone"],
+            (2 / 3, 1 / 3),
+            "knowledge+tone:0.5~linear~fixed",
+            "linear~fixed",
+        ),
+        (
+            "average",
+            ["base", "knowledge", "tone"],
+            (1 / 3, 1 / 3, 1 / 3),
+            "base+knowledge+tone~geometric~fixed",
+            "geometric~fixed",
+        ),
+    ],
+)
+def test_names_become_rows(
+    library: StateLibrary,
+    text: str,
+    rows: list[str],
+    weights: tuple[float, ...],
+    canonical: str,
+    rule: str,
+) -> None:
+    mixture = library.resolve(text)
+    assert names(mixture) == rows
+    assert mixture.rows == len(rows)
+    assert mixture.weights == pytest.approx(weights, rel=1e-3)
+    assert mixture.canonical == canonical
+    assert f"{mixture.merge}~{mixture.gate}" == rule
+    assert mixture.base_row == (0 if rows[0] == "base" else None)
+    assert mixture.cut == (0.1 if mixture.merge == "delta" else 0.0)
+    # The canonical name means the same thing.
+    again = library.resolve(canonical)
+    assert (again.fingerprint, again.weights) == (mixture.fingerprint, mixture.weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "canonical"),
+    [
+        ("knowledge+tone", MixtureOptions(weights={"tone": 0.5}), "knowledge+tone:0.5"),
+        ("tone+knowledge", MixtureOptions(gating_weights=(1.0, 4.0)), "knowledge+tone:0.25"),
+        ("tone+knowledge", MixtureOptions(gating_weights=(0.0, 4.0)), "knowledge"),
+        ("tone+tone+base", MixtureOptions(gating_weights=(1.0, 1.0, 1.0)), "base:0.5+tone"),
+        # The order of the terms as the file has them.
+        ("story", MixtureOptions(gating_weights=(4.0, 1.0)), "knowledge:0.25+tone"),
+        ("story", MixtureOptions(weights={"tone": 2.0}), "knowledge:0.5+tone"),
+        (
+            "knowledge+tone",
+            MixtureOptions(merge="linear", gate="fixed"),
+            "knowledge+tone~linear~fixed",
+        ),
+        ("knowledge+tone~linear", MixtureOptions(merge="linear"), "knowledge+tone~linear"),
+        ("average", MixtureOptions(gate="novelty"), "base+knowledge+tone~geometric"),
+        ("knowledge+tone", MixtureOptions(weights={}), "knowledge+tone"),
+        ("tone", MixtureOptions(merge="delta", gate="novelty", cut=0.3), "tone"),
+    ],
+)
+def test_options_of_a_request(
+    library: StateLibrary, text: str, options: MixtureOptions, canonical: str
+) -> None:
+    assert library.resolve(text, options).canonical == canonical
+
+
+def test_cut_comes_from_the_request_then_the_mixture_then_the_default(
+    library: StateLibrary,
+) -> None:
+    assert library.resolve("sharp").cut == 0.4
+    assert library.resolve("sharp", MixtureOptions(cut=0)).cut == 0.0
+    assert library.resolve("sharp~linear").cut == 0.0
+    assert library.resolve("knowledge+tone", MixtureOptions(cut=0.2)).cut == 0.2
+    assert library.resolve("knowledge+tone~linear", MixtureOptions(cut=0)).cut == 0.0
+
+
+def test_defaults_of_a_named_mixture_reach_the_sampling(library: StateLibrary) -> None:
+    story = library.resolve("story")
+    assert (story.temperature, story.top_p, story.sampling_order) == (0.8, 0.9, "rwkv")
+    card = {"temperature": 0.6, "top_p": 0.5}
+    filled = resolve_sampling(SamplingParams(), story, **card)
+    assert (filled.temperature, filled.top_p, filled.sampling_order) == (0.8, 0.9, "rwkv")
+    said = SamplingParams(temperature=0.0, top_p=1.0, sampling_order="openai", seed=5, max_tokens=9)
+    assert resolve_sampling(said, story, **card) == said
+    tone = library.resolve("tone")
+    filled = resolve_sampling(SamplingParams(), tone, **card)
+    assert (filled.temperature, filled.top_p, filled.sampling_order) == (0.6, 0.5, "openai")
+    filled = resolve_sampling(SamplingParams(), tone)
+    assert (filled.temperature, filled.top_p) == (1.0, 0.7)
+    assert filled.max_tokens == DEFAULT_MAX_TOKENS
+    assert filled.seed is not None
+    assert filled.seed != resolve_sampling(SamplingParams(), tone).seed
+    assert resolve_sampling(SamplingParams(), tone, room=100).max_tokens == 100
+    assert resolve_sampling(SamplingParams(), tone, room=-5).max_tokens == 1
+    assert resolve_sampling(said, tone, room=3).max_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "suggestions", "message"),
+    [
+        ("konwledge", 0, ("knowledge",), "'konwledge' at position 0 .*did you mean 'knowledge'"),
+        ("tone:0.3+poetri", 9, ("poetry",), "did you mean 'poetry'"),
+        ("xyz", 0, (), "known are base, knowledge, poetry, tone, average, sharp, story"),
+        ("tone@demo", 5, ("tiny",), "unknown model 'demo' .* has loaded 'tiny'"),
+        ("Tone", 0, ("tone",), "did you mean 'tone'"),
+    ],
+)
+def test_unknown_names_are_a_400_with_position_and_neighbours(
+    library: StateLibrary, text: str, position: int, suggestions: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UnknownNameError, match=message) as caught:
+        library.resolve(text)
+    assert caught.value.status_code == 400
+    assert caught.value.to_dict()["error"]["code"] == "model_not_found"  # type: ignore[index]
+    assert caught.value.position == position
+    assert set(suggestions) <= set(caught.value.suggestions)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("tone+", None, "at position 5: expected a state name, got the end"),
+        ("story+tone", None, r"'story' at position 0 .* cannot be a term.*\(tone\+knowledge\)"),
+        ("tone+story", None, "'story' at position 5"),
+        ("story:0.5", None, "cannot be a term or have a weight"),
+        ("tone", MixtureOptions(weights={"knowledge": 1.0}), "names 'knowledge', which is not"),
+        ("tone", MixtureOptions(weights={"tone": 0.0}), "at least one weight must be above 0"),
+        ("tone+poetry", MixtureOptions(gating_weights=(1.0,)), "each of 2 terms .*, got 1"),
+        ("tone+poetry", MixtureOptions(gating_weights=(1, 2, 3)), "got 3"),
+        ("tone+poetry", MixtureOptions(gating_weights=(0, 0)), "at least one weight"),
+        ("tone+poetry", MixtureOptions(gating_weights=(1, -1)), "finite and >= 0, got -1"),
+        (
+            "tone",
+            MixtureOptions(weights={"tone": 1}, gating_weights=(1.0,)),
+            "mrss.weights or mrss_gatingweight, not both",
+        ),
+        ("tone+poetry", MixtureOptions(merge="power"), "mrss.merge must be one of linear, geo"),
+        ("tone+poetry", MixtureOptions(gate="learned"), "mrss.gate must be one of fixed, nov"),
+        ("tone+poetry~linear", MixtureOptions(merge="delta"), "says '~linear' and mrss.merge says"),
+        ("tone+poetry", MixtureOptions(cut=1.0), r"mrss.cut must be in \[0, 1\), got 1.0"),
+        ("tone+poetry", MixtureOptions(cut=float("nan")), "mrss.cut must be in"),
+        ("tone+poetry", MixtureOptions(cut="x"), "got 'x'"),  # type: ignore[arg-type]
+        ("tone+poetry~linear", MixtureOptions(cut=0.2), "'linear' has no cut"),
+        ("average", MixtureOptions(cut=0.2), "'geometric' has no cut"),
+    ],
+)
+def test_bad_requests_are_a_400(
+    library: StateLibrary, text: str, options: MixtureOptions | None, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        library.resolve(text, options)
+    assert caught.value.status_code == 400
+
+
+def test_the_number_of_states_is_limited(folder: Path, model_config: ModelConfig) -> None:
+    library = StateLibrary(folder, model_config, max_states=2)
+    library.resolve("tone+knowledge+tone")
+    with pytest.raises(InvalidRequestError, match=r"at most 2 states \(max_states\), got 3"):
+        library.resolve("tone+knowledge+base")
+
+
+def test_the_fingerprint_changes_with_all_that_changes_an_answer(
+    folder: Path, library: StateLibrary, tmp_path: Path, model_config: ModelConfig
+) -> None:
+    texts = ["tone", "knowledge", "base", "tone+knowledge", "tone:2+knowledge", "average"]
+    texts += ["tone+knowledge~linear", "tone+knowledge~fixed", "sharp"]
+    prints = [library.resolve(text).fingerprint for text in texts]
+    assert len(set(prints)) == len(texts)
+    assert all(p.startswith("fp_") and len(p) == 19 for p in prints)
+    # Another file under the same name; the same bytes under another name.
+    shutil.copy(folder / "tone.pth", tmp_path / "other.pth")
+    shutil.copy(folder / "poetry.pth", tmp_path / "tone.pth")
+    moved = StateLibrary(tmp_path, model_config)
+    assert moved.resolve("other").fingerprint == prints[0]
+    assert moved.resolve("tone").fingerprint != prints[0]
+
+
+def test_one_bad_file_spoils_only_its_own_name(
+    folder: Path, model_config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(folder / "tone.pth", tmp_path / "tone.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a state")
+    tiny_model.write_state(tmp_path / "other-shape.pth", tiny_model.Shape(num_layers=3))
+    tiny_model.write_state(tmp_path / "replicate-me.pth")
+    tiny_model.write_state(tmp_path / "base.pth")
+    tiny_model.write_state(tmp_path / "two words.pth")
+    for suffix in ("pth", "st"):
+        tiny_model.write_state(tmp_path / f"twice.{suffix}")
+    shutil.copy(folder / "poetry.pth", tmp_path / "shared.pth")
+    (tmp_path / "sub.pth").mkdir()
+    (tmp_path / "mixtures.toml").write_text(
+        """
+        loose = 3
+        [good]
+        terms = "tone+base"
+        [no-terms]
+        merge = "linear"
+        [typo]
+        terms = "tone"
+        temperatur = 1
+        [bad-merge]
+        terms = "tone"
+        merge = "power"
+        [bad-top-p]
+        terms = "tone"
+        top_p = 2
+        [bad-cut]
+        terms = "tone"
+        cut = 1
+        [cut-of-linear]
+        terms = "tone+base"
+        merge = "linear"
+        cut = 0.1
+        [suffix]
+        terms = "tone+base~linear"
+        [bad-weight]
+        terms = "tone:x"
+        [number]
+        terms = 3
+        [of-broken]
+        terms = "tone+broken"
+        [of-nothing]
+        terms = "tone+nothing"
+        [of-mixture]
+        terms = "tone+good"
+        [shared]
+        terms = "base"
+        [of-shared]
+        terms = "shared+tone"
+        [my-clarifai]
+        terms = "tone"
+        [described]
+        terms = "tone"
+        description = 4
+        """
+    )
+    with caplog.at_level(logging.WARNING):
+        library = StateLibrary(tmp_path, model_config)
+    assert list(library.states) == ["shared", "tone"]
+    assert list(library.mixtures) == ["good", "of-shared"]
+    expected = {
+        "broken": "broken.pth",
+        "other-shape": "layers",
+        "replicate-me": "must not contain 'replicate'",
+        "base": "untuned model",
+        "two words": "a letter or digit",
+        "twice": "more than one file, twice.pth and twice.st; keep one",
+        "loose": r"\[loose\]: a mixture is a table",
+        "no-terms": r"\[no-terms\]: terms must be a string, got None",
+        "typo": "unknown key 'temperatur', the keys are terms, merge",
+        "bad-merge": "merge must be one of linear, geometric, delta, got 'power'",
+        "bad-top-p": r"top_p must be in \(0, 1\], got 2",
+        "bad-cut": r"cut must be in \[0, 1\), got 1",
+        "cut-of-linear": "'linear' has no cut",
+        "suffix": "names and weights only",
+        "bad-weight": "at position 5: expected a weight",
+        "number": "terms must be a string, got 3",
+        "of-broken": "the state 'broken' cannot be loaded",
+        "of-nothing": "the state 'nothing' does not exist",
+        "of-mixture": "the term 'good' is a mixture",
+        "shared": "a state file has the name 'shared' too, rename one of them",
+        "my-clarifai": "must not contain 'clarifai'",
+        "described": "description must be a string, got 4",
+    }
+    problems = {problem.name: problem for problem in library.problems}
+    assert problems.keys() == expected.keys()
+    for name, message in expected.items():
+        error = problems[name].error
+        assert error.status_code == 400
+        assert re.search(message, str(error))
+        if name not in ("base", "two words"):
+            with pytest.raises(MRSSError, match=f"'{name}' cannot be used: .*{message}"):
+                library.resolve(name)
+        assert str(error) in caplog.text
+    assert library.resolve("good").canonical == "base+tone"
+    with pytest.raises(ConfigError, match="'shared' cannot be used"):
+        library.resolve("of-shared")
+
+
+def test_a_mixtures_file_that_is_no_toml_is_told_with_unknown_names(
+    folder: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "tone.pth", tmp_path / "tone.pth")
+    (tmp_path / "mixtures.toml").write_text("[story\nterms=")
+    library = StateLibrary(tmp_path, model_config)
+    assert [problem.name for problem in library.problems] == ["mixtures.toml"]
+    assert library.resolve("tone").rows == 1
+    with pytest.raises(UnknownNameError, match=r"'story' .*\(mixtures.toml cannot be read: "):
+        library.resolve("story")
+    (tmp_path / "mixtures.toml").write_bytes(b"\xff\xfe")
+    assert len(StateLibrary(tmp_path, model_config).problems) == 1
+
+
+def test_a_file_that_may_not_be_read_is_a_problem(
+    model_config: ModelConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "gone.pth").symlink_to(tmp_path / "nowhere.pth")
+    tiny_model.write_state(tmp_path / "locked.pth")
+    os.chmod(tmp_path / "locked.pth", 0)
+    library = StateLibrary(tmp_path, model_config)
+    # A dangling link is no file; root reads whatever it likes.
+    assert {problem.name for problem in library.problems} <= {"locked"}
+    assert all(isinstance(problem.error, StateFileError) for problem in library.problems)
+
+
+def test_a_folder_that_does_not_exist_is_an_error(
+    model_config: ModelConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"folder of states .*nowhere' does not exist"):
+        StateLibrary(tmp_path / "nowhere", model_config)
+    assert [card.id for card in StateLibrary(tmp_path, model_config).cards()] == ["base"]
+
+
+def test_get_refuses_what_is_no_state(library: StateLibrary) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'tone'"):
+        library.get("tune")
+    with pytest.raises(UnknownNameError):
+        library.get("story")
+
+
+def test_strict_refuses_states_of_other_weights(tmp_path: Path, model_config: ModelConfig) -> None:
+    state = TunedState(
+        "tone",
+        torch.zeros(model_config.state_shape),
+        metadata=StateMetadata(display_name="A kind tone", group="tone"),
+    )
+    path = tiny_model.write_checkpoint(tmp_path / "other-model.pth", seed=9)
+    other = load_model(path, device="cpu", dtype="fp32", threads=1).config
+    folder = tmp_path / "states"
+    folder.mkdir()
+    save_tuned_state(folder / "tone.safetensors", state, other)
+    lenient = StateLibrary(folder, model_config)
+    assert lenient.cards()[1].description == "A kind tone"
+    assert lenient.problems == ()
+    strict = StateLibrary(folder, model_config, strict=True)
+    with pytest.raises(StateFileError, match="'tone' cannot be used"):
+        strict.resolve("tone")
