@@ -237,6 +237,8 @@ class Connection(asyncio.Protocol, httpx.AsyncByteStream):
         if self._body.is_complete:
             self._ended = True
             self.watch(None)
+            if self._transport is not None:
+                self._transport.close()
         elif self._num_buffered > _MAX_BUFFERED_BYTES and not self._is_paused:
             assert self._transport is not None
             self._is_paused = True
