@@ -11,27 +11,17 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrss_provider.backend import MixtureOptions, ModelCard
 from mrss_provider.engine.gates import GATES
 from mrss_provider.engine.merge import MERGE_RULES
-from mrss_provider.engine.mixtures_file import (
-    MIXTURES_FILE,
-    NamedMixture,
-    check_cut,
-    read_mixtures,
-)
+from mrss_provider.engine.mixtures_file import MIXTURES_FILE, NamedMixture, check_cut
 from mrss_provider.engine.request import ResolvedMixture
-from mrss_provider.errors import (
-    ConfigError,
-    InvalidRequestError,
-    MRSSError,
-    StateFileError,
-    UnknownNameError,
-)
+from mrss_provider.engine.state_folder import STATE_SUFFIXES, Entries, Problem, load_folder
+from mrss_provider.errors import InvalidRequestError, UnknownNameError
 from mrss_provider.mixture import (
     BASE,
     DEFAULT_CUT,
@@ -40,43 +30,19 @@ from mrss_provider.mixture import (
     Mixture,
     Term,
     canonical_weights,
-    check_name,
     check_terms,
     check_weight,
     parse_mixture,
 )
-from mrss_provider.model import TunedState, load_tuned_state
 
 if TYPE_CHECKING:
-    from mrss_provider.model import ModelConfig
+    from mrss_provider.model import ModelConfig, TunedState
 
 log = logging.getLogger(__name__)
 
-STATE_SUFFIXES = (".safetensors", ".pth", ".st")
+__all__ = ["STATE_SUFFIXES", "Problem", "StateLibrary"]
+
 _MAX_NAMES_IN_MESSAGE = 20
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a file or an entry of `mixtures.toml`; naming `name` raises `error`."""
-
-    name: str
-    path: Path
-    error: MRSSError
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """One consistent view of what is loaded; never changed, only replaced."""
-
-    states: Mapping[str, TunedState] = field(default_factory=dict)
-    mixtures: Mapping[str, NamedMixture] = field(default_factory=dict)
-    problems: tuple[Problem, ...] = ()
-    created: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        return [BASE, *sorted(self.states), *sorted(self.mixtures)]
 
 
 class StateLibrary:
@@ -108,7 +74,7 @@ class StateLibrary:
         self._model_name = model_name or model_config.name
         self._max_states = max_states
         self._context_len = context_len
-        self._entries = _load_folder(folder, model_config, strict=strict)
+        self._entries = load_folder(folder, model_config, strict=strict)
         for problem in self._entries.problems:
             log.warning("%s: %s", problem.path.name, problem.error)
 
@@ -197,7 +163,7 @@ class StateLibrary:
                 suggestions=(self._model_name,),
             )
 
-    def _check_terms(self, entries: _Entries, terms: Sequence[Term], text: str) -> None:
+    def _check_terms(self, entries: Entries, terms: Sequence[Term], text: str) -> None:
         for term in terms:
             _raise_problem(entries, term.name)
             if term.name in entries.mixtures:
@@ -216,7 +182,7 @@ class StateLibrary:
                 param="model",
             )
 
-    def _rows(self, entries: _Entries, mixture: Mixture, cut: float) -> ResolvedMixture:
+    def _rows(self, entries: Entries, mixture: Mixture, cut: float) -> ResolvedMixture:
         """Lay out the rows: the base first if it is named or needed, then the states by name."""
         ratios = canonical_weights(mixture.terms)
         names = sorted(name for name in ratios if name != BASE)
@@ -251,66 +217,7 @@ class StateLibrary:
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _load_folder(folder: Path, model_config: ModelConfig, *, strict: bool) -> _Entries:
-    if not folder.is_dir():
-        raise ConfigError(f"the folder of states {str(folder)!r} does not exist", param="states")
-    states: dict[str, TunedState] = {}
-    created: dict[str, int] = {}
-    problems: list[Problem] = []
-    by_name: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in STATE_SUFFIXES and path.is_file():
-            by_name.setdefault(path.stem, []).append(path)
-    for name, paths in by_name.items():
-        try:
-            states[name] = _load_state(name, paths, model_config, strict=strict)
-            created[name] = int(paths[0].stat().st_mtime)
-        except MRSSError as exc:
-            problems.append(Problem(name, paths[0], exc))
-    mixtures_path = folder / MIXTURES_FILE
-    mixtures, bad = read_mixtures(mixtures_path)
-    for name in list(mixtures):
-        fault = _fault_of_mixture(name, mixtures, by_name, states)
-        if fault:
-            bad[name] = ConfigError(f"{MIXTURES_FILE}, [{name}]: {fault}", param="terms")
-    for name, error in bad.items():
-        mixtures.pop(name, None)
-        problems.append(Problem(name, mixtures_path, error))
-    created |= {name: int(mixtures_path.stat().st_mtime) for name in mixtures}
-    return _Entries(states, mixtures, tuple(problems), created)
-
-
-def _load_state(
-    name: str, paths: Sequence[Path], model_config: ModelConfig, *, strict: bool
-) -> TunedState:
-    check_name(name)
-    if len(paths) > 1:
-        files = " and ".join(path.name for path in paths)
-        raise StateFileError(f"the state {name!r} has more than one file, {files}; keep one")
-    try:
-        return load_tuned_state(paths[0], model_config, name=name, strict=strict)
-    except OSError as exc:
-        raise StateFileError(f"{paths[0].name} cannot be read: {exc}") from exc
-
-
-def _fault_of_mixture(
-    name: str,
-    mixtures: Mapping[str, NamedMixture],
-    files: Mapping[str, object],
-    states: Mapping[str, TunedState],
-) -> str | None:
-    if name in files:
-        return f"a state file has the name {name!r} too, rename one of them"
-    for term in mixtures[name].terms:
-        if term.name in mixtures and term.name not in files:
-            return f"the term {term.name!r} is a mixture, terms are states; write its terms instead"
-        if term.name != BASE and term.name not in states:
-            what = "cannot be loaded" if term.name in files else "does not exist"
-            return f"the state {term.name!r} {what}"
-    return None
-
-
-def _named_mixture(entries: _Entries, typed: Mixture) -> NamedMixture | None:
+def _named_mixture(entries: Entries, typed: Mixture) -> NamedMixture | None:
     """Return the mixture that the whole name means, if it is one."""
     if len(typed.terms) != 1 or typed.terms[0].weight != 1.0:
         return None
@@ -370,14 +277,14 @@ def _cut(merge: str, num_terms: int, option: object, named: NamedMixture | None)
     return DEFAULT_CUT if named is None or named.cut is None else named.cut
 
 
-def _raise_problem(entries: _Entries, name: str) -> None:
+def _raise_problem(entries: Entries, name: str) -> None:
     for problem in entries.problems:
         # A bad file called `base.pth` does not take the untuned model away.
         if problem.name == name != BASE:
             raise type(problem.error)(f"{name!r} cannot be used: {problem.error.message}")
 
 
-def _unknown(entries: _Entries, name: str, *, text: str, position: int) -> UnknownNameError:
+def _unknown(entries: Entries, name: str, *, text: str, position: int) -> UnknownNameError:
     """Build the error for a name that nothing loaded has."""
     names = entries.names
     near = difflib.get_close_matches(name, names, n=3)
