@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """Raise `ValueError` unless `tensor` has exactly `shape`."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 

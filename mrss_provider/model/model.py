@@ -69,8 +69,8 @@ def load_model(
 class Model:
     """A loaded checkpoint.
 
-    A row's result does not depend on the other rows of its batch, bit for bit, where `linear` says
-    so of the device and dtype: on an x86 CPU, fp16 weights in any batch, others from two rows up.
+    On a CPU a row's hidden states, logits and states do not depend, bit for bit, on its slot nor on
+    what else is in the batch of `decode` or `prefill`; see `linear` for where this was measured.
 
     Attributes:
         config: version, shape, dtype, fingerprint.
@@ -142,7 +142,9 @@ class Model:
     @torch.no_grad()
     def decode_by_layer(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
         """Read one token a row, one torch op after the other; as `decode`, on any device."""
-        return self._norm_out(self._forward(token_ids, DecodeStep(pool, slots)))
+        with torch.inference_mode():
+            x = self._forward(token_ids, DecodeStep(pool, slots))
+        return self._norm_out(x)
 
     @torch.no_grad()
     def prefill(
@@ -166,8 +168,9 @@ class Model:
         Returns:
             hidden [n, C], or [T, C] with `all_positions`, fp32, after the last norm.
         """
-        step = PrefillStep(pool, slots, cu_seqlens)
-        x = self._forward(token_ids, step)
+        with torch.inference_mode():
+            step = PrefillStep(pool, slots, cu_seqlens)
+            x = self._forward(token_ids, step)
         return self._norm_out(x if all_positions else x[step.lasts])
 
     @torch.no_grad()

@@ -41,6 +41,9 @@ class Layer7:
         self.mix = torch.stack([tensors["att.x_" + name] for name in "rwkvag"])[:, None]
         gated = "wa" if index == 0 else "wav"
         self.minus_bias = -torch.stack([tensors[f"att.{name}0"] for name in gated])[:, None]
+        # Gates are 1 / (c + c * exp(-x)): the first one comes out as the log decay at once.
+        self.gate_scale = torch.ones_like(self.minus_bias[:, :, :1])
+        self.gate_scale[0] = 1 / LOG_DECAY_SCALE
         self.k_k, self.k_a = tensors["att.k_k"], tensors["att.k_a"]
         self.one_minus_k_a = 1 - self.k_a
         self.r_k = tensors["att.r_k"]
@@ -84,8 +87,9 @@ class Layer7:
         low_rank = [self.w2(self.w1(x_w)), self.a2(self.a1(x_a))]
         if v_first is not None:
             low_rank.append(self.v2(self.v1(x_v)))
-        gates = torch.reciprocal(torch.exp(self.minus_bias - torch.stack(low_rank)) + 1)
-        w, a = gates[0] * LOG_DECAY_SCALE, gates[1]
+        decayed = torch.exp(self.minus_bias - torch.stack(low_rank))
+        gates = torch.reciprocal(torch.addcmul(self.gate_scale, self.gate_scale, decayed)).unbind(0)
+        w, a = gates[:2]
         v_first = v if v_first is None else v_first
         if len(low_rank) == 3:
             v = torch.lerp(v, v_first, gates[2])
