@@ -99,6 +99,8 @@ class AsyncEngine:
         if thread is not None:
             thread.stop()
             await asyncio.to_thread(thread.join)
+        # Whoever still holds this object does not hold the model's memory.
+        self._loaded = None
 
     async def _open(self, request: GenerateRequest, started: float) -> TextStream:
         loaded, thread = await self._parts()
