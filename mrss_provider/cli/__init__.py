@@ -9,7 +9,10 @@ def main() -> None:
     Raises:
         SystemExit: with the exit status.
     """
+    import logging
+
     from mrss_provider.cli.app import app
     from mrss_provider.cli.output import run
 
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     run(app)

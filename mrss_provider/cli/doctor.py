@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from mrss_provider.backend import GenerateRequest, Message
 from mrss_provider.cli.ask import Reply, ask, ignore
-from mrss_provider.cli.output import answer, answer_json, printable, size
+from mrss_provider.cli.output import answer, answer_json, printable, quiet, size
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
@@ -43,15 +42,14 @@ class Finding:
 
 def doctor(overrides: Mapping[str, Any], proxy_config: Path | None, as_json: bool) -> bool:
     """Check everything, print each finding as it comes, and return whether nothing failed."""
-    # What the engine would log is among the findings.
-    logging.basicConfig(level=logging.CRITICAL, force=True)
     failed = False
-    for finding in _examine(overrides, proxy_config):
-        failed |= finding.verdict == "FAIL"
-        if as_json:
-            answer_json(asdict(finding))
-        else:
-            answer(finding.line())
+    with quiet():
+        for finding in _examine(overrides, proxy_config):
+            failed |= finding.verdict == "FAIL"
+            if as_json:
+                answer_json(asdict(finding))
+            else:
+                answer(finding.line())
     return not failed
 
 

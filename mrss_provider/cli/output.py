@@ -7,9 +7,11 @@ Answers go to stdout, everything else to stderr. A command that cannot do its wo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mrss_provider.errors import MRSSError
@@ -58,6 +60,18 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep our loggers still, where a command tells the same in its own words."""
+    ours = logging.getLogger("mrss_provider")
+    level = ours.level
+    ours.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def run(app: Callable[[], Any]) -> None:

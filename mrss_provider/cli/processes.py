@@ -92,13 +92,17 @@ class Child:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._lock:
-                if self._is_shown:
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
-                else:
-                    self._lines.append(line)
+        with self._process.stdout as output:
+            for line in output:
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        with self._lock:
+            if self._is_shown:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            else:
+                self._lines.append(line)
 
 
 def check_port_free(host: str, port: int) -> None:

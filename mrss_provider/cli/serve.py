@@ -17,7 +17,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     Raises:
         MRSSError: an address that is taken, a model that cannot be loaded.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, force=True)
     engine = _Announced(AsyncEngine(engine_config), address_of(server_config))
     run_server(engine, server_config, model=engine_config.model.name)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mrss_provider.cli.output import CommandError, answer, answer_json, note, table
+from mrss_provider.cli.output import CommandError, answer, answer_json, note, quiet, table
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.state_library import STATE_SUFFIXES, StateLibrary
 from mrss_provider.errors import MRSSError
@@ -180,7 +180,8 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def _library(config: EngineConfig, shape: ModelConfig) -> StateLibrary:
-    return StateLibrary(config.states, shape, strict=config.strict)
+    with quiet():
+        return StateLibrary(config.states, shape, strict=config.strict)
 
 
 def _about_state(state: TunedState, shape: ModelConfig, folder: Path) -> dict[str, object]:
@@ -210,7 +211,8 @@ def _target(folder: Path, name: str, shape: ModelConfig, *, force: bool) -> Path
             "the bundled states are part of the installation; copy them to a folder of your own "
             f"and name it with --states or MRSS_STATES: cp -r {folder} my-states"
         )
-    library = StateLibrary(folder, shape)
+    with quiet():
+        library = StateLibrary(folder, shape)
     if name in library.mixtures:
         raise CommandError(f"{name!r} is a mixture of mixtures.toml; choose another name")
     taken = [folder / f"{name}{suffix}" for suffix in STATE_SUFFIXES]

@@ -1,0 +1,123 @@
+"""What `make run` does: a proxy and an engine come up, answer, and are gone after Ctrl-C."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from command import mrss
+
+from mrss_provider.cli.output import CommandError
+from mrss_provider.cli.processes import Child
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (15, 1))],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
+)
+def test_what_it_prints_works_and_after_the_signal_all_is_gone(number: int) -> None:
+    port = free_port()
+    with tempfile.TemporaryDirectory(dir="/tmp") as runtime:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "mrss_provider.cli", "proxy", "--port", str(port)],
+            cwd=ROOT,
+            env={**os.environ, "XDG_RUNTIME_DIR": runtime},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            told = _until(command, "Ctrl-C ends")
+            started = psutil.Process(command.pid).children(recursive=True)
+            assert any("mrss_provider.server" in " ".join(p.cmdline()) for p in started)
+
+            url, body = re.findall(r"curl (\S+) .*\\\n  -d '(.*)'", told)[0]
+            answer = httpx.post(url, json=json.loads(body), timeout=60).json()
+            assert answer["choices"][0]["message"]["content"].strip()
+            snippet = told[told.index("from openai") : told.index("\n\nnames:")]
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(snippet, {})
+            assert printed.getvalue().strip()
+            assert "mrss/knowledge+tone" in told.split("names: ")[1].splitlines()[0]
+        finally:
+            command.send_signal(number)
+            out, _ = command.communicate(timeout=60)
+        assert (command.returncode, out) == (0, "")
+        assert [p for p in started if p.is_running()] == []
+        assert not list(Path(runtime).rglob("*.sock"))
+
+
+def test_a_port_in_use_is_told_with_the_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = mrss("proxy", "--port", port)
+    assert (result.code, result.out) == (1, "")
+    assert f"port {port} on 127.0.0.1 cannot be used" in result.err
+    assert f"make run PORT={port + 1}" in result.err
+
+
+def test_a_missing_configuration_is_told() -> None:
+    result = mrss("proxy", "--config", "/nowhere.yaml")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: the proxy's configuration /nowhere.yaml does not exist\n"
+
+
+def test_a_child_that_ends_shows_its_last_words(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "print('early'); print('late'); raise SystemExit(3)"
+    child = Child("it", [sys.executable, "-c", code], os.environ)
+    with pytest.raises(CommandError, match="it ended with status 3"):
+        _watch(child)
+    assert capsys.readouterr().err == "early\nlate\n"
+
+
+def test_a_child_that_ignores_sigterm_is_ended_with_its_children() -> None:
+    code = (
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        "print('up', flush=True)\n"
+        "signal.pause()\n"
+    )
+    child = Child("it", [sys.executable, "-u", "-c", code], os.environ)
+    while not (family := psutil.Process(child.pid).children()):
+        child.check_alive()
+    child.stop(0.2)
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert (len(gone), alive) == (1, [])
+
+
+def _watch(child: Child) -> None:
+    while True:
+        child.check_alive()
+
+
+def _until(command: "subprocess.Popen[str]", words: str) -> str:
+    """Read stderr up to the line with `words`."""
+    assert command.stderr is not None
+    lines = []
+    for line in command.stderr:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
