@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """Products of few rows with large weights: the weights are streamed once, whatever the rows.
 
-One row is a matrix-vector product on the ordinary cores; 2 to 64 rows go through the tensor cores
-with the rows padded to 16, 32 or 64. `num_splits` cuts K; the parts are added up by whoever reads
-them, in a fixed order, so no sum depends on timing. Derivation: kernels/README.md.
+Very few rows are matrix-vector products on the ordinary cores that share each block of weights
+in registers; up to 64 rows go through the tensor cores, padded to 16, 32 or 64. `num_splits` cuts
+K; the parts are added up by whoever reads them, in a fixed order, so no sum depends on timing.
+Derivation and measurements: kernels/README.md.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ GROUP_LEN = 64
 MAX_ROWS = 64
 """Rows from which a library product is the better choice (kernels/README.md, measured)."""
 
+NUM_MULTIPROCESSORS = 132
+"""Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
+order of sums, and equal inputs are to give equal bits on every card."""
+
+MAX_GEMV_ROWS = 8
+"""Rows up to which the ordinary cores can keep up with the memory."""
+
 ACTIVATIONS = ("none", "relu2")
 
 
 class LinearConfig(NamedTuple):
     """How one product is cut: outputs a program, K a block, parts of K, warps, pipeline stages.
 
+    One stage means the ordinary cores, more the tensor cores with blocks loaded ahead.
     `prefetch_len` columns of each program's weights are asked into the L2 before it waits for the
     kernel in front of it.
     """
@@ -55,6 +64,7 @@ def gemv_kernel(
     p_groups,
     p_y,
     R,
+    B: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -64,7 +74,10 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (R / BN, SPLITS). x [M, K], w [R, K], y [SPLITS, R]; the first block comes early."""
+    """Grid (R / BN, SPLITS). x [M, B, K], w [R, K], y [SPLITS, B, R]; the first block comes early.
+
+    Several rows share one block of weights in registers, so then a part of K is one block.
+    """
     i_n = tl.program_id(0)
     i_s = tl.program_id(1)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -72,19 +85,32 @@ def gemv_kernel(
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
     w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=(o_n < R)[:, None], other=0.0)
     if GROUPED:
-        p_x += tl.load(p_groups + i_n * BN // 64) * K
+        p_x += tl.load(p_groups + i_n * BN // 64) * (B * K)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
-    for k in tl.static_range(BK, K // SPLITS, BK):
-        w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=(o_n < R)[:, None], other=0.0)
-        acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    if RELU2:
-        y = tl.maximum(y, 0.0)
-        y = y * y
-    tl.store(p_y + i_s * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
+    if B == 1:
+        acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
+        for k in tl.static_range(BK, K // SPLITS, BK):
+            p_next = p_tile + k
+            w = tl.load(p_next) if EVEN else tl.load(p_next, mask=(o_n < R)[:, None], other=0.0)
+            acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
+        sums = (tl.sum(acc, 1),)
+    else:
+        # All loads before all sums: a sum ends in a barrier that no load is moved over.
+        xs = (tl.load(p_x + o_k),)
+        for b in tl.static_range(1, B):
+            xs = xs + (tl.load(p_x + b * K + o_k),)  # type: ignore[assignment]  # noqa: RUF005
+        sums = (tl.sum(w.to(tl.float32) * xs[0].to(tl.float32)[None, :], 1),)
+        for b in tl.static_range(1, B):
+            products = w.to(tl.float32) * xs[b].to(tl.float32)[None, :]
+            sums = sums + (tl.sum(products, 1),)  # type: ignore[assignment]  # noqa: RUF005
+    for b in tl.static_range(B):
+        y = sums[b]
+        if RELU2:
+            y = tl.maximum(y, 0.0)
+            y = y * y
+        tl.store(p_y + (i_s * B + b) * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
 
 
 @triton.jit
@@ -216,7 +242,7 @@ def rows_linear(
     _, rows, size_k = x.shape
     size_r = weight.shape[0]
     config = config or choose_config(rows, size_r, size_k, splittable=activation == "none")
-    check_config(config, size_k, groups is not None, activation)
+    check_config(config, rows, size_k, groups is not None, activation)
     if config.num_splits > 1:
         out_dtype = torch.float32
     y = x.new_empty((config.num_splits, rows, size_r), dtype=out_dtype)
@@ -232,8 +258,8 @@ def rows_linear(
         "num_warps": config.num_warps,
     }
     flags |= dependent_launch(x.device)
-    if rows == 1 and config.num_stages == 1:
-        gemv_kernel[grid](x, weight, groups, y, size_r, **flags)
+    if config.num_stages == 1:
+        gemv_kernel[grid](x, weight, groups, y, size_r, B=rows, **flags)
     elif rows:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         flags |= {"BM": block_m, "STAGES": config.num_stages, "PREFETCH": config.prefetch_len}
@@ -249,23 +275,36 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
     It depends on nothing else, so that a row bucket always adds in the same order.
     """
     if rows == 1:
-        block_k = _largest_block(size_k, 2048)
-        return LinearConfig(max(1, 8192 // block_k), block_k, 1, 4)
+        if size_k % 1024:
+            return LinearConfig(16, _largest_block(size_k, 256), 1, 4)
+        if size_k >= 4096 and size_r >= 4096 and size_k % 2048 == 0:
+            return LinearConfig(4, 2048, 1, 8)
+        return LinearConfig(4, 1024, 1, 4)
     num_splits = 1
-    if splittable:
-        while size_r // 64 * num_splits < 128 and size_k % (128 * num_splits * 2) == 0:
-            num_splits *= 2
-    block_k = _largest_block(size_k // num_splits, 128)
-    return LinearConfig(64, block_k, num_splits, 4, 4)
+    while splittable and size_k % (128 * num_splits * 2) == 0:
+        programs = -(-size_r // 64) * num_splits
+        waves = programs / NUM_MULTIPROCESSORS
+        # Too few programs, or a second wave that leaves many multiprocessors without work.
+        if programs >= 100 and not 1 < waves < 1.7:
+            break
+        num_splits *= 2
+    return LinearConfig(64, _largest_block(size_k // num_splits, 128), num_splits, 4, 4)
 
 
-def check_config(config: LinearConfig, size_k: int, grouped: bool, activation: str) -> None:
-    """Raise `ValueError` unless `config` can cut a product over `size_k`."""
+def check_config(
+    config: LinearConfig, rows: int, size_k: int, grouped: bool, activation: str
+) -> None:
+    """Raise `ValueError` unless `config` can cut a product of `rows` rows over `size_k`."""
     part = size_k // config.num_splits
     if size_k % config.num_splits or part % config.block_k:
         raise ValueError(
             f"K must be a multiple of num_splits * block_k = "
             f"{config.num_splits * config.block_k}, got {size_k}"
+        )
+    if config.num_stages == 1 and (rows > MAX_GEMV_ROWS or (rows > 1 and part > config.block_k)):
+        raise ValueError(
+            f"num_stages must be 2 or more for {rows} rows in {part // config.block_k} blocks, "
+            f"got {config.num_stages}"
         )
     if grouped and GROUP_LEN % config.block_n:
         raise ValueError(f"block_n must divide {GROUP_LEN} with groups, got {config.block_n}")

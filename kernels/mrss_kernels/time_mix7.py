@@ -45,22 +45,29 @@ def _sum_parts(p, mask, stride, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _lora_tile(
-    p_z, p_up, o_n, o_m, B, R, BM: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr,
-    SUM: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
+def _load_up(p_up, o_n, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr):
+    o_d = tl.arange(0, BR)
+    return tl.load(p_up + o_n[:, None] * SUM + o_d[None, :], mask=(o_d < RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def _lora_rows(
+    p_low, p_up, o_n, o_m, B, R, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
+    PARTS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return up [BN, RANK] @ act(z [BM, RANK])^T; ACT 1 is tanh, 2 the sigmoid."""
-    acc = tl.zeros([BN, BM], tl.float32)
-    for i in tl.static_range(0, RANK, 64):
-        o_d = i + tl.arange(0, 64)
-        w = tl.load(p_up + o_n[:, None] * SUM + o_d[None, :])
-        z = _sum_parts(p_z + o_m[:, None] * R + o_d[None, :], (o_m < B)[:, None], B * R, PARTS)
-        if ACT == 1:
-            z = 2 * tl.sigmoid(2 * z) - 1
-        if ACT == 2:
-            z = tl.sigmoid(z)
-        acc = tl.dot(w, tl.trans(z.to(w.dtype)), acc, input_precision="ieee")
-    return acc
+    """Return up [BN, RANK] @ act(low [BM, RANK])^T; ACT 1 is tanh, 2 the sigmoid."""
+    up = _load_up(p_up, o_n, SUM, RANK, BR)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    o_d = tl.arange(0, BR)
+    m_z = (o_m < B)[:, None] & (o_d < RANK)[None, :]
+    z = _sum_parts(p_low + o_m[:, None] * R + o_d[None, :], m_z, B * R, PARTS)
+    if ACT == 1:
+        z = 2 * tl.sigmoid(2 * z) - 1
+    if ACT == 2:
+        z = tl.sigmoid(z)
+    return tl.dot(up, tl.trans(z.to(up.dtype)), input_precision="ieee")
 
 
 @triton.jit
@@ -76,41 +83,42 @@ def lora_up_kernel(
     RA: tl.constexpr,
     RG: tl.constexpr,
     RV: tl.constexpr,
+    BRW: tl.constexpr,
+    BRA: tl.constexpr,
+    BRG: tl.constexpr,
+    BRV: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (C / BN, B / BM). Writes log decay, a, g and the v gate: [4, B, C] fp32."""
-    # R: from one row of the first halves to the next.
+    """Grid (C / BN, 3 or 4, B / BM). Writes log decay, a, g and the v gate: [4, B, C] fp32.
+
+    R is the distance from one row of the first halves to the next.
+    """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    o_m = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    w0 = tl.load(p_vectors + o_n)[:, None]
-    a0 = tl.load(p_vectors + C + o_n)[:, None]
-    v0 = tl.load(p_vectors + 2 * C + o_n)[:, None]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    i_lora = tl.program_id(1)
+    o_m = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM)
     SUM: tl.constexpr = RW + RA + RG + RV
-    p_z = p_low
-    p_o = p_out + o_m[None, :] * C + o_n[:, None]
+    p_o = p_out + i_lora.to(tl.int64) * B * C + o_m[None, :] * C + o_n[:, None]
     m_o = (o_m < B)[None, :] & (o_n < C)[:, None]
-    u = _lora_tile(p_z, p_up, o_n, o_m, B, R, BM, BN, RW, SUM, PARTS, 1)
-    tl.store(p_o, -0.6065306597126334 * tl.sigmoid(w0 + u), mask=m_o)
-    u = _lora_tile(p_z + RW, p_up + RW, o_n, o_m, B, R, BM, BN, RA, SUM, PARTS, 0)
-    tl.store(p_o + B * C, tl.sigmoid(a0 + u), mask=m_o)
-    u = _lora_tile(p_z + RW + RA, p_up + RW + RA, o_n, o_m, B, R, BM, BN, RG, SUM, PARTS, 2)
-    tl.store(p_o + 2 * B * C, u, mask=m_o)
-    if RV > 0:
-        p_v, p_upv = p_z + RW + RA + RG, p_up + RW + RA + RG
-        u = _lora_tile(p_v, p_upv, o_n, o_m, B, R, BM, BN, RV, SUM, PARTS, 0)
-        tl.store(p_o + 3 * B * C, tl.sigmoid(v0 + u), mask=m_o)
-
-
-@triton.jit
-def _load_up(p_up, o_n, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr):
-    o_d = tl.arange(0, BR)
-    return tl.load(p_up + o_n[:, None] * SUM + o_d[None, :], mask=(o_d < RANK)[None, :], other=0.0)
+    if i_lora == 0:
+        w0 = tl.load(p_vectors + o_n)[:, None]
+        u = _lora_rows(p_low, p_up, o_n, o_m, B, R, SUM, RW, BRW, PARTS, 1, PDL)
+        tl.store(p_o, -0.6065306597126334 * tl.sigmoid(w0 + u), mask=m_o)
+    elif i_lora == 1:
+        a0 = tl.load(p_vectors + C + o_n)[:, None]
+        u = _lora_rows(p_low + RW, p_up + RW, o_n, o_m, B, R, SUM, RA, BRA, PARTS, 0, PDL)
+        tl.store(p_o, tl.sigmoid(a0 + u), mask=m_o)
+    elif i_lora == 2:
+        p_g, p_upg = p_low + RW + RA, p_up + RW + RA
+        u = _lora_rows(p_g, p_upg, o_n, o_m, B, R, SUM, RG, BRG, PARTS, 2, PDL)
+        tl.store(p_o, u, mask=m_o)
+    elif RV > 0:
+        v0 = tl.load(p_vectors + 2 * C + o_n)[:, None]
+        p_v, p_upv = p_low + RW + RA + RG, p_up + RW + RA + RG
+        u = _lora_rows(p_v, p_upv, o_n, o_m, B, R, SUM, RV, BRV, PARTS, 0, PDL)
+        tl.store(p_o, tl.sigmoid(v0 + u), mask=m_o)
 
 
 @triton.jit
@@ -282,7 +290,6 @@ def time_mix7(
         return out
     fused = rows <= fuse_rows
     lora = None if fused else lora_up(low, up, vectors, ranks)
-    ranks_w, ranks_a, ranks_g, ranks_v = ranks
     time_mix7_kernel[(heads, rows)](
         projected,
         low,
@@ -299,14 +306,7 @@ def time_mix7(
         H=heads,
         N=size,
         R=low.stride(1),
-        RW=ranks_w,
-        RA=ranks_a,
-        RG=ranks_g,
-        RV=ranks_v,
-        BRW=next_power_of_2(ranks_w),
-        BRA=next_power_of_2(ranks_a),
-        BRG=next_power_of_2(ranks_g),
-        BRV=next_power_of_2(max(ranks_v, 1)),
+        **_rank_sizes(ranks),
         PARTS=parts,
         STACKED=stacked,
         FUSED=fused,
@@ -329,9 +329,10 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
     parts, rows, _ = low.shape
     channels = up.shape[0]
     out = up.new_empty((4, rows, channels), dtype=torch.float32)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    ranks_w, ranks_a, ranks_g, ranks_v = ranks
-    lora_up_kernel[(channels // 16 if channels % 32 else channels // 32, -(-rows // block_m))](
+    block_m = 16 if rows <= 16 else 32
+    block_n = 16 if channels % 32 else 32
+    num_loras = 4 if ranks[3] else 3
+    lora_up_kernel[(channels // block_n, num_loras, -(-rows // block_m))](
         low,
         up,
         vectors,
@@ -339,17 +340,21 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
         rows,
         C=channels,
         R=low.stride(1),
-        RW=ranks_w,
-        RA=ranks_a,
-        RG=ranks_g,
-        RV=ranks_v,
+        **_rank_sizes(ranks),
         PARTS=parts,
         BM=block_m,
-        BN=16 if channels % 32 else 32,
+        BN=block_n,
         num_warps=4,
         **dependent_launch(out.device),
     )
     return out
+
+
+def _rank_sizes(ranks: Sequence[int]) -> dict[str, int]:
+    """Return the ranks and the blocks that hold them, as the kernels name them."""
+    sizes = dict(zip(("RW", "RA", "RG", "RV"), ranks, strict=True))
+    # A dot needs 16 at least, also for the rank that layer 0 does not have.
+    return sizes | {"B" + name: next_power_of_2(max(rank, 16)) for name, rank in sizes.items()}
 
 
 def _check_time_mix(

@@ -33,8 +33,9 @@ LORA = {"p_low": "*fp32", "p_up": HALF, "p_vectors": "*fp32", "p_out": "*fp32", 
 VECTORS = dict.fromkeys(("p_r", "p_k", "p_v", "p_kk", "p_a", "p_u"), HALF)
 VECTORS |= {"p_w": "*fp32", "p_y": "*fp32", "p_slots": "*i64", "p_cu_seqlens": "*i64"}
 RANKS = {"RW": 128, "RA": 128, "RG": 256, "RV": 64}
+BLOCKS = {"B" + name: rank for name, rank in RANKS.items()}
 HEAD = {"H": 32, "N": 64, "R": 3 * 2048 + 576, **RANKS}
-GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
+GEMV = {"B": 1, "K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
 SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PDL": True}
 POOLS = {"*fp32": "fp32", "*fp16": "fp16"}
 
@@ -54,7 +55,7 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
                 wkv7.wkv7_prefill_kernel,
             )
         ]
-        flags = {"BRW": 128, "BRA": 128, "BRG": 256, "BRV": 64, "PARTS": 1, "PDL": True}
+        flags = BLOCKS | {"PARTS": 1, "PDL": True}
         flags |= {"STACKED": False}
         for fused in (True, False):
             constants = HEAD | flags | {"FUSED": fused, "OFFSET": False}
@@ -68,7 +69,10 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
         flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
         label = "grouped" if grouped else "relu2"
         types = LINEAR | {"p_y": HALF} if relu2 else LINEAR
-        found.append((f"gemv_kernel {label}", rows_linear.gemv_kernel, types, GEMV | flags, pdl))
+        for rows in (1, 4):
+            constants = GEMV | flags | {"B": rows}
+            label_rows = f"gemv_kernel {label} {rows}"
+            found.append((label_rows, rows_linear.gemv_kernel, types, constants, pdl))
         for label_k, cut in (
             ("loop", {"BK": 128, "STAGES": 4, "PREFETCH": 512}),
             ("one block", {"BK": 256, "SPLITS": 8, "STAGES": 1, "PREFETCH": 0}),
@@ -84,7 +88,8 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     types = {"p_x": HALF, "total": "i32"}
     constants = {"BLOCK": 2048, "PDL": True}
     found.append(("square_relu_kernel", rows_linear.square_relu_kernel, types, constants, pdl))
-    constants = {"C": 2048, "R": HEAD["R"], **RANKS, "PARTS": 1, "BM": 16, "BN": 32, "PDL": True}
+    constants = {"C": 2048, "R": HEAD["R"], **RANKS, **BLOCKS, "PARTS": 1}
+    constants |= {"BM": 16, "BN": 32, "PDL": True}
     found.append(("lora_up_kernel", time_mix7.lora_up_kernel, LORA, constants, pdl))
     return found
 
