@@ -28,9 +28,9 @@ from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.sampler import sample, top_tokens
 from mrss_provider.sampling_params import SamplingParams
 
-# Rows of requests that are merged at once on a CPU, in numbers: 2 MB, so that the half dozen
+# Rows of requests that are merged at once on a CPU, in numbers: 1 MB, so that the half dozen
 # passes over them stay in a core's cache. A GPU takes a group whole.
-_CPU_CHUNK = 1 << 19
+_CPU_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
