@@ -178,10 +178,6 @@ def measure_real(address: str, streams: int, args: Any) -> dict[str, Any]:
     sampling = SamplingParams(max_tokens=args.tokens, seed=1, ignore_eos=True)
     request = GenerateRequest("base", sampling, prompt="Hello")
 
-    async def bare() -> list[float]:
-        async with AsyncEngine(EngineConfig()) as engine:
-            return [await timed(engine) for _ in range(args.runs)]
-
     async def timed(backend: Backend) -> float:
         begun = time.perf_counter()
         texts, _ = await read_all(backend, request, streams)
@@ -189,11 +185,16 @@ def measure_real(address: str, streams: int, args: Any) -> dict[str, Any]:
             sys.exit("the same seed gave several texts: no number counts")
         return float(streams * args.tokens) / (time.perf_counter() - begun)
 
-    async def over_http() -> list[float]:
-        return [await timed(Client(address)) for _ in range(args.runs)]
+    async def in_turns() -> tuple[list[float], list[float]]:
+        client = Client(address)
+        async with AsyncEngine(EngineConfig()) as engine:
+            # Once for nothing: the first steps of a process are slower.
+            await timed(engine)
+            await timed(client)
+            rates = [(await timed(client), await timed(engine)) for _ in range(args.runs)]
+        return [rate for rate, _ in rates], [rate for _, rate in rates]
 
-    http_rate = statistics.median(asyncio.run(over_http()))
-    bare_rate = statistics.median(asyncio.run(bare()))
+    http_rate, bare_rate = map(statistics.median, asyncio.run(in_turns()))
     return {
         "backend": "bundled model",
         "streams": streams,
@@ -221,6 +222,8 @@ def main() -> None:
     about = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
+        # Others' work on the machine shows here; costs are CPU time, but a busy cache is slower.
+        "load": round(os.getloadavg()[0], 1),
         "versions": {name: _version(name) for name in names},
         "commit": _commit(),
     }
