@@ -281,7 +281,7 @@ def _prefill(
     cu_seqlens: Sequence[int],
 ) -> Tensor:
     """Apply `chunked` to each group of sequences of one length."""
-    num_seqs = len(cu_seqlens) - 1
+    num_seqs = slots.numel()
     expect_shape("slots", slots, (num_seqs,))
     expect_dtype("slots", slots, (torch.int64,))
     expect_lengths(cu_seqlens, inputs[0].shape[0], num_seqs)

@@ -8,9 +8,9 @@ a kernel streams them for few rows. Three forms:
 - oneDNN (bf16, fp32): weights reordered once; inputs and outputs in the weights' dtype.
 - plain: `F.linear` on any device, the only one that autograd goes through.
 
-A row's bits do not depend on its batch. Measured over the shapes of the official models, on x86 with
-AVX-512 and torch 2.13, 1 to 8 threads: fbgemm gives a row the same bits in a batch of any size,
-oneDNN in any batch of two rows or more, plain fp32 of four or more; smaller ones are padded to that.
+A row's bits do not depend on its batch. Measured over the shapes of the official models on x86
+with AVX-512, torch 2.13, 1 to 8 threads: fbgemm gives a row the same bits in a batch of any size,
+oneDNN from two rows up, plain fp32 from four rows up; smaller batches are padded to that.
 """
 
 from __future__ import annotations
