@@ -34,11 +34,13 @@ class ChatTemplate:
             end is kept as it is) and `no_turns` (outer white space goes, and blank lines before
             what looks like a turn).
         stop: strings that end an answer, besides the end-of-text token.
+        lead: what a model writes between the prompt and its answer; no part of the answer.
     """
 
     name: str
     source: str
     stop: tuple[str, ...] = ()
+    lead: str = ""
 
 
 # A turn is "Name: text", two newlines apart; after the last "Assistant:" comes no space, because
@@ -69,8 +71,8 @@ _PLAIN = '{{ messages | map(attribute="content") | join("\\n\\n") }}'
 TEMPLATES = {
     template.name: template
     for template in (
-        ChatTemplate("world", _WORLD, ("\n\n",)),
-        ChatTemplate("g1", _G1, ("\nUser:",)),
+        ChatTemplate("world", _WORLD, ("\n\n",), lead=" "),
+        ChatTemplate("g1", _G1, ("\nUser:",), lead=" "),
         ChatTemplate("plain", _PLAIN),
     )
 }

@@ -193,6 +193,15 @@ def test_tokens_become_text_and_usage_counts_each_of_them():
     assert [delta.usage for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
 
 
+def test_the_space_before_a_chats_answer_is_no_part_of_it():
+    script = IDS(" world", " world")
+    user, half = Message("user", "hi"), Message("assistant", "Hello")
+    assert joined(answers(script, ask(messages=(user,), n=2)), 1) == "world world"
+    assert joined(answers(script, ask(messages=(user, half)))) == " world world"
+    assert joined(answers(script, ask(messages=(user,)), template=TEMPLATES["plain"]))[0] == " "
+    assert joined(answers(script, ask("hi"))) == " world world"
+
+
 def test_characters_come_out_whole():
     pieces = IDS("é".encode() + b"\xf0\x9f", b"\x98", b"\x80", "!")
     deltas = answers(pieces, ask())

@@ -107,9 +107,11 @@ class AsyncEngine:
         engine_request = await self._engine_request(request, loaded)
         loaded.engine.check(engine_request)
         mixture = engine_request.mixture
-        stops = engine_request.sampling.stop
+        stops, lead = engine_request.sampling.stop, ""
         if request.messages is not None:
             stops += loaded.template.stop
+            # An answer that is continued has its first token behind it.
+            lead = "" if request.messages[-1].role == "assistant" else loaded.template.lead
         stream = TextStream(
             engine_request,
             StreamInfo(
@@ -120,6 +122,7 @@ class AsyncEngine:
             ),
             loaded.tokenizer,
             stops,
+            lead,
             thread,
         )
         try:

@@ -35,8 +35,9 @@ class Aborter(Protocol):
 class _Choice:
     """One answer: its decoder, its stops, and what nobody has read yet."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str], lead: str) -> None:
         self.index = index
+        self._lead = lead
         self.finish_reason: FinishReason | None = None
         self._decoder = StreamDecoder(tokenizer)
         self._matcher = StopMatcher(stops)
@@ -52,7 +53,7 @@ class _Choice:
             self._logprobs.append(logprob)
         is_end = output.finish_reason is not None
         if not (is_end and output.finish_reason == "stop"):
-            self._texts.append(self._matcher.push(self._decoder.push(output.token_id)))
+            self._texts.append(self._matcher.push(self._decode(output.token_id)))
         if is_end:
             self._texts.append(self._matcher.push(self._decoder.flush()))
         self.finish_reason = output.finish_reason
@@ -61,6 +62,13 @@ class _Choice:
         elif is_end:
             self._texts.append(self._matcher.flush())
         return self.finish_reason is not None or logprob is not None or bool(self._texts[-1])
+
+    def _decode(self, token_id: int) -> str:
+        text = self._decoder.push(token_id)
+        if text and self._lead:
+            text = text.removeprefix(self._lead)
+            self._lead = ""
+        return text
 
     def take(self) -> Delta:
         """Return everything since the last time."""
@@ -86,6 +94,7 @@ class TextStream:
         info: what is known on admission.
         tokenizer: ids to text.
         stops: every stop string, the template's too.
+        lead: left out where an answer begins with it; one character at most.
         aborter: takes aborts.
     """
 
@@ -95,6 +104,7 @@ class TextStream:
         info: StreamInfo,
         tokenizer: Tokenizer,
         stops: Sequence[str],
+        lead: str,
         aborter: Aborter,
     ) -> None:
         self.info = info
@@ -102,7 +112,7 @@ class TextStream:
         self._request = request
         self._tokenizer = tokenizer
         self._aborter = aborter
-        self._choices = [_Choice(i, tokenizer, stops) for i in range(request.n)]
+        self._choices = [_Choice(i, tokenizer, stops, lead) for i in range(request.n)]
         self._num_unfinished = request.n
         self._unread: dict[int, None] = {}
         self._num_tokens = 0
