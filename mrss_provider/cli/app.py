@@ -180,20 +180,22 @@ def pull(
     file: Annotated[
         str | None, typer.Option(help="A file of the repository, or a pattern like '*0.4b*'.")
     ] = None,
-    to: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("models"),
+    to: Annotated[Path, typer.Option(help="Where the model gets its folder.")] = Path("models"),
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     list_aliases: Annotated[bool, typer.Option("--list", help="List the aliases.")] = False,
 ) -> None:
     """Fetch a model from the Hugging Face hub; run it again to resume."""
     from mrss_provider.cli import pull as command
-    from mrss_provider.cli.output import answer
+    from mrss_provider.cli.output import answer, note
 
     if list_aliases:
         answer(command.aliases_table())
         return
     if what is None:
         raise typer.BadParameter("give a repository or an alias (--list shows them)")
-    answer(str(command.pull(what, file=file, to=to, revision=revision)))
+    folder = command.pull(what, file=file, to=to, revision=revision)
+    answer(str(folder))
+    note(f"talk to it: mrss chat --model {folder}")
 
 
 @app.command()

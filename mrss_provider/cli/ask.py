@@ -67,8 +67,9 @@ async def ask(
     Raises:
         MRSSError: as `Backend.open` and its stream do.
     """
-    started = time.monotonic()
     stream = await backend.open(request)
+    # From admission on: the start of an engine is not the answer's time.
+    started = time.monotonic()
     reply.info = stream.info
     try:
         async for delta in stream:

@@ -160,7 +160,8 @@ def _turn(
         answer_json(reply.to_json())
     else:
         show("\n")
-        if told:
+        # An answer that was stopped has no usage.
+        if told and reply.usage:
             note(reply.summary())
 
 

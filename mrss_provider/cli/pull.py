@@ -67,16 +67,18 @@ def aliases_table() -> str:
 def pull(
     what: str, *, file: str | None = None, to: Path = Path("models"), revision: str = "main"
 ) -> Path:
-    """Download the checkpoint that `what` (an alias or a repository) means.
+    """Download the checkpoint that `what` (an alias or a repository) means, to a folder of its own.
+
+    A `card.toml` that says which chat template goes with it is added, unless there is one.
 
     Args:
         what: an alias of `ALIASES`, or `owner/name`.
         file: a file's path in the repository, or a pattern such as `*0.4b*.pth`.
-        to: folder to write to.
+        to: folder of the models' folders.
         revision: branch, tag or commit.
 
     Returns:
-        What `--model` takes: a checkpoint file, or a folder when its tokenizer came along.
+        The folder, which is what `--model` takes.
 
     Raises:
         CommandError: an unknown repository or file, no room, no network, a damaged download.
@@ -85,7 +87,8 @@ def pull(
     with _translated(repo, revision):
         files = _list_files(repo, revision)
     chosen = choose(files, pattern, repo)
-    folder = to / repo.split("/")[1] if len(chosen) > 1 else to
+    stem = PurePosixPath(chosen[0].path).stem
+    folder = to / (stem if chosen[0].path.endswith(".pth") else repo.split("/")[1])
     _check_room(chosen, folder)
     for remote in chosen:
         note(f"{repo}: {remote.path} ({size(remote.num_bytes)}) -> {folder}")
@@ -98,7 +101,8 @@ def pull(
                 num_bytes=remote.num_bytes,
                 sha256=remote.sha256,
             )
-    return folder if len(chosen) > 1 else folder / chosen[0].path
+    _write_card(folder, f"{repo}/{chosen[0].path}")
+    return folder
 
 
 def choose(files: Sequence[RemoteFile], pattern: str | None, repo: str) -> list[RemoteFile]:
@@ -161,6 +165,17 @@ def _list_files(repo: str, revision: str) -> list[RemoteFile]:
         RemoteFile(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else None)
         for f in info.siblings or []
     ]
+
+
+def _write_card(folder: Path, origin: str) -> None:
+    path = folder / "card.toml"
+    if path.exists():
+        return
+    template = "g1" if re.search(r"[-_/]g\d", origin.lower()) else "world"
+    context = re.search(r"-ctx(\d+)", origin)
+    lines = [f'template = "{template}"', f'description = "{origin}"']
+    lines += [f"context_length = {context[1]}"] if context else []
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _check_room(files: Sequence[RemoteFile], folder: Path) -> None:

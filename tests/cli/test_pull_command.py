@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, serve
 
+from mrss_provider.async_engine.card import read_card
 from mrss_provider.cli.output import CommandError
 from mrss_provider.cli.pull import ALIASES, RemoteFile, choose
 
@@ -57,8 +58,24 @@ def _pull(hub_url: str, *args: str, cwd: Path) -> tuple[int, str, str]:
 
 def test_an_alias_fetches_the_newest_file_and_prints_its_path(hub: FakeHub, tmp_path: Path) -> None:
     code, out, err = _pull(hub.url, "rwkv7-g1-0.1b", "--to", "here", cwd=tmp_path)
-    assert (code, out) == (0, "here/rwkv7-g1d-0.1b-20260129-ctx8192.pth\n"), err
-    assert (tmp_path / out.strip()).read_bytes() == b"new"
+    name = "rwkv7-g1d-0.1b-20260129-ctx8192"
+    assert (code, out) == (0, f"here/{name}\n"), err
+    assert (tmp_path / "here" / name / f"{name}.pth").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("repo", "template", "context"),
+    [("rwkv7-g1-0.1b", "g1", 8192), ("fla-hub/rwkv7-0.1B-g1", "g1", 0), ("some/large", "world", 0)],
+)
+def test_the_card_names_the_chat_template_and_is_never_replaced(
+    hub: FakeHub, tmp_path: Path, repo: str, template: str, context: int
+) -> None:
+    _, out, _ = _pull(hub.url, repo, cwd=tmp_path)
+    card = read_card(tmp_path / out.strip())
+    assert (card.template, card.context_length) == (template, context)
+    (tmp_path / out.strip() / "card.toml").write_text('template = "plain"')
+    _pull(hub.url, repo, cwd=tmp_path)
+    assert read_card(tmp_path / out.strip()).template == "plain"
 
 
 def test_a_safetensors_repository_comes_with_its_vocabulary(hub: FakeHub, tmp_path: Path) -> None:
@@ -80,20 +97,21 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub: FakeHub, tmp_path
     assert process.returncode == 130
 
     hub.stall_after = None
-    kept = next((tmp_path / "models").glob("*.part")).stat().st_size
+    kept = next((tmp_path / "models").rglob("*.part")).stat().st_size
     code, out, err = _pull(hub.url, "some/large", cwd=tmp_path)
-    assert (code, out) == (0, "models/large.pth\n"), err
+    assert (code, out) == (0, "models/large\n"), err
     assert hub.ranges("/large.pth") == [None, f"bytes={kept}-"]
-    assert (tmp_path / "models/large.pth").read_bytes() == _LARGE
-    assert [p.name for p in (tmp_path / "models").iterdir()] == ["large.pth"]
+    assert (tmp_path / "models/large/large.pth").read_bytes() == _LARGE
+    names = sorted(path.name for path in (tmp_path / "models/large").iterdir())
+    assert names == ["card.toml", "large.pth"]
 
 
 def test_a_line_that_drops_is_taken_up_again(hub: FakeHub, tmp_path: Path) -> None:
     hub.drop_after = 3 * _MB
     code, out, err = _pull(hub.url, "some/large", cwd=tmp_path)
-    assert (code, out) == (0, "models/large.pth\n"), err
+    assert (code, out) == (0, "models/large\n"), err
     assert hub.ranges("/large.pth") == [None, f"bytes={3 * _MB}-"]
-    assert (tmp_path / "models/large.pth").read_bytes() == _LARGE
+    assert (tmp_path / "models/large/large.pth").read_bytes() == _LARGE
 
 
 def test_a_file_that_is_there_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
@@ -107,7 +125,7 @@ def test_a_damaged_download_is_removed(hub: FakeHub, tmp_path: Path) -> None:
     code, out, err = _pull(hub.url, "rwkv7-g1-0.1b", cwd=tmp_path)
     assert (code, out) == (1, "")
     assert "arrived damaged" in err.splitlines()[-1]
-    assert not list((tmp_path / "models").iterdir())
+    assert not [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
