@@ -156,7 +156,7 @@ class Engine:
         for token_id in ids:
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
-                    f"{field} has token ids in [0, {self._vocab_size}), got {token_id}",
+                    f"{field} must have token ids in [0, {self._vocab_size}), got {token_id}",
                     param=field,
                 )
 

@@ -204,6 +204,21 @@ def test_rows_of_one_request_are_decoded_as_one_run_of_slots() -> None:
     assert decodes == [[0, 1, 2, 3]] * 7
 
 
+def test_rows_are_decoded_in_the_order_of_their_slots() -> None:
+    model = FakeModel()
+    engine = make_engine(model, max_rows=4)
+    engine.add(request("leaves", [1], LINEAR))
+    engine.add(request("stays", [1], ONE, seed=2))
+    engine.step()
+    engine.abort("leaves")
+    late = request("late", [1], LINEAR, seed=3)
+    engine.add(late)
+    outputs = run(engine)
+    assert ("decode", [0, 1, 2]) in model.calls
+    assert ids(outputs["late", 0]) == expected_ids(late)
+    assert ids(outputs["stays", 0]) == expected_ids(request("x", [1], ONE, seed=2))[1:]
+
+
 def test_abort_frees_the_slots_for_the_next_step() -> None:
     engine = make_engine(max_rows=4)
     engine.add(request("runs", [1], DELTA, max_tokens=50))
@@ -308,7 +323,7 @@ def test_what_can_never_run_is_refused_at_once() -> None:
         (
             request("x", [1], ONE, logit_bias={VOCAB: 1.0}),
             InvalidRequestError,
-            r"logit_bias has token ids in \[0, 40\), got 40",
+            r"logit_bias must have token ids in \[0, 40\), got 40",
         ),
         (
             request("x", [1], ONE, logit_bias=dict.fromkeys(range(VOCAB - 1), -100)),

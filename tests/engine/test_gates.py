@@ -80,7 +80,9 @@ def test_novelty_where_all_agree_with_the_base() -> None:
 def test_novelty_caps_how_far_a_state_may_be() -> None:
     """Beyond 8 nats two states weigh alike, however much further one of them is."""
     logits = torch.zeros(1, 3, V)
-    logits[0, 0, 0], logits[0, 1, 1], logits[0, 2, 2] = 60.0, 20.0, 100.0
+    logits[0, 0, [1, 2]] = torch.tensor([-6.0, -20.0])
+    logits[0, 1, 1], logits[0, 2, 2] = 30.0, 30.0
+    assert divergences(logits)[0, 1:].tolist() == pytest.approx([9.9, 23.9], abs=0.1)
     named = torch.tensor([[0.0, 0.5, 0.5]])
     ours = weights("novelty", logits, named, anchored=False)
     torch.testing.assert_close(ours, named)

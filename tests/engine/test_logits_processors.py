@@ -67,6 +67,10 @@ def test_the_prompt_counts_for_repetition_only() -> None:
     assert logits[0, :4].tolist() == [1.0, 0.5, 0.5, 1.0]
 
 
+def test_a_prompt_that_no_penalty_looks_at_is_not_kept() -> None:
+    assert len(Occurrences(range(1000), SamplingParams(presence_penalty=1.0)).ids) == 0
+
+
 def test_each_request_has_its_own_penalties() -> None:
     params = [
         SamplingParams(presence_penalty=1.0),

@@ -82,6 +82,11 @@ def test_among_equals_the_lowest_ids_are_kept() -> None:
         ):
             ours = sample(logits.expand(5, -1), [sampling] * 5, DRAWS[::8])
             assert ours == [reference(logits, sampling, draw) for draw in DRAWS[::8]]
+    # The last draw takes the highest id that is kept, whatever the size of the set.
+    last = [1 - 2.0**-24] * 290
+    by_size = [params(top_k=k) for k in range(10, 300)]
+    ours = sample(rounded.expand(290, -1), by_size, last)
+    assert ours == [reference(rounded, sampling, last[0]) for sampling in by_size]
     assert sample(torch.zeros(1, 9), [params(temperature=0.0)], [0.5]) == [0]
 
 

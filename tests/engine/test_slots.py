@@ -20,7 +20,7 @@ class Slots(RuleBasedStateMachine):
     def taken(self) -> set[int]:
         return {slot for slots in self.owned for slot in slots}
 
-    @rule(count=st.integers(1, NUM_SLOTS + 1))
+    @rule(count=st.integers(1, 3) | st.integers(1, NUM_SLOTS + 1))
     def allocate(self, count: int) -> None:
         free = [slot for slot in range(NUM_SLOTS) if slot not in self.taken]
         runs = [
@@ -48,6 +48,15 @@ class Slots(RuleBasedStateMachine):
 
 Slots.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_slots_are_conserved_and_owned_once = Slots.TestCase
+
+
+def test_a_run_is_preferred_to_lower_slots() -> None:
+    allocator = SlotAllocator(8)
+    for _ in range(8):
+        allocator.allocate(1)
+    allocator.free([0, 2, 4, 5, 7])
+    assert allocator.allocate(2) == [4, 5]
+    assert allocator.allocate(2) == [0, 2]
 
 
 def test_freeing_a_free_slot_is_our_own_fault() -> None:

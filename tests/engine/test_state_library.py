@@ -1,6 +1,7 @@
 """StateLibrary: folders good and bad, and names made concrete."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,8 @@ import tiny_model
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.engine.request import ResolvedMixture, resolve_sampling
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.errors import (
-    InvalidRequestError,
-    UnknownNameError,
-)
-from mrss_provider.model import (
-    ModelConfig,
-    load_model,
-)
+from mrss_provider.errors import InvalidRequestError, UnknownNameError
+from mrss_provider.model import ModelConfig, StateMetadata, load_model, save_tuned_state
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 
 MIXTURES = """
@@ -305,6 +300,12 @@ def test_the_fingerprint_changes_with_all_that_changes_an_answer(
     prints = [library.resolve(text).fingerprint for text in texts]
     assert len(set(prints)) == len(texts)
     assert all(p.startswith("fp_") and len(p) == 19 for p in prints)
+    # A row that reads a token more.
+    with_bos = tmp_path / "with-bos"
+    with_bos.mkdir()
+    bos = replace(library.get("tone"), metadata=StateMetadata(bos=True))
+    save_tuned_state(with_bos / "tone.safetensors", bos, model_config)
+    assert StateLibrary(with_bos, model_config).resolve("tone").fingerprint != prints[0]
     # Another file under the same name; the same bytes under another name.
     shutil.copy(folder / "tone.pth", tmp_path / "other.pth")
     shutil.copy(folder / "poetry.pth", tmp_path / "tone.pth")
