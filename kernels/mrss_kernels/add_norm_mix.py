@@ -64,6 +64,11 @@ def add_norm_mix_kernel(
 
     EMBED looks rows up by token, NORM0 normalises them once more, as layer 0 does.
     """
+    # A step's first and last kernel let their successors start only when all before them is done:
+    # what `time_mix7` reads early is then never older than the step.
+    LATE: tl.constexpr = EMBED or MIXES == 0
+    if PDL and not LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
@@ -78,6 +83,7 @@ def add_norm_mix_kernel(
         mix = tl.load(p_tile, mask=m_i, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL and LATE:
         tl.extra.cuda.gdc_launch_dependents()
     i_x = i_b
     if EMBED:
@@ -218,7 +224,7 @@ def _launch(
         BX=1 if mix is None else next_power_of_2(mix.shape[0]),
         EMBED=tokens is not None,
         NORM0=norm0 is not None,
-        num_warps=8 if block >= 2048 else 4,
+        num_warps=16 if block >= 2048 and rows <= 16 else 8 if block >= 2048 else 4,
         **dependent_launch(out.device),
     )
 

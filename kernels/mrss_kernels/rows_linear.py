@@ -35,6 +35,9 @@ NUM_MULTIPROCESSORS = 132
 """Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
 order of sums, and equal inputs are to give equal bits on every card."""
 
+PREFETCH_LEN = 512
+"""Columns of a program's weights that the tensor-core kernel asks into the L2 while it waits."""
+
 MAX_GEMV_ROWS = 8
 """Rows up to which the ordinary cores can keep up with the memory."""
 
@@ -78,6 +81,8 @@ def gemv_kernel(
 
     Several rows share one block of weights in registers, so then a part of K is one block.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i_n = tl.program_id(0)
     i_s = tl.program_id(1)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -88,7 +93,6 @@ def gemv_kernel(
         p_x += tl.load(p_groups + i_n * BN // 64) * (B * K)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if B == 1:
         acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
         for k in tl.static_range(BK, K // SPLITS, BK):
@@ -134,6 +138,8 @@ def skinny_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (R / BN, SPLITS, B / BM). x [M, B, K], w [R, K], y [SPLITS, B, R]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i_n = tl.program_id(0)
     i_s = tl.program_id(1)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
@@ -150,7 +156,6 @@ def skinny_kernel(
         w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=m_n, other=0.0)
         if PDL:
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         x = tl.load(p_rows, mask=m_m, other=0.0)
         acc = tl.dot(w, tl.trans(x), input_precision="ieee")
     else:
@@ -166,7 +171,6 @@ def skinny_kernel(
             )
         if PDL:
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         acc = tl.zeros([BN, BM], tl.float32)
         for k in tl.range(0, K // SPLITS, BK, num_stages=STAGES):
             w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=m_n, other=0.0)
@@ -184,8 +188,8 @@ def square_relu_kernel(p_x, total, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (total / BLOCK). x = max(x, 0)^2."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.maximum(tl.load(p_x + o, mask=o < total, other=0.0).to(tl.float32), 0.0)
     tl.store(p_x + o, (x * x).to(p_x.dtype.element_ty), mask=o < total)
 
@@ -221,6 +225,8 @@ def rows_linear(
     config: LinearConfig | None = None,
 ) -> Tensor:
     """Multiply few rows by one weight, each group of 64 outputs reading its own input.
+
+    The weight is read before the kernel launched just before is done, so that one must not write it.
 
     `y[s, b, j] = sum over part s of K of x[groups[j // 64], b, :] * weight[j, :]`.
 
@@ -280,6 +286,8 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
         if size_k >= 4096 and size_r >= 4096 and size_k % 2048 == 0:
             return LinearConfig(4, 2048, 1, 8)
         return LinearConfig(4, 1024, 1, 4)
+    if rows == 2 and size_k in (2048, 4096):
+        return LinearConfig(8192 // size_k, size_k, 1, 2)
     num_splits = 1
     while splittable and size_k % (128 * num_splits * 2) == 0:
         programs = -(-size_r // 64) * num_splits
@@ -288,7 +296,9 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
         if programs >= 100 and not 1 < waves < 1.7:
             break
         num_splits *= 2
-    return LinearConfig(64, _largest_block(size_k // num_splits, 128), num_splits, 4, 4)
+    part = size_k // num_splits
+    ahead = min(_largest_block(part, 1024), PREFETCH_LEN)
+    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, 4, ahead)
 
 
 def check_config(

@@ -52,22 +52,26 @@ def _load_up(p_up, o_n, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr)
 
 @triton.jit
 def _lora_rows(
-    p_low, p_up, o_n, o_m, B, R, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
-    PARTS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    p_low, p_up, o_n, o_m, B, R, BM: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr,
+    RANK: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Return up [BN, RANK] @ act(low [BM, RANK])^T; ACT 1 is tanh, 2 the sigmoid."""
     up = _load_up(p_up, o_n, SUM, RANK, BR)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    o_d = tl.arange(0, BR)
-    m_z = (o_m < B)[:, None] & (o_d < RANK)[None, :]
-    z = _sum_parts(p_low + o_m[:, None] * R + o_d[None, :], m_z, B * R, PARTS)
-    if ACT == 1:
-        z = 2 * tl.sigmoid(2 * z) - 1
-    if ACT == 2:
-        z = tl.sigmoid(z)
-    return tl.dot(up, tl.trans(z.to(up.dtype)), input_precision="ieee")
+    acc = tl.zeros([BN, BM], tl.float32)
+    for i in tl.static_range(0, RANK, BR):
+        if i > 0:
+            up = _load_up(p_up + i, o_n, SUM, RANK - i, BR)
+        o_d = i + tl.arange(0, BR)
+        m_z = (o_m < B)[:, None] & (o_d < RANK)[None, :]
+        z = _sum_parts(p_low + o_m[:, None] * R + o_d[None, :], m_z, B * R, PARTS)
+        if ACT == 1:
+            z = 2 * tl.sigmoid(2 * z) - 1
+        if ACT == 2:
+            z = tl.sigmoid(z)
+        acc = tl.dot(up, tl.trans(z.to(up.dtype)), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -96,6 +100,8 @@ def lora_up_kernel(
 
     R is the distance from one row of the first halves to the next.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     i_lora = tl.program_id(1)
     o_m = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM)
@@ -104,20 +110,20 @@ def lora_up_kernel(
     m_o = (o_m < B)[None, :] & (o_n < C)[:, None]
     if i_lora == 0:
         w0 = tl.load(p_vectors + o_n)[:, None]
-        u = _lora_rows(p_low, p_up, o_n, o_m, B, R, SUM, RW, BRW, PARTS, 1, PDL)
+        u = _lora_rows(p_low, p_up, o_n, o_m, B, R, BM, BN, SUM, RW, BRW, PARTS, 1, PDL)
         tl.store(p_o, -0.6065306597126334 * tl.sigmoid(w0 + u), mask=m_o)
     elif i_lora == 1:
         a0 = tl.load(p_vectors + C + o_n)[:, None]
-        u = _lora_rows(p_low + RW, p_up + RW, o_n, o_m, B, R, SUM, RA, BRA, PARTS, 0, PDL)
+        u = _lora_rows(p_low + RW, p_up + RW, o_n, o_m, B, R, BM, BN, SUM, RA, BRA, PARTS, 0, PDL)
         tl.store(p_o, tl.sigmoid(a0 + u), mask=m_o)
     elif i_lora == 2:
         p_g, p_upg = p_low + RW + RA, p_up + RW + RA
-        u = _lora_rows(p_g, p_upg, o_n, o_m, B, R, SUM, RG, BRG, PARTS, 2, PDL)
+        u = _lora_rows(p_g, p_upg, o_n, o_m, B, R, BM, BN, SUM, RG, BRG, PARTS, 2, PDL)
         tl.store(p_o, u, mask=m_o)
     elif RV > 0:
         v0 = tl.load(p_vectors + 2 * C + o_n)[:, None]
         p_v, p_upv = p_low + RW + RA + RG, p_up + RW + RA + RG
-        u = _lora_rows(p_v, p_upv, o_n, o_m, B, R, SUM, RV, BRV, PARTS, 0, PDL)
+        u = _lora_rows(p_v, p_upv, o_n, o_m, B, R, BM, BN, SUM, RV, BRV, PARTS, 0, PDL)
         tl.store(p_o, tl.sigmoid(v0 + u), mask=m_o)
 
 
@@ -197,6 +203,7 @@ def time_mix7_kernel(
             up_v = _load_up(p_up + RW + RA + RG, o_c, SUM, RV, BRV)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        # Only now, so that the next layer's kernel of this kind may read the state early as well.
         tl.extra.cuda.gdc_launch_dependents()
     stride = B * R
     at = i_b * C + o_c
@@ -311,7 +318,7 @@ def time_mix7(
         STACKED=stacked,
         FUSED=fused,
         OFFSET=time_offset is not None,
-        num_warps=8 if fused else 4,
+        num_warps=8 if fused else 4 if rows < 32 else 2,
         **dependent_launch(out.device),
     )
     return out
@@ -329,8 +336,11 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
     parts, rows, _ = low.shape
     channels = up.shape[0]
     out = up.new_empty((4, rows, channels), dtype=torch.float32)
-    block_m = 16 if rows <= 16 else 32
-    block_n = 16 if channels % 32 else 32
+    # Few rows: one wide block a rank, for latency. Many: narrow ones that leave room for rows.
+    block_m, widest = (16, 512) if rows <= 16 else (32, 128)
+    block_n = 64 if rows > 16 else 32
+    sizes = _rank_sizes(ranks)
+    sizes |= {name: min(size, widest) for name, size in sizes.items() if name.startswith("B")}
     num_loras = 4 if ranks[3] else 3
     lora_up_kernel[(channels // block_n, num_loras, -(-rows // block_m))](
         low,
@@ -340,7 +350,7 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
         rows,
         C=channels,
         R=low.stride(1),
-        **_rank_sizes(ranks),
+        **sizes,
         PARTS=parts,
         BM=block_m,
         BN=block_n,
@@ -379,6 +389,8 @@ def _check_time_mix(
         )
     parts, rows, _ = projected.shape
     expect_head_size(size)
+    if channels % RANK_STEP:
+        raise ValueError(f"C must be a multiple of {RANK_STEP}, got {channels}")
     named = [("projected", projected), ("up", up), ("vectors", vectors)]
     named += [("v_first", v_first), ("pool", pool)]
     if low is None:

@@ -25,6 +25,9 @@ from mrss_provider.model.state import StatePool
 
 Norm = tuple[Tensor, Tensor]
 
+# In one part: whoever reads the LoRAs' first halves of many rows reads them over and over.
+_LOW_RANK = linear_ops.LinearConfig(32, 64, 1, 4, 4)
+
 
 @dataclass(frozen=True)
 class PackedLayer:
@@ -159,7 +162,8 @@ class FusedDecoder:
             square = layer.project[: 3 * channels].view(3, channels, channels)
             projected = torch.bmm(mixed[:3], square.mT)
             groups = layer.groups[3 * channels // linear_ops.GROUP_LEN :]
-            low = linear_ops.rows_linear(mixed, layer.project[3 * channels :], groups)
+            down = layer.project[3 * channels :]
+            low = linear_ops.rows_linear(mixed, down, groups, config=_LOW_RANK)
         return time_ops.time_mix7(
             projected,
             layer.up,

@@ -60,7 +60,7 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
         for fused in (True, False):
             constants = HEAD | flags | {"FUSED": fused, "OFFSET": False}
             label = f"time_mix7_kernel {name} {'fused' if fused else 'apart'}"
-            options = {"num_warps": 8 if fused else 4, "launch_pdl": True}
+            options = {"num_warps": 8 if fused else 2, "launch_pdl": True}
             found.append(
                 (label, time_mix7.time_mix7_kernel, MIX | {"p_pool": pool}, constants, options)
             )
@@ -88,9 +88,11 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     types = {"p_x": HALF, "total": "i32"}
     constants = {"BLOCK": 2048, "PDL": True}
     found.append(("square_relu_kernel", rows_linear.square_relu_kernel, types, constants, pdl))
-    constants = {"C": 2048, "R": HEAD["R"], **RANKS, **BLOCKS, "PARTS": 1}
-    constants |= {"BM": 16, "BN": 32, "PDL": True}
-    found.append(("lora_up_kernel", time_mix7.lora_up_kernel, LORA, constants, pdl))
+    constants = {"C": 2048, "R": HEAD["R"], **RANKS, "PARTS": 1, "PDL": True}
+    for rows, widest, width in ((16, 512, 32), (32, 128, 64)):
+        cut = {name: min(size, widest) for name, size in BLOCKS.items()} | {"BM": rows, "BN": width}
+        label = f"lora_up_kernel {rows}"
+        found.append((label, time_mix7.lora_up_kernel, LORA, constants | cut, pdl))
     return found
 
 

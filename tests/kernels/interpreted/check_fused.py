@@ -177,16 +177,17 @@ def compare_time_mix(
     stacked=False,
 ):
     ranks = RANKS[layer]
-    slots = torch.tensor([4, 0, 7, -1, 2, 8][:rows], device=DEVICE)
+    slots = torch.tensor([4, 0, 7, -1, 2, 8, *range(10, 40)][:rows], device=DEVICE)
     projected = randn(parts, rows, 3 * CHANNELS + sum(ranks), seed=1, dtype=dtype)
     up = randn(CHANNELS, sum(ranks), seed=2, dtype=dtype, scale=0.1)
     vectors = randn(8, CHANNELS, seed=3)
-    pool, check = guarded(SLOTS, HEADS, SIZE, SIZE, dtype=pool_dtype)
-    pool.copy_(randn(SLOTS, HEADS, SIZE, SIZE, seed=4))
+    num_slots = max(SLOTS, int(slots.max()) + 2)
+    pool, check = guarded(num_slots, HEADS, SIZE, SIZE, dtype=pool_dtype)
+    pool.copy_(randn(num_slots, HEADS, SIZE, SIZE, seed=4))
     before, same_pool, exact_pool = pool.clone(), pool.clone(), pool.double()
     v_first = randn(rows, CHANNELS, seed=6)
     same_first, exact_first = v_first.clone(), v_first.double()
-    time_offset = randn(SLOTS, CHANNELS, seed=7) if offset else None
+    time_offset = randn(num_slots, CHANNELS, seed=7) if offset else None
     low = None
     if stacked:
         low = projected[..., 3 * CHANNELS :].contiguous()
@@ -206,7 +207,7 @@ def compare_time_mix(
     lora_dtype = None if fused else dtype
     assert_as_good_as_reference(pool, same_pool, rest[1], lora_dtype)
     assert_as_good_as_reference(v_first, same_first, rest[0], lora_dtype)
-    others = [s for s in range(SLOTS) if s not in slots.tolist()]
+    others = [s for s in range(num_slots) if s not in slots.tolist()]
     assert torch.equal(pool[others], before[others])
 
 
@@ -220,6 +221,9 @@ class TestTimeMix7:
     @pytest.mark.parametrize("layer", [0, 1])
     def test_many_rows_equal_reference(self, layer):
         compare_time_mix(5, layer, torch.float32, fused=False)
+
+    def test_more_rows_than_a_block_equal_reference(self):
+        compare_time_mix(33, 1, torch.float32, fused=False)
 
     @pytest.mark.parametrize("fused", [True, False])
     def test_parts_and_offsets_equal_reference(self, fused):
