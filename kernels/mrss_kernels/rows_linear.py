@@ -226,7 +226,7 @@ def rows_linear(
 ) -> Tensor:
     """Multiply few rows by one weight, each group of 64 outputs reading its own input.
 
-    The weight is read before the kernel launched just before is done, so that one must not write it.
+    The weight is read before the kernel launched just before is done: that one must not write it.
 
     `y[s, b, j] = sum over part s of K of x[groups[j // 64], b, :] * weight[j, :]`.
 
