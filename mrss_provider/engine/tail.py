@@ -106,11 +106,11 @@ def merge_rows(logits: Tensor, parts: Sequence[tuple[Sequence[int], ResolvedMixt
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
             rows = [row for g in chunk for row in parts[g][0]]
-            taken = _take(logits, rows)
+            taken = logits[_where(rows, logits.device)]
             if num_rows > 1:
                 mixtures = [parts[g][1] for g in chunk]
                 taken = _merge_group(taken, mixtures, merge, gate, base_named=base_named)
-            merged[torch.tensor(chunk, device=merged.device)] = taken
+            merged[_where(chunk, merged.device)] = taken
     return merged
 
 
@@ -137,11 +137,11 @@ def _draw(pick: Pick) -> float:
     return uniform(pick.sampling.seed, pick.choice, pick.position)
 
 
-def _take(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the given rows, as a view if they follow each other."""
+def _where(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Return an index of the given rows: a slice, which copies nothing, if they are neighbours."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return logits[rows[0] : rows[0] + len(rows)]
-    return logits[torch.tensor(rows, device=logits.device)]
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
 
 
 def _with_log_probs(token_id: int, log_probs: Tensor, num_top: int) -> Picked:
