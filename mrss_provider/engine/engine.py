@@ -115,9 +115,10 @@ class Engine:
         try:
             picked = self._run(batch)
         except Exception as exc:
-            log.exception("a step failed and ends %d answers", len(batch.decoding))
             error = EngineError(f"the engine failed in this step: {type(exc).__name__}: {exc}")
-            return self._scheduler.fail(batch, error)
+            outputs = self._scheduler.fail(batch, error)
+            log.exception("a step failed and ends %d answers", len(outputs))
+            return outputs
         self._num_steps += 1
         self._num_prompt_tokens += sum(chunk.length for chunk in batch.chunks)
         self._num_sampled_tokens += len(picked)
