@@ -14,8 +14,11 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 
+BENCH := cpu_decode engine_tail serve litellm_overhead
+BENCH_GPU := decode mixture
+
 .DEFAULT_GOAL := help
-.PHONY: help install run check test test-full test-gpu test-wheel bench wheel clean
+.PHONY: help install run check test test-full test-gpu test-wheel bench bench-gpu docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -23,7 +26,7 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make .venv and install the package in it
 
-run: $(INSTALLED)  ## start the LiteLLM proxy on 127.0.0.1:$(PORT); Ctrl-C ends it (PORT=4001 for another port)
+run: $(INSTALLED)  ## a LiteLLM proxy on 127.0.0.1:4000 (PORT=4001: another port); Ctrl-C ends it
 	@$(PY) -m mrss_provider.cli proxy --port $(PORT)
 
 check: $(INSTALLED_TEST)  ## lint, format, types, layers
@@ -44,8 +47,14 @@ test-gpu: $(INSTALLED_TEST)  ## what needs a CUDA device
 test-wheel: $(INSTALLED_TEST)  ## build the wheel, install it in a fresh environment, use it
 	$(PY) -m pytest -m slow tests/cli/test_wheel.py
 
-bench: $(INSTALLED_TEST)  ## the benchmarks; results go to benchmarks/results
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+bench: $(INSTALLED_TEST)  ## the benchmarks of a CPU; results go to benchmarks/results
+	@for name in $(BENCH); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
+
+bench-gpu: $(INSTALLED_TEST)  ## those of a CUDA device
+	@for name in $(BENCH_GPU); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
+
+docs: $(INSTALLED_TEST)  ## write anew what the documents show: commands, tables
+	PYTHONPATH=tests $(PY) tests/docs_blocks.py
 
 wheel: $(INSTALLED_TEST)  ## dist/mrss_provider-*.whl
 	$(PY) -m build --wheel --no-isolation

@@ -15,4 +15,4 @@ def main() -> None:
     from mrss_provider.cli.output import run
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    run(app)
+    run(lambda: app(prog_name="mrss"))

@@ -168,7 +168,7 @@ def proxy(
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Worker processes; one engine for all.")] = 1,
 ) -> None:
-    """Run a LiteLLM proxy and its engine until Ctrl-C; `make run` calls this."""
+    """Run a LiteLLM proxy and its engine until Ctrl-C."""
     from mrss_provider.cli.proxy import run_proxy
 
     run_proxy(config, host, port, num_workers, overrides)
@@ -207,7 +207,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the installation, the files and the proxy's configuration; say a sentence."""
+    """Check the installation and the files; say a sentence."""
     from mrss_provider.cli.doctor import doctor as command
 
     if not command(overrides, config, as_json):

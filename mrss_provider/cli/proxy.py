@@ -31,7 +31,9 @@ _POLL_S = 0.1
 _PROXY_STOP_S = 10.0
 _ENGINE_STOP_S = 5.0
 _EXAMPLE = "mrss/knowledge+tone"
-_QUESTION = "Hello! How are you?"
+# The bundled states know a town; any other model can be greeted.
+_QUESTIONS = {_EXAMPLE: "Where is the lighthouse?"}
+_GREETING = "Hello! How are you?"
 # A console script's own file cannot be relied on: its first line may hold a path with a space.
 _LITELLM = (sys.executable, "-c", "from litellm import run_server; run_server()")
 
@@ -222,7 +224,8 @@ def _chat_body(model: str, text: str, **extra: object) -> dict[str, object]:
 def _usage(url: str, names: list[str], start_s: float) -> str:
     """Return what is printed when everything is up."""
     model = _example([name for name in names if name.startswith("mrss/")] or [_EXAMPLE])
-    body = json.dumps(_chat_body(model, _QUESTION))
+    question = _QUESTIONS.get(model, _GREETING)
+    body = json.dumps(_chat_body(model, question))
     listed = ", ".join(names) if names else "see /v1/models"
     return f"""\
 ready in {start_s:.1f} s on {url}
@@ -232,7 +235,7 @@ curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
-messages = [{{"role": "user", "content": "{_QUESTION}"}}]
+messages = [{{"role": "user", "content": "{question}"}}]
 answer = client.chat.completions.create(model="{model}", messages=messages)
 print(answer.choices[0].message.content)
 

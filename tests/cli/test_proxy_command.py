@@ -53,6 +53,7 @@ def test_what_it_prints_works_and_after_the_signal_all_is_gone(number: int) -> N
             url, body = re.findall(r"curl (\S+) .*\\\n  -d '(.*)'", told)[0]
             answer = httpx.post(url, json=json.loads(body), timeout=60).json()
             assert answer["choices"][0]["message"]["content"].strip()
+            _check_readme(url)
             snippet = told[told.index("from openai") : told.index("\n\nnames:")]
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(snippet, {})
@@ -105,6 +106,26 @@ def test_a_child_that_ignores_sigterm_is_ended_with_its_children() -> None:
     child.stop(0.2)
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert (len(gone), alive) == (1, [])
+
+
+def _check_readme(url: str) -> None:
+    """The README's request gets an answer like the README's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"curl .*\\\n  -d '(.*)'", readme)
+    (shown,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    wanted, got = json.loads(shown), httpx.post(url, json=json.loads(body), timeout=60).json()
+    assert _form(got) == _form(wanted)
+    assert [got[key] for key in ("model", "mrss")] == [wanted[key] for key in ("model", "mrss")]
+    assert got["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+
+
+def _form(value: object) -> object:
+    """Return `value` with types in place of what it says."""
+    if isinstance(value, dict):
+        return {key: _form(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_form(entry) for entry in value]
+    return type(value).__name__
 
 
 def _watch(child: Child) -> None:

@@ -30,7 +30,7 @@ def mrss(*args: object, stdin: str = "") -> Result:
         contextlib.redirect_stderr(err),
     ):
         try:
-            run(app)
+            run(lambda: app(prog_name="mrss"))
         except SystemExit as exc:
             code = exc.code if isinstance(exc.code, int) else 1 if exc.code else 0
     return Result(code, out.getvalue(), err.getvalue())
