@@ -149,7 +149,8 @@ class AsyncEngine:
             mixture,
             temperature=loaded.card.temperature,
             top_p=loaded.card.top_p,
-            room=self.config.max_context_len - len(prompt),
+            # An empty prompt is read as the one token that a text begins with.
+            room=self.config.max_context_len - max(1, len(prompt)),
         )
         return EngineRequest(
             id=f"r{next(self._ids)}",
