@@ -26,8 +26,8 @@ from mrss_provider.model.linear import (
 )
 from mrss_provider.model.rwkv6 import Layer6
 from mrss_provider.model.rwkv7 import NORM_EPS, Layer7
-from mrss_provider.model.state import StatePool, StateSnapshot
-from mrss_provider.model.steps import DecodeStep, PrefillStep, Step, UnrollStep
+from mrss_provider.model.state import STATE_DTYPES, StatePool, StateSnapshot
+from mrss_provider.model.steps import DecodeStep, PrefillStep, Step
 from mrss_provider.model.weights import Weights, load_weights
 
 if TYPE_CHECKING:
@@ -52,12 +52,20 @@ def load_model(
         dtype: of the weights: "fp32", "bf16", "fp16"; "auto" as `pick_dtype` says.
         threads: CPU threads of this whole process; 0 is physical cores - 1, at least 1.
         state_dtype: of the recurrent states, "fp32" or "fp16".
-        packed: lay weights out for speed; False keeps them plain, which `Model.unroll` needs.
+        packed: lay weights out for speed; False keeps them plain, for comparison.
 
     Raises:
         ModelFileError: not such a checkpoint; says what was found and what is needed.
-        ConfigError: CUDA asked for where there is none.
+        ConfigError: an unknown dtype or device, or CUDA where there is none.
     """
+    for key, value, allowed in (
+        ("dtype", dtype, ["auto", *DTYPES]),
+        ("state_dtype", state_dtype, list(STATE_DTYPES)),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(allowed)}, got {value!r}", param=key
+            )
     where = _device(device)
     weights = load_weights(path)
     name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
@@ -103,7 +111,7 @@ class Model:
         self.base_state = _base_state(weights, device)
         self._state_dtype = state_dtype
         load = _Loader(weights, device, DTYPES[dtype], backend)
-        self._embedding = load.matrix("emb.weight").clone()
+        self._embedding = load.matrix("emb.weight", own=True)
         self._ln0 = load.norm("blocks.0.ln0") if "blocks.0.ln0.weight" in weights.tensors else None
         layer = Layer7 if weights.version == 7 else Layer6
         self._layers = [
@@ -111,7 +119,7 @@ class Model:
             for i in range(weights.num_layers)
         ]
         self._ln_out = load.norm("ln_out")
-        self._head = make_head(load.matrix("head.weight"), backend)
+        self._head = make_head(load.matrix("head.weight", own=backend == "plain"), backend)
 
     def new_pool(self, num_slots: int) -> StatePool:
         """Allocate the states of `num_slots` rows, each at the base state."""
@@ -203,27 +211,6 @@ class Model:
 
         return DecodeGraphs(self.fused.decode)
 
-    def unroll(
-        self, token_ids: Tensor, wkv: Tensor, time_offset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Read sequences from given states, differentiably in the states and offsets.
-
-        Only for a model loaded with `packed=False`.
-
-        Args:
-            token_ids: int64 [B, T].
-            wkv: [L, B, H, N, N] fp32, each row's first state.
-            time_offset: [L, C] fp32, or None.
-
-        Returns:
-            logits [B, T, V] fp32, and the states after the last token [L, B, H, N, N].
-        """
-        assert isinstance(self._layers[0].key, PlainLinear), "unroll needs packed=False"
-        batch, seq_len = token_ids.shape
-        step = UnrollStep(wkv, seq_len, time_offset)
-        x = self._norm_out(self._forward(token_ids.flatten(), step))
-        return self._head(x).float().view(batch, seq_len, -1), torch.stack(step.wkv)
-
     def _forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """Return the residual stream after the last layer [M, C] fp32."""
         x = self._embedding[token_ids].float()
@@ -254,13 +241,17 @@ class _Loader:
         self._dtype = dtype
         self._backend = backend
 
-    def matrix(self, name: str) -> Tensor:
+    def matrix(self, name: str, *, own: bool) -> Tensor:
         """Return a matrix in the weights' dtype.
+
+        Args:
+            name: in the checkpoint.
+            own: copy it, so that it is never a view of the mapped file.
 
         Raises:
             ModelFileError: values that this dtype cannot hold, or NaN.
         """
-        tensor = self._tensors[name].to(self._device, self._dtype)
+        tensor = self._tensors[name].to(self._device, self._dtype, copy=own)
         if not torch.isfinite(tensor).all():
             raise ModelFileError(
                 f"{self._name}: {name} holds NaN, or values beyond the range of {self._dtype}: "
@@ -279,8 +270,11 @@ class _Loader:
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
         """Return weight and bias of a norm, fp32."""
-        weight, bias = (self._tensors[f"{name}.{part}"] for part in ("weight", "bias"))
-        return weight.to(self._device, torch.float32), bias.to(self._device, torch.float32)
+        weight, bias = (
+            self._tensors[f"{name}.{part}"].to(self._device, torch.float32, copy=True)
+            for part in ("weight", "bias")
+        )
+        return weight, bias
 
     def linears(self, prefix: str) -> _MakeLinear:
         """Return the factory of a layer's linears."""
@@ -297,17 +291,21 @@ class _MakeLinear:
 
     def __call__(self, name: str, activation: Activation) -> Linear:
         stacked, _, index = name.rpartition(".")
+        own = self._backend == "plain"
         if index.isdigit():
-            weight = self._loader.matrix(self._prefix + stacked)[int(index)]
+            weight = self._loader.matrix(self._prefix + stacked, own=own)[int(index)]
         else:
-            weight = self._loader.matrix(self._prefix + name)
+            weight = self._loader.matrix(self._prefix + name, own=own)
         return make_linear(weight, self._backend, activation)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be one of auto, cpu, cuda, got {name!r}", param="device")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device; use cpu", param="device")
     return torch.device(name)
 

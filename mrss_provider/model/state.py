@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mrss_provider.model.config import ModelConfig
 
-_STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""Dtypes of recurrent states by the names that `EngineConfig.state_dtype` uses."""
 
 
 class RowState(Protocol):
@@ -94,7 +95,7 @@ class StatePool:
         shift_shape = (layers, num_slots + 1, config.hidden_size)
         self.num_slots = num_slots
         self.wkv = torch.zeros(
-            (layers, num_slots, heads, size, size), dtype=_STATE_DTYPES[state_dtype], device=device
+            (layers, num_slots, heads, size, size), dtype=STATE_DTYPES[state_dtype], device=device
         )
         self.shift_att = torch.zeros(shift_shape, device=device)
         self.shift_ffn = torch.zeros(shift_shape, device=device)

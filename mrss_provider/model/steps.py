@@ -1,7 +1,7 @@
-"""How a layer reads and writes recurrent state: decoding, prefill of packed prompts, unrolling.
+"""How a layer reads and writes recurrent state: decoding, and prefill of packed prompts.
 
 The layers of `rwkv6` and `rwkv7` are written once, over packed tokens [M, C]; a step knows which
-token comes before which, and where the states are. M = B rows, T packed tokens, or B * T.
+token comes before which, and where the states are. M = B rows, or T packed tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Literal, Protocol
 
 import torch
 from mrss_kernels import wkv6_decode, wkv6_prefill, wkv7_decode, wkv7_prefill
-from mrss_kernels.reference import wkv6_chunked, wkv7_chunked
 from torch import Tensor
 
 from mrss_provider.model.state import StatePool
@@ -103,43 +102,6 @@ class PrefillStep:
         rows = self._pool.time_offset[layer][self._slots]
         lengths = self.lasts - self._starts + 1
         return rows.repeat_interleave(lengths, dim=0)
-
-
-class UnrollStep:
-    """B sequences of T tokens from given states; modifies nothing and is differentiable.
-
-    Attributes:
-        wkv: the layers' states after the pass, filled in as layers run, each [B, H, N, N].
-    """
-
-    def __init__(self, wkv: Tensor, seq_len: int, time_offset: Tensor | None) -> None:
-        """Start from `wkv` [L, B, H, N, N] and zero shifts; `time_offset` is [L, C] or None."""
-        self.wkv: list[Tensor] = list(wkv.unbind(0))
-        self._seq_len = seq_len
-        self._offset = time_offset
-
-    def shift(self, layer: int, part: Part, h: Tensor) -> Tensor:
-        rows = h.view(-1, self._seq_len, h.shape[-1])
-        previous = torch.nn.functional.pad(rows[:, :-1], (0, 0, 1, 0))
-        return (previous - rows).view(h.shape)
-
-    def wkv7(
-        self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor
-    ) -> Tensor:
-        r_, w_, k_, v_, kk_, a_ = (self._unpack(x) for x in (r, w, k, v, kk, a))
-        y, self.wkv[layer] = wkv7_chunked(r_, w_, k_, v_, kk_, a_, self.wkv[layer])
-        return y.reshape(r.shape)
-
-    def wkv6(self, layer: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        r_, w_, k_, v_ = (self._unpack(x) for x in (r, w, k, v))
-        y, self.wkv[layer] = wkv6_chunked(r_, w_, k_, v_, u, self.wkv[layer])
-        return y.reshape(r.shape)
-
-    def offset(self, layer: int) -> Tensor | None:
-        return None if self._offset is None else self._offset[layer]
-
-    def _unpack(self, x: Tensor) -> Tensor:
-        return x.view(-1, self._seq_len, *x.shape[1:])
 
 
 def _shifts(pool: StatePool, part: Part) -> Tensor:
