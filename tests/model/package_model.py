@@ -15,6 +15,7 @@ class PackageModel:
     """One checkpoint in the `rwkv` package."""
 
     def __init__(self, path, version):
+        self._version = version
         options = {} if version == 7 else {"verbose": False}
         with _package_environment(version):
             self._model = _package_class(version)(
@@ -23,8 +24,7 @@ class PackageModel:
 
     def read(self, token_ids):
         """Return logits [T, V], wkv [L, H, N, N], and both shifts [L, C] after the last token."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _package_environment(self._version):
             logits, state = self._model.forward(list(token_ids), None, full_output=True)
         att, wkv, ffn = (torch.stack([x.float() for x in state[i::3]]) for i in range(3))
         return logits.view(len(token_ids), -1), wkv, att, ffn
