@@ -64,7 +64,7 @@ def make_step(model: Model, cell: Cell) -> Callable[[], Tensor]:
     draw = _make_draw(cell)
 
     def step() -> Tensor:
-        ids = tokens[:, None].expand(-1, width).flatten()
+        ids = tokens.repeat_interleave(width, output_size=rows)
         logits = fused.head(fused.decode(ids, slots, pool))
         tokens.copy_(draw(logits.view(cell.num_requests, width, -1)))
         return tokens

@@ -5,8 +5,8 @@ place and returns y. See `mrss_kernels.reference` for shapes, dtypes and formula
 device is handled by Triton, any other (and one in fp64) by the reference.
 
 `MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernel, `fla` is
-flash-linear-attention's chunked form (half-precision inputs only), `auto`, the default, takes the
-one that was measured faster (kernels/README.md).
+flash-linear-attention's chunked form, `auto`, the default, takes fla for half-precision inputs of
+256 tokens or more where it is installed. With fp32 inputs it is always our own.
 """
 
 from __future__ import annotations
@@ -114,4 +114,5 @@ def _takes_fla(r: Tensor, cu_seqlens: Sequence[int]) -> bool:
 
 
 FLA_MIN_LEN = 256
-"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our token loop."""
+"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our token loop: below,
+fla's own launches and its autotuning of new lengths cost more than they save. Not tuned yet."""

@@ -1,10 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """Products of few rows with large weights: the weights are streamed once, whatever the rows.
 
-Very few rows are matrix-vector products on the ordinary cores that share each block of weights
-in registers; up to 64 rows go through the tensor cores, padded to 16, 32 or 64. `num_splits` cuts
-K; the parts are added up by whoever reads them, in a fixed order, so no sum depends on timing.
-Derivation and measurements: kernels/README.md.
+One row is a matrix-vector product on the ordinary cores; up to 64 rows go through the tensor
+cores, padded to 16, 32 or 64. `num_splits` cuts K; the parts are added up by whoever reads them, in
+a fixed order, so no sum depends on timing. Derivation and measurements: kernels/README.md.
 """
 
 from __future__ import annotations
@@ -35,21 +34,14 @@ NUM_MULTIPROCESSORS = 132
 """Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
 order of sums, and equal inputs are to give equal bits on every card."""
 
-PREFETCH_LEN = 512
-"""Columns of a program's weights that the tensor-core kernel asks into the L2 while it waits."""
-
-MAX_GEMV_ROWS = 8
-"""Rows up to which the ordinary cores can keep up with the memory."""
-
 ACTIVATIONS = ("none", "relu2")
 
 
 class LinearConfig(NamedTuple):
     """How one product is cut: outputs a program, K a block, parts of K, warps, pipeline stages.
 
-    One stage means the ordinary cores, more the tensor cores with blocks loaded ahead.
-    `prefetch_len` columns of each program's weights are asked into the L2 before it waits for the
-    kernel in front of it.
+    One stage means the ordinary cores (one row only), more the tensor cores with blocks loaded
+    ahead.
     """
 
     block_n: int
@@ -57,7 +49,6 @@ class LinearConfig(NamedTuple):
     num_splits: int
     num_warps: int
     num_stages: int = 1
-    prefetch_len: int = 0
 
 
 @triton.jit
@@ -67,7 +58,6 @@ def gemv_kernel(
     p_groups,
     p_y,
     R,
-    B: tl.constexpr,
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -77,10 +67,7 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (R / BN, SPLITS). x [M, B, K], w [R, K], y [SPLITS, B, R]; the first block comes early.
-
-    Several rows share one block of weights in registers, so then a part of K is one block.
-    """
+    """Grid (R / BN, SPLITS). x [M, K], w [R, K], y [SPLITS, R]; the first block comes early."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_n = tl.program_id(0)
@@ -90,31 +77,19 @@ def gemv_kernel(
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
     w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=(o_n < R)[:, None], other=0.0)
     if GROUPED:
-        p_x += tl.load(p_groups + i_n * BN // 64) * (B * K)
+        p_x += tl.load(p_groups + i_n * BN // 64) * K
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if B == 1:
-        acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
-        for k in tl.static_range(BK, K // SPLITS, BK):
-            p_next = p_tile + k
-            w = tl.load(p_next) if EVEN else tl.load(p_next, mask=(o_n < R)[:, None], other=0.0)
-            acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
-        sums = (tl.sum(acc, 1),)
-    else:
-        # All loads before all sums: a sum ends in a barrier that no load is moved over.
-        xs = (tl.load(p_x + o_k),)
-        for b in tl.static_range(1, B):
-            xs = xs + (tl.load(p_x + b * K + o_k),)  # type: ignore[assignment]  # noqa: RUF005
-        sums = (tl.sum(w.to(tl.float32) * xs[0].to(tl.float32)[None, :], 1),)
-        for b in tl.static_range(1, B):
-            products = w.to(tl.float32) * xs[b].to(tl.float32)[None, :]
-            sums = sums + (tl.sum(products, 1),)  # type: ignore[assignment]  # noqa: RUF005
-    for b in tl.static_range(B):
-        y = sums[b]
-        if RELU2:
-            y = tl.maximum(y, 0.0)
-            y = y * y
-        tl.store(p_y + (i_s * B + b) * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
+    acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
+    for k in tl.static_range(BK, K // SPLITS, BK):
+        p_next = p_tile + k
+        w = tl.load(p_next) if EVEN else tl.load(p_next, mask=(o_n < R)[:, None], other=0.0)
+        acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
+    y = tl.sum(acc, 1)
+    if RELU2:
+        y = tl.maximum(y, 0.0)
+        y = y * y
+    tl.store(p_y + i_s * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
 
 
 @triton.jit
@@ -131,7 +106,6 @@ def skinny_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     GROUPED: tl.constexpr,
     RELU2: tl.constexpr,
     EVEN: tl.constexpr,
@@ -159,16 +133,6 @@ def skinny_kernel(
         x = tl.load(p_rows, mask=m_m, other=0.0)
         acc = tl.dot(w, tl.trans(x), input_precision="ieee")
     else:
-        if PDL and PREFETCH > 0:
-            o_line = first + tl.arange(0, PREFETCH // 64) * 64
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                "=r,l",
-                [(p_w + o_n[:, None] * K + o_line[None, :]).to(tl.uint64, bitcast=True)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
         if PDL:
             tl.extra.cuda.gdc_wait()
         acc = tl.zeros([BN, BM], tl.float32)
@@ -264,11 +228,11 @@ def rows_linear(
         "num_warps": config.num_warps,
     }
     flags |= dependent_launch(x.device)
-    if config.num_stages == 1:
-        gemv_kernel[grid](x, weight, groups, y, size_r, B=rows, **flags)
+    if rows == 1 and config.num_stages == 1:
+        gemv_kernel[grid](x, weight, groups, y, size_r, **flags)
     elif rows:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        flags |= {"BM": block_m, "STAGES": config.num_stages, "PREFETCH": config.prefetch_len}
+        flags |= {"BM": block_m, "STAGES": config.num_stages}
         skinny_kernel[(*grid, -(-rows // block_m))](
             x, weight, groups, y, rows, size_r, num_stages=config.num_stages, **flags
         )
@@ -286,8 +250,6 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
         if size_k >= 4096 and size_r >= 4096 and size_k % 2048 == 0:
             return LinearConfig(4, 2048, 1, 8)
         return LinearConfig(4, 1024, 1, 4)
-    if rows == 2 and size_k in (2048, 4096):
-        return LinearConfig(8192 // size_k, size_k, 1, 2)
     num_splits = 1
     while splittable and size_k % (128 * num_splits * 2) == 0:
         programs = -(-size_r // 64) * num_splits
@@ -297,8 +259,7 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
             break
         num_splits *= 2
     part = size_k // num_splits
-    ahead = min(_largest_block(part, 1024), PREFETCH_LEN)
-    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, 4, ahead)
+    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, 4)
 
 
 def check_config(
@@ -311,11 +272,8 @@ def check_config(
             f"K must be a multiple of num_splits * block_k = "
             f"{config.num_splits * config.block_k}, got {size_k}"
         )
-    if config.num_stages == 1 and (rows > MAX_GEMV_ROWS or (rows > 1 and part > config.block_k)):
-        raise ValueError(
-            f"num_stages must be 2 or more for {rows} rows in {part // config.block_k} blocks, "
-            f"got {config.num_stages}"
-        )
+    if config.num_stages == 1 and rows > 1:
+        raise ValueError(f"num_stages must be 2 or more for {rows} rows, got {config.num_stages}")
     if grouped and GROUP_LEN % config.block_n:
         raise ValueError(f"block_n must divide {GROUP_LEN} with groups, got {config.block_n}")
     if activation != "none" and config.num_splits > 1:

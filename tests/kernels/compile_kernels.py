@@ -35,7 +35,7 @@ VECTORS |= {"p_w": "*fp32", "p_y": "*fp32", "p_slots": "*i64", "p_cu_seqlens": "
 RANKS = {"RW": 128, "RA": 128, "RG": 256, "RV": 64}
 BLOCKS = {"B" + name: rank for name, rank in RANKS.items()}
 HEAD = {"H": 32, "N": 64, "R": 3 * 2048 + 576, **RANKS}
-GEMV = {"B": 1, "K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
+GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
 SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PDL": True}
 POOLS = {"*fp32": "fp32", "*fp16": "fp16"}
 
@@ -69,13 +69,10 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
         flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
         label = "grouped" if grouped else "relu2"
         types = LINEAR | {"p_y": HALF} if relu2 else LINEAR
-        for rows in (1, 4):
-            constants = GEMV | flags | {"B": rows}
-            label_rows = f"gemv_kernel {label} {rows}"
-            found.append((label_rows, rows_linear.gemv_kernel, types, constants, pdl))
+        found.append((f"gemv_kernel {label}", rows_linear.gemv_kernel, types, GEMV | flags, pdl))
         for label_k, cut in (
-            ("loop", {"BK": 128, "STAGES": 4, "PREFETCH": 512}),
-            ("one block", {"BK": 256, "SPLITS": 8, "STAGES": 1, "PREFETCH": 0}),
+            ("loop", {"BK": 128, "STAGES": 4}),
+            ("one block", {"BK": 256, "SPLITS": 8, "STAGES": 1}),
         ):
             constants = SKINNY | flags | cut
             label_full = f"skinny_kernel {label} {label_k}"
