@@ -132,8 +132,8 @@ def _read_pth(path: Path, fail: Fail) -> Tensors:
 def _check_legacy(path: Path, fail: Fail) -> None:
     """Refuse what is neither a zip nor what `torch.save` wrote before it wrote zips."""
     with path.open("rb") as file:
-        head = file.read(len(_LEGACY_MAGIC))
-    if head == _LEGACY_MAGIC:
+        head = file.read(64)
+    if head.startswith(_LEGACY_MAGIC):
         return
     if head.startswith(b"PK"):
         raise fail(f"{path} is truncated: its end is missing; get it again")
