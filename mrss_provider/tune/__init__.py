@@ -1,0 +1,28 @@
+"""Tune initial states on examples: a voice, a body of knowledge, a task."""
+
+from __future__ import annotations
+
+from mrss_provider.tune.examples import Example, ExampleSource, mark_example
+from mrss_provider.tune.files import read_weights, save_result
+from mrss_provider.tune.tuning import (
+    Progress,
+    TuneConfig,
+    TuneJob,
+    TuneResult,
+    tune_state,
+    tune_states,
+)
+
+__all__ = [
+    "Example",
+    "ExampleSource",
+    "Progress",
+    "TuneConfig",
+    "TuneJob",
+    "TuneResult",
+    "mark_example",
+    "read_weights",
+    "save_result",
+    "tune_state",
+    "tune_states",
+]

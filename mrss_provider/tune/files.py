@@ -1,0 +1,103 @@
+"""Checkpoints in and tuned states out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from mrss_provider.errors import ModelFileError
+from mrss_provider.model import ModelConfig, StateMetadata, TunedState, save_tuned_state
+from mrss_provider.model.weights import Weights as CheckpointWeights
+from mrss_provider.model.weights import load_weights
+from mrss_provider.tune.tuning import TuneConfig, TuneResult
+
+_LORA = re.compile(r"att\.[wavg][12]$")
+
+LOSSES_KEPT = 10
+"""Steps whose mean loss is written down as the first and as the last."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read an RWKV-7 checkpoint, file or folder, in the official names and layout.
+
+    Returns:
+        name -> tensor in the file's dtype, on the CPU.
+
+    Raises:
+        ModelFileError: no checkpoint, or one of RWKV-6, which cannot be tuned here.
+    """
+    checkpoint = load_weights(path)
+    if checkpoint.version != 7:
+        raise ModelFileError(
+            f"states can be tuned on RWKV-7 models only, {path} is an RWKV-{checkpoint.version}; "
+            "tune it with RWKV-PEFT and load the state that it writes"
+        )
+    # The loader keeps every matrix as [out, in]; officially the low-rank ones are [in, out].
+    return {
+        name: tensor.mT.contiguous() if _LORA.search(name) else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+
+
+def save_result(
+    path: Path,
+    result: TuneResult,
+    model: Path,
+    *,
+    group: str,
+    config: TuneConfig,
+    licence: str | None = None,
+) -> TunedState:
+    """Write a learnt state, with how it came to be, and return it.
+
+    Args:
+        path: `.safetensors`; its stem is the state's name.
+        result: from `tune_state`.
+        model: the checkpoint that it was tuned on.
+        group: what the state is about: knowledge, tone, task, ...
+        config: that it was tuned with.
+        licence: an SPDX name, or words.
+
+    Raises:
+        ModelFileError: `model` cannot be read.
+        StateFileError: the state is of another shape, or cannot be written.
+    """
+    checkpoint = load_weights(model)
+    training = asdict(config) | {
+        "first_loss": _mean(result.losses[:LOSSES_KEPT]),
+        "last_loss": _mean(result.losses[-LOSSES_KEPT:]),
+        "seconds": round(result.seconds, 1),
+    }
+    metadata = StateMetadata(
+        group=group,
+        loss_on=config.loss_on,
+        local=config.locality > 0,
+        orientation="vk",
+        licence=licence,
+        training=training,
+    )
+    state = TunedState(path.stem, result.wkv, metadata=metadata)
+    save_tuned_state(path, state, _config(checkpoint))
+    return state
+
+
+def _config(checkpoint: CheckpointWeights) -> ModelConfig:
+    return ModelConfig(
+        version=checkpoint.version,
+        num_layers=checkpoint.num_layers,
+        hidden_size=checkpoint.hidden_size,
+        num_heads=checkpoint.num_heads,
+        head_size=checkpoint.head_size,
+        vocab_size=checkpoint.vocab_size,
+        ffn_size=checkpoint.ffn_size,
+        dtype="fp32",
+        fingerprint=checkpoint.fingerprint,
+        name=checkpoint.name,
+    )
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return round(sum(values) / max(1, len(values)), 4)

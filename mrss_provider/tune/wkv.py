@@ -1,0 +1,158 @@
+"""The RWKV-7 recurrence in forms that have a gradient, for training and state tuning.
+
+Per head, S [V, K]: `S_t = S_{t-1} (diag(w_t) - kk_t (kk_t a_t)^T) + v_t k_t^T`, `y_t = S_t r_t`.
+`wkv7` picks fla's chunk kernels on CUDA (training only) and the chunked torch form elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+CHUNK_LEN = 16
+"""Tokens a chunk: the decay is at least exp(-0.6065) a token, so its inverse stays below 2e4."""
+
+Backend = Literal["auto", "fla", "torch"]
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    a: Tensor,
+    state: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over T tokens from `state`.
+
+    Args:
+        r: [B, T, H, N], any floating dtype, as k, v, kk, a.
+        w: [B, T, H, N] fp32, the log decay, in [-0.6066, 0).
+        k: the key after `k * (1 + (a-1) * k_a)`.
+        v: the value after the value residual.
+        kk: the normalised removal key.
+        a: the in-context learning rate, in (0, 1).
+        state: [B, H, N, N] fp32, [V, K]; not modified.
+        backend: `fla` needs CUDA; `auto` is fla there for T > 1 and 16-bit inputs, else torch.
+
+    Returns:
+        y [B, T, H, N] in r's dtype and the state after the last token, [B, H, N, N] fp32.
+    """
+    fits_fla = r.is_cuda and r.shape[1] > 1 and r.dtype != torch.float32
+    if backend == "fla" or (backend == "auto" and fits_fla):
+        return _wkv7_fla(r, w, k, v, kk, a, state)
+    if r.shape[1] == 1:
+        return _wkv7_step(r, w, k, v, kk, a, state)
+    return _wkv7_chunked(r, w, k, v, kk, a, state)
+
+
+def _wkv7_fla(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fla's state is [K, V], so it is transposed on the way in and out."""
+    y, last = _fla_op()(
+        r,
+        w,
+        k,
+        v,
+        -kk,
+        kk * a,
+        scale=1.0,
+        initial_state=state.transpose(-1, -2).contiguous(),
+        output_final_state=True,
+        safe_gate=True,
+        chunk_size=CHUNK_LEN,
+    )
+    return y, last.transpose(-1, -2)
+
+
+@cache
+def _fla_op() -> Any:
+    """Return fla's op, its kernels left with a few candidates each.
+
+    fla tries 6 to 60 configurations a kernel, some 300 compilations before the first step; those
+    with two stages and 2 or 4 warps are near the best for chunks of 16 tokens.
+    """
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    names = ("fla.ops.generalized_delta_rule.dplr", "fla.ops.rwkv6.chunk")
+    modules = [module for name, module in sys.modules.items() if name.startswith(names)]
+    for kernel in [value for module in modules for value in vars(module).values()]:
+        tuner = kernel
+        while tuner is not None and not hasattr(tuner, "configs"):
+            tuner = vars(tuner).get("fn") if hasattr(tuner, "__dict__") else None
+        if tuner is not None:
+            largest = max(sum(config.kwargs.values()) for config in tuner.configs)
+            wide = [c for c in tuner.configs if sum(c.kwargs.values()) == largest]
+            few = [c for c in wide if c.num_stages == 2 and c.num_warps in (2, 4)]
+            tuner.configs = few or wide[:1]
+    return chunk_rwkv7
+
+
+def _wkv7_step(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token, written as the definition: also what the chunked form is tested against."""
+    r1, w1, k1, v1, kk1, a1 = (x[:, 0].float() for x in (r, w, k, v, kk, a))
+    removed = torch.einsum("bhvk,bhk->bhv", state, kk1)
+    state = (
+        state * w1.exp()[:, :, None, :]
+        - removed[..., None] * (kk1 * a1)[:, :, None, :]
+        + v1[..., None] * k1[:, :, None, :]
+    )
+    return torch.einsum("bhvk,bhk->bhv", state, r1)[:, None].to(r.dtype), state
+
+
+def _wkv7_chunked(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The WY form: everything inside a chunk in parallel, one small product from chunk to chunk.
+
+    With W_t the decay from the chunk's start, b = kk a, every vector is moved to the start:
+    `x' = x W_t` for r, `x' = -kk W_{t-1}` for the removal key, `x / W_t` for k and b. Then
+    `U = (I - tril(A' B'^T, -1))^{-1} (A' S0^T + tril(A' K'^T, -1) V)` are the rows removed.
+    """
+    num_tokens = r.shape[1]
+    padded = -num_tokens % CHUNK_LEN
+    rf, wf, kf, vf, kkf, af = (_to_chunks(x, padded) for x in (r, w, k, v, kk, a))
+    log_decay = wf.cumsum(-2)
+    grow = (-log_decay).exp()
+    r_in = rf * log_decay.exp()
+    a_in = -kkf * (log_decay - wf).exp()
+    k_in, b_in = kf * grow, kkf * af * grow
+
+    eye = torch.eye(CHUNK_LEN, dtype=torch.float32, device=r.device)
+    solved = torch.linalg.solve_triangular(
+        eye - (a_in @ b_in.mT).tril(-1), eye.expand(*a_in.shape[:-2], -1, -1), upper=False
+    )
+    from_state = solved @ a_in
+    from_values = solved @ ((a_in @ k_in.mT).tril(-1) @ vf)
+    added = vf.mT @ k_in
+    end_decay = log_decay[..., -1:, :].exp()
+
+    states, removed = [], []
+    for i in range(rf.shape[2]):
+        states.append(state)
+        u = from_state[:, :, i] @ state.mT + from_values[:, :, i]
+        removed.append(u)
+        state = (state + u.mT @ b_in[:, :, i] + added[:, :, i]) * end_decay[:, :, i]
+    start, u = torch.stack(states, 2), torch.stack(removed, 2)
+    y = r_in @ start.mT + (r_in @ b_in.mT).tril() @ u + (r_in @ k_in.mT).tril() @ vf
+    y = y.flatten(2, 3)[:, :, :num_tokens].transpose(1, 2)
+    return y.to(r.dtype), state
+
+
+def _to_chunks(x: Tensor, padded: int) -> Tensor:
+    """[B, T, H, N] -> fp32 [B, H, chunks, CHUNK_LEN, N], zeros after the end.
+
+    Zero is neutral everywhere: log decay 0 keeps the state, zero keys add and remove nothing.
+    """
+    x = torch.nn.functional.pad(x.float().transpose(1, 2), (0, 0, 0, padded))
+    return x.reshape(*x.shape[:2], -1, CHUNK_LEN, x.shape[-1])
