@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -171,8 +172,9 @@ def save_tuned_state(path: Path, state: TunedState, config: ModelConfig) -> None
             metadata = replace(state.metadata, orientation="vk")
             save_file(tensors, partial, metadata=metadata.to_strings(config))
         partial.replace(path)
-    except OSError as exc:
-        raise StateFileError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+    except (OSError, RuntimeError, SafetensorError) as exc:
+        # torch.save and safetensors have errors of their own for a full disk or a missing folder.
+        raise StateFileError(f"{path} cannot be written: {exc}") from exc
     finally:
         partial.unlink(missing_ok=True)
 
