@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,20 @@ import pytest
 from docs_blocks import DOCUMENTS, ROOT, answer_blocks, engine, modules, rendered, run
 
 from mrss_provider.backend import MixtureOptions
+from mrss_provider.cli import proxy_config
 from mrss_provider.cli.states import read_config
 from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL, EngineConfig, ServerConfig
 from mrss_provider.engine.state_library import StateLibrary
 
+README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs/operations.md"
 IDS = [path.name for path in DOCUMENTS]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Return a document's code blocks of one language."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,25 @@ def test_answers_have_the_form_that_the_document_shows(path: Path) -> None:
         shown = run(command).splitlines()
         assert len(shown) == len(lines), command
         assert all(bool(a) == bool(b) for a, b in zip(shown, lines, strict=True)), command
+
+
+@pytest.mark.usefixtures("_engine")
+def test_the_readmes_python_prints_an_answer() -> None:
+    (code,) = blocks(README, "python")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_the_readmes_configuration_is_one_that_litellm_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_config, "_import_problems", list)
+    path = tmp_path / "config.yaml"
+    path.write_text(*blocks(README, "yaml"))
+    assert proxy_config.examine(path) == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

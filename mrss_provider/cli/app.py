@@ -91,7 +91,7 @@ def chat(
     server: Server = None,
     in_process: InProcess = False,
 ) -> None:
-    """Talk to a mixture in the terminal; from a pipe, each line is a turn.
+    """Talk to a mixture in the terminal, or through a pipe, a line a turn.
 
     The engine is the one at MRSS_SOCKET, else one that this user's programs share, started if
     need be; with --model, --states, ... one for these.

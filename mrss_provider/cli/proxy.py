@@ -22,7 +22,7 @@ import httpx
 from mrss_provider.autostart import LocalEngine, engine_address
 from mrss_provider.cli.output import CommandError, note
 from mrss_provider.cli.processes import Child, check_port_free
-from mrss_provider.cli.proxy_config import find_proxy_config
+from mrss_provider.cli.proxy_config import find_proxy_config, read_proxy_config
 from mrss_provider.client import Client
 from mrss_provider.errors import MRSSError
 
@@ -46,10 +46,11 @@ def run_proxy(
     `overrides` are engine settings; engine and proxy get them as `MRSS_*` variables.
 
     Raises:
-        CommandError: the port is taken, or one of the two does not start.
+        CommandError: a bad configuration, a port in use, or one of the two does not start.
         MRSSError: the engine does not start.
     """
     path = find_proxy_config(config)
+    read_proxy_config(path)
     check_port_free(host, port)
     env = {
         # No look-ups elsewhere: neither prices nor usage reports.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ def examine(path: Path) -> list[str]:
     Raises:
         CommandError: not a YAML file with a table at its top.
     """
-    config = _read(path)
+    config = read_proxy_config(path)
     return [*_handler_problems(config, path), *_name_problems(config)]
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_proxy_config(path: Path) -> Mapping[str, Any]:
+    """Return what is in the file.
+
+    Raises:
+        CommandError: not a YAML file with a table at its top.
+    """
     # YAML comes with LiteLLM.
     import yaml
 
@@ -70,6 +76,8 @@ def _handler_problems(config: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _import_problems() -> list[str]:
+    # Else its import asks the network for prices, and waits where there is none.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     from litellm import CustomLLM
 
     from mrss_provider import handler
