@@ -259,7 +259,9 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
             break
         num_splits *= 2
     part = size_k // num_splits
-    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, 4)
+    # 96 KB of shared memory at most, which is what consumer cards have.
+    num_stages = 3 if rows > 32 else 4
+    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, num_stages)
 
 
 def check_config(

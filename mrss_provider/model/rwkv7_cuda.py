@@ -58,11 +58,15 @@ class PackedLayer:
 
 
 def is_supported(config: ModelConfig, device: torch.device) -> bool:
-    """Tell whether the kernels take this model: 16-bit weights on CUDA, widths multiples of 64."""
+    """Tell whether the kernels take this model: 16-bit weights, widths that are multiples of 64.
+
+    The device must be CUDA of compute capability 8.0 or more, where tensor cores take both dtypes.
+    """
     widths = (config.hidden_size, config.ffn_size)
     size = config.head_size
     return (
         device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
         and config.version == 7
         and config.dtype in ("fp16", "bf16")
         and all(width % linear_ops.GROUP_LEN == 0 for width in widths)
