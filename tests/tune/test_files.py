@@ -48,7 +48,7 @@ def test_a_saved_state_loads_for_its_model_with_its_provenance(path, tmp_path):
 
 def test_an_rwkv6_cannot_be_tuned_and_the_message_says_what_can(tmp_path):
     old = write_checkpoint(tmp_path / "tiny6.pth", 6)
-    with pytest.raises(ModelFileError, match="RWKV-7 models only.*RWKV-PEFT"):
+    with pytest.raises(ModelFileError, match=r"RWKV-7 models only.*RWKV-PEFT"):
         read_weights(old)
 
 
