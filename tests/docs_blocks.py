@@ -8,16 +8,18 @@ Between `<!-- NAME -->` and `<!-- end -->` stands the table that `TABLES[NAME]` 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from command import mrss
@@ -38,7 +40,7 @@ def rendered(text: str, *, everything: bool) -> str:
     """
     text = re.sub(
         r"<!-- (\w+) -->\n.*?<!-- end -->",
-        lambda found: found[0] if found[1] == "modules" and not everything else _table(found[1]),
+        lambda found: _table(found[1]) if everything or found[1] not in LIVING else found[0],
         text,
         flags=re.DOTALL,
     )
@@ -122,6 +124,46 @@ def _parameters() -> list[list[str]]:
     return rows + [[k, ", ".join(f"`{key}`" for key in sorted(keys))] for k, keys in kinds.items()]
 
 
+def _numbers() -> list[list[str]]:
+    """Return the newest result of each line that the README tells."""
+    results: list[dict[str, Any]] = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*.jsonl")):
+        results += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rows = [["what", "result", "machine", "command, commit"]]
+    for wanted, what, result in NUMBERS:
+        found = [line for line in results if wanted.items() <= line.items()]
+        if found:
+            machine = found[-1].get("card") or found[-1]["cpu"]
+            command = f"`benchmarks/{wanted['benchmark']}.py`, {found[-1]['commit']}"
+            rows.append([what.format(**found[-1]), result.format(**found[-1]), machine, command])
+    return rows
+
+
+_RWKV_CPU = "RWKV-7 0.1B (random weights)"
+_STEPS = "{steps_per_s:.0f} steps/s (bytes alone allow {limit_per_s:.0f})"
+_MIXED = "{steps_per_s:.0f} steps/s, {of_one_state:.2f} of one state's"
+_MS = "{ms_per_step:.1f} ms a step (bytes alone: {limit_ms:.1f})"
+_MIXED_MS = "{ms_per_step:.1f} ms a step, {ratio_to_1:.2f} x one row's"
+NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
+    *(
+        ({"benchmark": "decode", "model": size, "rows": 1}, f"RWKV-7 {size} fp16, one row", _STEPS)
+        for size in ("1.5b", "7.2b")
+    ),
+    *(
+        (
+            {"benchmark": "mixture", "model": size, "states": 4, "requests": 1, "merge": merge},
+            f"the same, a request of 4 states, `{merge}`: {{rows}} rows",
+            _MIXED,
+        )
+        for size in ("1.5b", "7.2b")
+        for merge in ("linear", "delta")
+    ),
+    ({"benchmark": "cpu_decode", "model": _RWKV_CPU, "rows": 1}, "RWKV-7 0.1B, one row", _MS),
+    ({"benchmark": "cpu_decode", "model": _RWKV_CPU, "rows": 4}, "the same, 4 rows", _MIXED_MS),
+    ({"benchmark": "cpu_decode", "model": _RWKV_CPU, "rows": 5}, "the same, 5 rows", _MIXED_MS),
+)
+
+
 def modules() -> list[Path]:
     """Return our modules, relative to the root, packages' own files after their folder's."""
     folders = ("mrss_provider", "kernels/mrss_kernels")
@@ -142,7 +184,12 @@ TABLES: Mapping[str, Callable[[], list[list[str]]]] = {
     "settings": _settings,
     "parameters": _parameters,
     "modules": _modules,
+    "numbers": _numbers,
 }
+
+
+LIVING = ("modules", "numbers")
+"""Tables that are right when `make docs` has run, and not compared by the tests."""
 
 
 def main() -> None:
