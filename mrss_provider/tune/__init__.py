@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mrss_provider.tune.chats import chat_example, read_chats
 from mrss_provider.tune.examples import Example, ExampleSource, mark_example
 from mrss_provider.tune.files import read_weights, save_result
 from mrss_provider.tune.tuning import (
@@ -20,7 +21,9 @@ __all__ = [
     "TuneConfig",
     "TuneJob",
     "TuneResult",
+    "chat_example",
     "mark_example",
+    "read_chats",
     "read_weights",
     "save_result",
     "tune_state",
