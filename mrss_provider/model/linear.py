@@ -8,9 +8,10 @@ a kernel streams them for few rows. Three forms:
 - oneDNN (bf16, fp32): weights reordered once; inputs and outputs in the weights' dtype.
 - plain: `F.linear` on any device, the only one that autograd goes through.
 
-A row's bits do not depend on its batch. Measured over the shapes of the official models on x86
-with AVX-512, torch 2.13, 1 to 8 threads: fbgemm gives a row the same bits in a batch of any size,
-oneDNN from two rows up, plain fp32 from four rows up; smaller batches are padded to that.
+A row's bits do not depend on its batch (torch 2.13, the official models' shapes, 1 to 8 threads
+with AVX-512, 1 with AVX2). Where a kernel rounds a few rows otherwise than many, rows are added up
+to a number where it does not: oneDNN from 1 to 2, plain fp32 to 4, and fbgemm's AVX2 kernels, which
+take 6 rows at a time and round otherwise when 1 or 2 are left over, as `_avx2_rows` says.
 """
 
 from __future__ import annotations
@@ -161,10 +162,22 @@ class _FbgemmLinear:
         fused = activation == "relu"
         self._op = ops.linear_relu_dynamic_fp16 if fused else ops.linear_dynamic_fp16
         self._activate = None if fused or activation == "none" else _ACTIVATIONS[activation]
+        self._is_avx2 = torch.backends.cpu.get_cpu_capability() != "AVX512"
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._op(_as(x, torch.float32), self._packed)
+        x = _as(x, torch.float32)
+        num_rows = x.shape[0]
+        if self._is_avx2:
+            x = _padded(x, _avx2_rows(num_rows))
+        y: Tensor = self._op(x, self._packed)[:num_rows]
         return y if self._activate is None else self._activate(y)
+
+
+def _avx2_rows(num_rows: int) -> int:
+    """Return the next number of rows that fbgemm never cuts into pieces of 1 or 2."""
+    if num_rows < 14:
+        return {1: 3, 2: 3, 7: 8}.get(num_rows, num_rows)
+    return -(-num_rows // 6) * 6
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
