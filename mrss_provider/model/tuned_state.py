@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mrss_provider.errors import InvalidRequestError, StateFileError
@@ -170,10 +169,11 @@ def save_tuned_state(path: Path, state: TunedState, config: ModelConfig) -> None
             torch.save(tensors, partial)
         else:
             metadata = replace(state.metadata, orientation="vk")
-            save_file(tensors, partial, metadata=metadata.to_strings(config))
+            # Not save_file: it makes files that only their owner can read, whatever the umask.
+            partial.write_bytes(save(tensors, metadata=metadata.to_strings(config)))
         partial.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as exc:
-        # torch.save and safetensors have errors of their own for a full disk or a missing folder.
+    except (OSError, RuntimeError) as exc:
+        # torch.save has an error of its own for a full disk or a missing folder.
         raise StateFileError(f"{path} cannot be written: {exc}") from exc
     finally:
         partial.unlink(missing_ok=True)

@@ -122,6 +122,14 @@ def test_a_saved_pth_is_what_peft_writes(model, tmp_path):
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_saved_file_is_as_readable_as_any_other(model, tmp_path, suffix):
+    path, other = tmp_path / f"a{suffix}", tmp_path / "other"
+    save_tuned_state(path, TunedState("a", torch.zeros(L, H, N, N)), model.config)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_a_file_in_the_way_survives_a_save_that_fails(model, tmp_path):
     state = TunedState("a", torch.randn(L, H, N, N))
     with pytest.raises(StateFileError, match="cannot be written"):
