@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ def main() -> None:
     """Run the benchmark."""
     args = parse_args()
     shape = MODELS[args.model]
+    load_before = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         error = logits_error(shape, args.dtype, args.threads, Path(folder) / "gate.safetensors")
         path = Path(folder) / "model.safetensors"
@@ -65,6 +67,8 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
+        # Of the minute before: above 0 here means that neighbours slowed what is timed.
+        "load_before": load_before,
     }
     print(", ".join(f"{key}: {value}" for key, value in facts.items()))
     print(f"loaded in {load_s:.1f} s; logits differ from plain fp32 by {error:.1e} (relative RMS)")
