@@ -85,6 +85,12 @@ def test_files_named_in_backticks_exist(path: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_documents_named_in_the_proxys_configuration_exist() -> None:
+    named = re.findall(r"docs/[\w.-]+\w", (ROOT / "proxy_config.yaml").read_text(encoding="utf-8"))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_every_variable_is_documented_and_every_documented_one_exists() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "mrss_provider", "kernels", "Makefile", "proxy_config.yaml"],
