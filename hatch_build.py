@@ -16,9 +16,9 @@ _BUNDLED = (
     "models/demo/card.toml",
     "states/*.safetensors",
     "states/mixtures.toml",
-    "states/README.md",
     "proxy_config.yaml",
 )
+_IF_THERE = ("states/README.md",)
 
 
 class BundleHook(BuildHookInterface):
@@ -33,9 +33,9 @@ class BundleHook(BuildHookInterface):
         if version == "editable":
             return
         root = Path(self.root)
-        for pattern in _BUNDLED:
+        for pattern in (*_BUNDLED, *_IF_THERE):
             paths = sorted(root.glob(pattern))
-            if not paths:
+            if not paths and pattern in _BUNDLED:
                 raise FileNotFoundError(f"the wheel needs {pattern}")
             for path in paths:
                 inside = f"mrss_provider/_bundled/{path.relative_to(root).as_posix()}"
