@@ -74,43 +74,36 @@ class RunningAnswer:
             MRSSError: how the answer broke off.
         """
         loop = asyncio.get_running_loop()
-        while (taken := self._take_now()) is None:
-            arrived = loop.create_future()
-            if self._arm(partial(loop.call_soon_threadsafe, _resolve, arrived)):
-                await arrived
+        arrived = loop.create_future()
+        wake = partial(loop.call_soon_threadsafe, _resolve, arrived)
+        while (taken := self._take_or_arm(wake)) is None:
+            await arrived
         return taken
 
     def take_blocking(self) -> list[Delta]:
         """Do as `take`, in a thread without a loop."""
-        while (taken := self._take_now()) is None:
-            arrived = threading.Event()
-            if self._arm(arrived.set):
-                arrived.wait()
+        arrived = threading.Event()
+        while (taken := self._take_or_arm(arrived.set)) is None:
+            arrived.wait()
         return taken
 
     def cancel(self) -> None:
         """Abort what still runs, without waiting; idempotent, from any thread."""
         self._pump_task.cancel()
 
-    def _take_now(self) -> list[Delta] | None:
+    def _take_or_arm(self, wake: Callable[[], object]) -> list[Delta] | None:
+        """Return what waits; None when nothing does, and then `wake` is called at the next."""
         with self._lock:
             taken, self._waiting = self._waiting, []
             if not taken:
                 if not self._ended:
+                    self._wake_reader = wake
                     return None
                 if self._error is not None:
                     raise self._error
         if len(taken) >= MAX_WAITING:
             self._io.call_soon(self._room.set)
         return taken
-
-    def _arm(self, wake: Callable[[], object]) -> bool:
-        """Have `wake` called at the next delta; False when there is something to take now."""
-        with self._lock:
-            if self._waiting or self._ended:
-                return False
-            self._wake_reader = wake
-            return True
 
     def _publish(self, delta: Delta | None) -> int:
         """Hand over a delta, or the end; return how many wait."""

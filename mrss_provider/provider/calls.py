@@ -30,7 +30,9 @@ class Call:
 
     Attributes:
         requests: one, or for `/v1/completions` one for each prompt.
-        model: what LiteLLM calls the model, for errors and chunks: `mrss/` and the mixture.
+        model: what LiteLLM calls the model, for errors: `mrss/` and the mixture as typed.
+        chunk_model: what a stream's chunks call it. LiteLLM's own last chunk leaves the `mrss/`
+            out, but the proxy copies each chunk whose name is not the one the client sent.
         is_text: a text completion, not a chat.
         address: of the engine; None is the provider's own choice.
         api_key: for the engine.
@@ -40,6 +42,7 @@ class Call:
 
     requests: tuple[GenerateRequest, ...]
     model: str
+    chunk_model: str
     is_text: bool
     address: str | None
     api_key: str | None
@@ -74,9 +77,12 @@ def read_call(
     else:
         body["messages"] = list(messages)
         parsed = parse_chat_request(body)
+    full_name = f"{PROVIDER}/{model}"
+    asked_name = (extras.get("metadata") or {}).get("model_group")
     return Call(
         requests=parsed.requests,
-        model=f"{PROVIDER}/{model}",
+        model=full_name,
+        chunk_model=full_name if asked_name == full_name else model,
         is_text=is_text,
         address=api_base or None,
         api_key=api_key or None,

@@ -67,7 +67,7 @@ def test_stream_says_what_the_whole_answer_says(read):
     assert first.choices[0].delta.role == "assistant"
     assert first.system_fingerprint == FINGERPRINT
     mrss = {"mixture": "knowledge+tone", "rows": ROWS}
-    assert first.choices[0].delta.provider_specific_fields == {"mrss": mrss}
+    assert first.provider_specific_fields == {"mrss": mrss}
 
 
 @pytest.mark.usefixtures("provider")

@@ -81,8 +81,8 @@ def test_streamed_chat_has_exact_usage_when_asked(chat):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == ANSWER
     assert chunks[0].choices[0].delta.role == "assistant"
-    mrss = chunks[0].choices[0].delta.provider_specific_fields["mrss"]
-    assert mrss == {"mixture": "tone", "rows": ROWS}
+    mrss = {"mixture": "tone", "rows": ROWS}
+    assert chunks[0].provider_specific_fields == {"mrss": mrss}
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (PROMPT_TOKENS, 3)
     assert last.usage.total_tokens == PROMPT_TOKENS + 3
