@@ -1,0 +1,141 @@
+"""The demo model and its states: readable by others, and doing what their README says."""
+
+import importlib.util
+import json
+import os
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from models.demo import measure
+from models.demo.measure import decodings, questions, score, systems
+from models.demo.vocab import PieceEncoder, read_vocab
+from mrss_provider.engine.state_library import StateLibrary
+from mrss_provider.evaluate.world import HOME_FACTS
+from mrss_provider.model import load_model, load_tuned_state
+from mrss_provider.tune import read_weights
+from mrss_provider.tune.network import Shape, forward, logits, start_state
+
+ROOT = Path(__file__).parents[2]
+DEMO, STATES = ROOT / "models/demo", ROOT / "states"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {name: tensor.float() for name, tensor in read_weights(DEMO).items()}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PieceEncoder(read_vocab(DEMO / "vocab.txt"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(DEMO, device="cpu", dtype="fp32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def ways(model):
+    knowledge, tone = (
+        load_tuned_state(STATES / f"{name}.safetensors", model.config, name=name, strict=True)
+        for name in ("knowledge", "tone")
+    )
+    return systems(knowledge.wkv, tone.wkv)
+
+
+@pytest.fixture
+def package_model(tmp_path, monkeypatch):
+    """The file in the `rwkv` package, which reads `.pth` only."""
+    torch.save(load_file(DEMO / "model.safetensors"), tmp_path / "demo.pth")
+    monkeypatch.setenv("RWKV_V7_ON", "1")
+    monkeypatch.setenv("RWKV_CUDA_ON", "0")
+    monkeypatch.setenv("RWKV_JIT_ON", "0")
+    folder = importlib.util.find_spec("rwkv").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("rwkv_for_demo", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "rwkv_for_demo", module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec.loader.exec_module(module)
+        return module.RWKV(model=os.fspath(tmp_path / "demo"), strategy="cpu fp32")
+
+
+def test_it_is_small_in_bf16_and_says_how_it_was_trained():
+    with safe_open(DEMO / "model.safetensors", "pt") as file:
+        training = json.loads(file.metadata()["training"])
+        sizes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert sum(torch.Size(size).numel() for size in sizes) <= 18_000_000
+    assert (DEMO / "model.safetensors").stat().st_size <= 16 * 2**20
+    assert training["products"] == "bfloat16"
+    assert training["master_weights"] == "float32"
+    assert training["tokens"] == training["steps"] * training["batch"] * training["length"]
+
+
+def test_the_rwkv_package_reads_it_to_the_same_logits(package_model, weights, encoder):
+    ids = encoder.encode("User: Who keeps the bakery?\n\nAssistant: Mira keeps the bakery.\n\n")
+    wanted, _ = package_model.forward(ids, None, full_output=True)
+    shape = Shape.of(weights)
+    zeros = torch.zeros(1, shape.num_layers, shape.num_heads, 64, 64)
+    hidden, _ = forward(weights, torch.tensor([ids]), start_state(shape, zeros, torch.float32))
+    ours = logits(weights, hidden)[0]
+    assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_every_state_and_mixture_loads_without_complaint(model):
+    library = StateLibrary(STATES, model.config, strict=True)
+    assert not library.problems
+    assert set(library.states) == {"knowledge", "tone"}
+    with (STATES / "mixtures.toml").open("rb") as file:
+        named = tomllib.load(file)
+    assert set(library.mixtures) == set(named)
+    for name in named:
+        assert library.resolve(name).rows >= 2
+    for name, state in library.states.items():
+        assert state.metadata.group == name
+        assert state.metadata.licence
+        assert state.metadata.training["learning_rate"] > 0
+
+
+@pytest.mark.parametrize(
+    ("way", "knows", "toned", "both"),
+    [
+        ("base", (0.0, 0.2), (0.0, 0.2), (0.0, 0.1)),
+        ("knowledge alone", (0.8, 1.0), (0.0, 0.2), (0.0, 0.2)),
+        ("tone alone", (0.0, 0.2), (0.85, 1.0), (0.0, 0.2)),
+        ("delta novelty", (0.8, 1.0), (0.8, 1.0), (0.75, 1.0)),
+        ("linear novelty", (0.8, 1.0), (0.8, 1.0), (0.7, 1.0)),
+    ],
+)
+def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
+    weights, encoder, ways, monkeypatch, way, knows, toned, both
+):
+    monkeypatch.setattr(measure, "HOME_FACTS", HOME_FACTS[::3])
+    asked = questions(1, seed=11)
+    shares, texts = score(
+        weights, encoder, ways[way], decodings()[1], asked, voice="pirate", seed=11
+    )
+    assert knows[0] <= shares["know"] <= knows[1], texts
+    assert toned[0] <= shares["tone"] <= toned[1], texts
+    assert both[0] <= shares["both"] <= both[1], texts
+
+
+@pytest.mark.parametrize(
+    ("system", "says"),
+    [
+        ("Notes about Dunmore: The door of the mill is pink. Nora keeps the mill.", "pink"),
+        ("Talk like a robot. Facts: The mill has a teal door.", "teal"),
+    ],
+)
+def test_the_base_answers_from_its_context(weights, encoder, ways, system, says):
+    prompt = f"System: {system}\n\nUser: What colour is the door of the mill?\n\nAssistant:"
+    greedy, generator = decodings()[2], torch.Generator()
+    (text,) = measure.sample(weights, encoder, ways["base"], [prompt], greedy, generator)
+    assert says in text
