@@ -147,7 +147,9 @@ class _Candidates:
         weights = np.where(rank < num_kept[:, None], self.probs, 0.0)
         if powers is not None:
             largest = weights.max(1, keepdims=True).clip(min=_LEAST_PROB)
-            weights = (weights / largest) ** powers[:, None]
+            raised = (weights / largest) ** powers[:, None]
+            # A neighbour's order of sampling must not touch the last bits of the others.
+            weights = np.where(powers[:, None] == 1.0, weights, raised)
         cumulative = weights.cumsum(1)
         position = (cumulative <= (draws * cumulative[:, -1])[:, None]).sum(1)
         chosen: Ids = self.ids[np.arange(len(draws)), position.clip(max=self.ids.shape[1] - 1)]

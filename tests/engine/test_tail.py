@@ -29,9 +29,9 @@ MIXTURES = [
 ]
 
 
-def rows_of(mixed: ResolvedMixture, seed: int) -> Tensor:
+def rows_of(mixed: ResolvedMixture, seed: int, vocab_size: int = V) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(mixed.rows, V, generator=generator) * 3
+    return torch.randn(mixed.rows, vocab_size, generator=generator) * 3
 
 
 def pick(
@@ -66,6 +66,17 @@ def test_a_batch_equals_its_requests_one_by_one_bit_for_bit(count: int) -> None:
     together = merge_rows(batch, parts)
     for g, (z, m) in enumerate(zip(logits, mixed, strict=True)):
         assert together[g].equal(merge_rows(z, [(range(len(z)), m)])[0]), m
+
+
+@pytest.mark.parametrize("vocab_size", [1472, 16_384])
+def test_neighbours_do_not_change_a_bit_of_a_merge_of_any_kind(vocab_size: int) -> None:
+    """At these sizes matrix products take other kernels for one request than for several."""
+    for mixed in MIXTURES:
+        logits = torch.cat([rows_of(mixed, seed, vocab_size) for seed in range(4)])
+        parts = [(range(g * mixed.rows, (g + 1) * mixed.rows), mixed) for g in range(4)]
+        together = merge_rows(logits, parts)
+        for g, part in enumerate(parts):
+            assert merge_rows(logits, [part])[0].equal(together[g]), (mixed.merge, mixed.gate)
 
 
 def test_the_vocabulary_of_a_group_may_exceed_a_chunk() -> None:
