@@ -158,6 +158,7 @@ class LocalEngine:
 
     async def _find_or_start(self) -> None:
         child: subprocess.Popen[bytes] | None = None
+        has_lock = False
         with contextlib.ExitStack() as held:
             while True:
                 status = await self._probe()
@@ -169,8 +170,12 @@ class LocalEngine:
                         raise self._died(child)
                     # Another engine was faster to the socket.
                     child = None
-                elif child is None and status == "absent" and await self._may_start(held):
-                    child = self._start()
+                elif child is None and status == "absent":
+                    # A lock is its open file's: taken anew it would shut out ourselves.
+                    has_lock = has_lock or self._take_lock(held)
+                    # Whoever held the lock before may have started an engine in between.
+                    if has_lock and await self._probe() == "absent":
+                        child = self._start()
                 await asyncio.sleep(_POLL_S)
 
     async def _probe(self) -> EngineStatus:
@@ -189,7 +194,7 @@ class LocalEngine:
         check_protocol(version.protocol)
         return True
 
-    async def _may_start(self, held: contextlib.ExitStack) -> bool:
+    def _take_lock(self, held: contextlib.ExitStack) -> bool:
         """Take the file lock if it is free; the kernel frees it if this process dies."""
         path = self.socket.with_suffix(".lock")
         lock = open(path, "wb")  # noqa: SIM115
@@ -199,8 +204,7 @@ class LocalEngine:
             lock.close()
             return False
         held.enter_context(lock)
-        # Whoever held the lock before may have started an engine in between.
-        return await self._probe() == "absent"
+        return True
 
     def _start(self) -> subprocess.Popen[bytes]:
         env = {name: value for name, value in self._env.items() if name != "MRSS_SOCKET"}

@@ -1,7 +1,10 @@
 """AsyncEngine over an engine that follows a script: text, stops, ends, and the thread's life."""
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,10 +12,11 @@ import pytest
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.async_engine.card import Card, read_card
 from mrss_provider.async_engine.loading import Loaded
-from mrss_provider.backend import GenerateRequest, Message, ModelCard, Usage
+from mrss_provider.async_engine.stream import TextStream
+from mrss_provider.backend import GenerateRequest, Message, ModelCard, StreamInfo, Usage
 from mrss_provider.chat import TEMPLATES
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.request import EOS_ID, ResolvedMixture, TokenOutput
+from mrss_provider.engine.request import EOS_ID, EngineRequest, ResolvedMixture, TokenOutput
 from mrss_provider.errors import (
     ConfigError,
     ContextLengthError,
@@ -200,6 +204,23 @@ def test_the_space_before_a_chats_answer_is_no_part_of_it():
     assert joined(answers(script, ask(messages=(user, half)))) == " world world"
     assert joined(answers(script, ask(messages=(user,)), template=TEMPLATES["plain"]))[0] == " "
     assert joined(answers(script, ask("hi"))) == " world world"
+
+
+def test_an_answer_that_ended_before_its_admission_is_not_kept_by_its_deadline():
+    async def main():
+        request = EngineRequest(
+            id="r0", prompt=(1,), mixture=Library().resolve("tone", None), sampling=SamplingParams()
+        )
+        info = StreamInfo("tone", 2, "fp", 1)
+        stream = TextStream(request, info, TOKENS, (), "", ScriptEngine())
+        stream.on_output(TokenOutput("r0", 0, EOS_ID, finish_reason="stop"))
+        stream.admit(time.monotonic(), 86_400.0)
+        found = weakref.ref(stream)
+        del stream
+        gc.collect()
+        return found()
+
+    assert asyncio.run(main()) is None
 
 
 def test_characters_come_out_whole():

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mrss_provider import autostart
 from mrss_provider.autostart import LocalEngine, engine_address, socket_path
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.client import Client
@@ -274,6 +275,43 @@ def test_a_start_that_takes_too_long_is_a_timeout(place):
         started[0].wait(30)
 
     asyncio.run(main())
+
+
+class Child:
+    """A process that has already ended."""
+
+    returncode = 1
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "num_starts"),
+    [
+        # Our child lost the socket to another engine, which then died.
+        (["absent", "absent"], ["busy", "absent", "absent"], 2),
+        # The lock came free because an engine had been started, which then died.
+        (["absent", "busy", "absent", "absent"], [], 1),
+    ],
+)
+def test_who_has_the_lock_can_start_again(place, monkeypatch, before, between, num_starts):
+    monkeypatch.setattr(autostart, "_POLL_S", 0)
+    engine = place.engine()
+    statuses = iter([*before, *between])
+    started = []
+
+    async def probe():
+        return next(statuses, "ready" if len(started) == num_starts else "absent")
+
+    async def take_lease():
+        return True
+
+    monkeypatch.setattr(engine, "_probe", probe)
+    monkeypatch.setattr(engine, "_take_lease", take_lease)
+    monkeypatch.setattr(engine, "_start", lambda: started.append(Child()) or started[-1])
+    asyncio.run(engine.ensure(2))
+    assert len(started) == num_starts
 
 
 def test_each_configuration_has_its_own_socket(place):

@@ -126,9 +126,12 @@ class TextStream:
         self._first_token: float | None = None
 
     def admit(self, started: float, timeout_s: float | None) -> None:
-        """Begin to count, from `started` (monotonic); the whole answer has `timeout_s` seconds."""
+        """Begin to count, from `started` (monotonic); the whole answer has `timeout_s` seconds.
+
+        A short answer may have ended already: its last outputs can come before this call.
+        """
         self._started = started
-        if timeout_s is not None:
+        if timeout_s is not None and not self._has_ended:
             left_s = max(0.0, started + timeout_s - time.monotonic())
             self._timer = self.loop.call_later(left_s, self._expire, timeout_s)
 
