@@ -178,8 +178,11 @@ def _read(kwargs: dict[str, Any]) -> Call:
 
 def _keep_out_of_cache(logging_obj: Any) -> None:
     """Ask LiteLLM's cache not to store this stream: it would store all choices as one text."""
-    handler = getattr(logging_obj, "llm_caching_handler", None)
-    if handler is not None:
+    # The private name is that of older LiteLLM versions.
+    for name in ("llm_caching_handler", "_llm_caching_handler"):
+        handler = getattr(logging_obj, name, None)
+        if handler is None:
+            continue
         control = handler.request_kwargs.get("cache") or {}
         handler.request_kwargs["cache"] = {**control, "no-store": True}
 

@@ -342,8 +342,9 @@ def test_streamed_completion_takes_its_prompt_raw(backend):
     )
     chunks = list(stream)
     assert backend.requests[0].prompt == "Once"
-    assert "".join(chunk.choices[0].text or "" for chunk in chunks) == "Hello, world"
-    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.text or "" for choice in choices) == "Hello, world"
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
     assert chunks[-1].usage.prompt_tokens == PROMPT_TOKENS
     assert all(chunk.id.startswith("cmpl-") for chunk in chunks)
 
