@@ -28,7 +28,8 @@ def read_chats(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list
         FileFormatError: a line that is not so, with its number; or no line at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold U+2028, U+2029 and U+0085 as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise FileFormatError(f"cannot read the chats in {path} ({exc})") from exc
     examples = []

@@ -68,6 +68,17 @@ def test_a_file_of_both_kinds_of_lines_is_read(tmp_path, tokenizer):
     assert long == chat_example(TALK, [], tokenizer, TEMPLATES["world"])
 
 
+@pytest.mark.parametrize("raw", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_newline_ends_a_line(tmp_path, tokenizer, raw):
+    lines = [{"question": f"Who{raw}keeps it?", "answer": f"Mira{raw}does."}] * 2
+    path = tmp_path / "chats.jsonl"
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_bytes((text + "\n").encode())
+    talk = [Message("user", f"Who{raw}keeps it?"), Message("assistant", f"Mira{raw}does.")]
+    wanted = chat_example(talk, [], tokenizer, TEMPLATES["world"])
+    assert read_chats(path, tokenizer, TEMPLATES["world"]) == [wanted, wanted]
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
