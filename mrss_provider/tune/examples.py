@@ -27,6 +27,11 @@ class Example:
     answer: tuple[bool, ...]
     fact: tuple[bool, ...]
 
+    def cut(self, max_len: int) -> Example:
+        """Return the example with `max_len` tokens to predict at most, that is one token more."""
+        end = max_len + 1
+        return Example(self.token_ids[:end], self.answer[:end], self.fact[:end])
+
 
 ExampleSource = Callable[[random.Random], Example]
 """Draws one example; the same generator state gives the same example."""

@@ -145,7 +145,7 @@ def tune_states(
 
     Raises:
         InvalidRequestError: no job, different `steps`, an initial state of another shape, a batch
-            without a token to learn, or a loss that is no longer finite.
+            without a token to learn for some job, or a loss that is no longer finite.
     """
     if not jobs or len({job.config.steps for job in jobs}) > 1:
         raise InvalidRequestError(
@@ -206,7 +206,8 @@ class _Learner:
         return values
 
     def _draw(self, job: TuneJob, rng: random.Random) -> list[Example]:
-        return [job.source(rng) for _ in range(job.config.batch_size)]
+        """Draw a job's batch, cut to its own `max_len`, which may be below another job's."""
+        return [job.source(rng).cut(job.config.max_len) for _ in range(job.config.batch_size)]
 
     def _losses(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return each job's loss [R], differentiable in the states."""
@@ -223,6 +224,7 @@ class _Learner:
         learnt_fact = torch.where(is_local, learnt & batch.fact, learnt)
         kept = is_local & learnt & ~batch.fact
 
+        self._require_tokens(learnt_fact, job_of_row)
         nll = self._mean_by_job(self._nll(hidden, batch, learnt_fact), learnt_fact, job_of_row)
         if not bool(kept.any()):
             return nll
@@ -235,13 +237,18 @@ class _Learner:
         drift = (base_probs.exp() * (base_probs - own)).sum(-1) * self._expand(locality, kept)
         return nll + self._mean_by_job(drift, kept, job_of_row)
 
-    def _nll(self, hidden: Tensor, batch: Batch, mask: Tensor) -> Tensor:
-        if not bool(mask.any()):
+    def _require_tokens(self, mask: Tensor, job_of_row: Tensor) -> None:
+        """Refuse a batch in which some job has no true element of `mask` [B, T]."""
+        learning = set(job_of_row[mask.any(1)].tolist())
+        idle = [number for number in range(len(self.jobs)) if number not in learning]
+        if idle:
             raise InvalidRequestError(
-                "a batch has no token to learn: the examples need answers (and facts, with "
-                "locality), or max_len cuts them off",
+                f"a batch has no token to learn for job {idle[0] + 1} of {len(self.jobs)}: its "
+                "examples need answers (and facts, with locality), or max_len cuts them off",
                 param="max_len",
             )
+
+    def _nll(self, hidden: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         return F.cross_entropy(
             logits(self.weights, hidden[mask]), batch.targets[mask], reduction="none"
         )

@@ -91,6 +91,19 @@ def test_states_tuned_together_come_out_as_if_tuned_alone(weights):
         assert result.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
+def test_each_job_is_cut_to_its_own_max_len(weights):
+    long = Example(tuple(range(1, 41)), (True,) * 40, (False,) * 40)
+    jobs = [TuneJob(always(long), config(steps=2, max_len=n)) for n in (10, 16, 512)]
+    together = tune_states(weights, jobs)
+    for job, result in zip(jobs, together, strict=True):
+        alone = tune_state(weights, job.source, job.config)
+        assert result.losses == pytest.approx(alone.losses, rel=1e-3)
+        expected = -log_probs(weights, None, long)[: job.config.max_len].gather(
+            1, torch.tensor(long.token_ids[1 : job.config.max_len + 1])[:, None]
+        )
+        assert result.losses[0] == pytest.approx(float(expected.mean()), rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_state_and_another_seed_another(weights):
     def draw(rng):
         return Example((rng.randrange(50), 9), (False, True), (False, False))
@@ -140,6 +153,21 @@ def test_examples_without_anything_to_learn_are_refused(weights):
     nothing = Example((3, 4), (False, False), (False, False))
     with pytest.raises(InvalidRequestError, match="no token to learn"):
         tune_state(weights, always(nothing), config())
+
+
+@pytest.mark.parametrize(
+    ("answer", "changes"),
+    [
+        ((False, False, False), {}),
+        ((False, False, True), {"max_len": 1}),
+        ((False, False, True), {"locality": 1.0}),
+    ],
+)
+def test_a_job_without_anything_to_learn_is_refused_beside_one_with(weights, answer, changes):
+    said = Example((3, 4, 5), answer, (False, False, False))
+    jobs = [TuneJob(always(EXAMPLE), config()), TuneJob(always(said), config(**changes))]
+    with pytest.raises(InvalidRequestError, match="no token to learn for job 2 of 2"):
+        tune_states(weights, jobs)
 
 
 def test_jobs_of_different_length_are_refused(weights):
