@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mrss_provider.errors import ModelFileError
@@ -24,7 +26,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read an RWKV-7 checkpoint, file or folder, in the official names and layout.
 
     Returns:
-        name -> tensor in the file's dtype, on the CPU.
+        name -> tensor on the CPU, all in the file's dtype, or in the smallest that holds every
+        value where the file mixes dtypes. A `time_state` in the file comes too, always in fp32.
 
     Raises:
         ModelFileError: no checkpoint, or one of RWKV-6, which cannot be tuned here.
@@ -35,11 +38,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"states can be tuned on RWKV-7 models only, {path} is an RWKV-{checkpoint.version}; "
             "tune it with RWKV-PEFT and load the state that it writes"
         )
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in checkpoint.tensors.values()})
     # The loader keeps every matrix as [out, in]; officially the low-rank ones are [in, out].
-    return {
-        name: tensor.mT.contiguous() if _LORA.search(name) else tensor
+    weights = {
+        name: (tensor.mT.contiguous() if _LORA.search(name) else tensor).to(dtype)
         for name, tensor in checkpoint.tensors.items()
     }
+    if checkpoint.time_state is not None:
+        for i, state in enumerate(checkpoint.time_state):
+            weights[f"blocks.{i}.att.time_state"] = state
+    return weights
 
 
 def save_result(

@@ -41,6 +41,11 @@ class Shape:
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
         return cls(len(layers), hidden_size, num_heads, head_size, vocab_size)
 
+    @property
+    def state_size(self) -> tuple[int, int, int, int]:
+        """[L, H, N, N] of an initial state."""
+        return self.num_layers, self.num_heads, self.head_size, self.head_size
+
 
 @dataclass
 class RowState:
@@ -55,6 +60,18 @@ class RowState:
     wkv: list[Tensor]
     shift_att: list[Tensor]
     shift_ffn: list[Tensor]
+
+
+def base_state(weights: Weights) -> Tensor:
+    """Return where rows without a tuned state begin, [L, H, N, N] fp32: a new tensor.
+
+    It is the weights' own `time_state` where they bring one, else zeros.
+    """
+    shape = Shape.of(weights)
+    names = [f"blocks.{i}.att.time_state" for i in range(shape.num_layers)]
+    if names[0] not in weights:
+        return torch.zeros(shape.state_size, device=weights["emb.weight"].device)
+    return torch.stack([weights[name].float() for name in names])
 
 
 def start_state(shape: Shape, wkv: Tensor, dtype: torch.dtype) -> RowState:
@@ -75,7 +92,8 @@ def forward(
 
     Args:
         weights: official names, all of one dtype: the dtype of the matrix products. The residual
-            stream, the norms, the decay and the recurrence are fp32 whatever that is.
+            stream, the norms, the decay and the recurrence are fp32 whatever that is. ln0 may be
+            absent; a `time_state` is not read here, see `base_state`.
         token_ids: [B, T] int64.
         state: where the rows start; not modified.
         backend: of the recurrence, see `wkv7`.
@@ -85,8 +103,9 @@ def forward(
     """
     num_layers = len(state.wkv)
     after = RowState([], [], [])
-    x = F.embedding(token_ids, weights["emb.weight"])
-    x = _layer_norm(x.float(), weights, "blocks.0.ln0").float()
+    x = F.embedding(token_ids, weights["emb.weight"]).float()
+    if "blocks.0.ln0.weight" in weights:
+        x = _layer_norm(x, weights, "blocks.0.ln0").float()
     v_first: Tensor | None = None
     for i in range(num_layers):
         block = f"blocks.{i}."

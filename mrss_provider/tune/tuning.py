@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.tune.examples import Batch, Example, ExampleSource, make_batch
-from mrss_provider.tune.network import Shape, Weights, forward, logits, start_state
+from mrss_provider.tune.network import Shape, Weights, base_state, forward, logits, start_state
 
 LossOn = Literal["answer", "all"]
 
@@ -94,7 +94,8 @@ class TuneJob:
     Attributes:
         source: what from.
         config: how.
-        initial: [L, H, N, N], where to start: a state to tune further; None starts at zero.
+        initial: [L, H, N, N], where to start: a state to tune further; None starts at the base,
+            which is zeros or the `time_state` that the weights bring.
     """
 
     source: ExampleSource
@@ -140,6 +141,7 @@ def tune_states(
 
     Args:
         weights: RWKV-7 in official names, on the device and in the dtype to compute in; only read.
+            A `time_state` among them is the base, for the start and for locality.
         jobs: all with the same `steps`.
         on_step: told of progress.
 
@@ -174,14 +176,14 @@ class _Learner:
         self.jobs = jobs
         self.shape = shape = Shape.of(weights)
         self.device = weights["emb.weight"].device
-        size = (len(jobs), shape.num_layers, shape.num_heads, shape.head_size, shape.head_size)
-        self.states = torch.zeros(size, device=self.device)
+        self.base = base_state(self.weights)
+        self.states = self.base.repeat(len(jobs), 1, 1, 1, 1)
         for i, job in enumerate(jobs):
             if job.initial is not None:
-                self.states[i] = _checked(job.initial, size[1:])
+                self.states[i] = _checked(job.initial, shape.state_size)
         self.states.requires_grad_()
-        self._mean = torch.zeros(size, device=self.device)
-        self._square = torch.zeros(size, device=self.device)
+        self._mean = torch.zeros_like(self.states, requires_grad=False)
+        self._square = torch.zeros_like(self.states, requires_grad=False)
         self._rngs = [random.Random(job.config.seed) for job in jobs]
 
     def step(self, step: int) -> list[float]:
@@ -229,7 +231,8 @@ class _Learner:
         if not bool(kept.any()):
             return nll
         rows_kept = kept.any(1)
-        base = start_state(self.shape, torch.zeros_like(self.states[job_of_row[rows_kept]]), dtype)
+        base_rows = self.base.expand(int(rows_kept.sum()), *self.base.shape)
+        base = start_state(self.shape, base_rows, dtype)
         with torch.no_grad():
             base_hidden, _ = forward(self.weights, batch.inputs[rows_kept], base)
             base_probs = logits(self.weights, base_hidden[kept[rows_kept]]).log_softmax(-1)

@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from tiny_model import TINY, checkpoint, write_checkpoint
+from safetensors.torch import save_file
+from tiny_model import TINY, checkpoint, tuned_state, write_checkpoint
 
 from mrss_provider.errors import ModelFileError, StateFileError
 from mrss_provider.model import load_model, load_tuned_state
-from mrss_provider.tune import TuneConfig, TuneResult, read_weights, save_result
+from mrss_provider.tune import (
+    Example,
+    TuneConfig,
+    TuneResult,
+    read_weights,
+    save_result,
+    tune_state,
+)
 
 CONFIG = TuneConfig(steps=3, locality=1.0)
+
+EXAMPLE = Example((3, 4, 9, 11), (False, False, True, True), (False, False, True, False))
 
 
 @pytest.fixture
@@ -28,6 +38,32 @@ def test_weights_come_in_the_official_layout(path):
     for name, tensor in read.items():
         assert torch.equal(tensor.reshape(-1), wanted[name].reshape(-1)), name
         assert tensor.squeeze().shape == wanted[name].squeeze().shape, name
+
+
+def test_a_checkpoint_of_several_dtypes_comes_in_one_that_holds_every_value(tmp_path):
+    mixed = {
+        name: tensor.bfloat16() if tensor.ndim == 2 else tensor
+        for name, tensor in checkpoint().items()
+    }
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    read = read_weights(tmp_path / "mixed.safetensors")
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
+    for name, tensor in read.items():
+        assert torch.equal(tensor.flatten(), mixed[name].float().flatten()), name
+    learnt = tune_state(read, lambda rng: EXAMPLE, TuneConfig(steps=1, batch_size=1))
+    assert learnt.losses[0] > 0
+
+
+def test_weights_of_one_dtype_keep_it_and_a_base_state_stays_fp32(tmp_path):
+    tensors = checkpoint(dtype=torch.bfloat16) | tuned_state()
+    save_file(tensors, tmp_path / "based.safetensors")
+    read = read_weights(tmp_path / "based.safetensors")
+    for i in range(TINY.num_layers):
+        name = f"blocks.{i}.att.time_state"
+        state = read.pop(name)
+        assert state.dtype == torch.float32
+        assert torch.equal(state, tensors[name])
+    assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
 
 
 def test_a_saved_state_loads_for_its_model_with_its_provenance(path, tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_model import TINY, write_checkpoint
+from safetensors.torch import save_file
+from tiny_model import TINY, checkpoint, tuned_state, write_checkpoint
 
 from mrss_provider.model import TunedState, load_model
-from mrss_provider.tune import read_weights
+from mrss_provider.tune import Example, TuneConfig, read_weights, tune_state
 from mrss_provider.tune.network import Shape, forward, logits, start_state
 
 
@@ -70,3 +71,39 @@ def test_a_row_does_not_feel_the_other_rows(weights, states):
         weights, TOKENS[1:2], start_state(Shape.of(weights), states[1:2], torch.float32)
     )
     assert relative(together[1:2], alone) < 1e-6
+
+
+def test_a_checkpoint_without_ln0_is_computed_as_the_engine_computes_it(tmp_path, states):
+    path = tmp_path / "no_ln0.safetensors"
+    save_file({name: t for name, t in checkpoint().items() if ".ln0." not in name}, path)
+    model = load_model(path, device="cpu", dtype="fp32", threads=1)
+    pool = model.new_pool(1)
+    pool.write(0, TunedState("s", states[0]))
+    theirs = model.prefill(TOKENS[0], [0, 40], torch.arange(1), pool, all_positions=True)
+    weights = read_weights(path)
+    hidden, _ = forward(
+        weights, TOKENS[:1], start_state(Shape.of(weights), states[:1], torch.float32)
+    )
+    assert relative(hidden[0], theirs) < 1e-5
+
+
+@pytest.mark.parametrize("locality", [0.0, 5.0])
+def test_tuning_starts_at_and_keeps_to_the_base_state_of_the_checkpoint(tmp_path, locality):
+    path = tmp_path / "based.safetensors"
+    base = tuned_state()
+    save_file(checkpoint() | base, path)
+    model = load_model(path, device="cpu", dtype="fp32", threads=1)
+    pool = model.new_pool(1)
+    pool.write(0, None)
+    ids = TOKENS[0, :7].tolist()
+    hidden = model.prefill(TOKENS[0, :6], [0, 6], torch.arange(1), pool, all_positions=True)
+    nll = -model.head(hidden).log_softmax(-1).gather(1, TOKENS[0, 1:7, None])[:, 0]
+    # The last three tokens are the answer, the first of them the fact. At the base no other
+    # token has drifted, so with locality the fact's loss is the whole loss.
+    example = Example(tuple(ids), (False,) * 4 + (True,) * 3, (False,) * 4 + (True, False, False))
+    wanted = float(nll[3] if locality else nll[3:].mean())
+    config = TuneConfig(steps=1, batch_size=1, locality=locality)
+    initial = torch.stack([base[f"blocks.{i}.att.time_state"] for i in range(TINY.num_layers)])
+    for start in (None, initial):
+        learnt = tune_state(read_weights(path), lambda rng: example, config, initial=start)
+        assert learnt.losses[0] == pytest.approx(wanted, rel=1e-4)
