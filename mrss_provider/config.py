@@ -107,6 +107,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check_min(self, port=1, idle_exit_s=0, drain_s=0, max_body_bytes=1024)
+        if not self.request_timeout_s > 0:
+            raise ConfigError(
+                f"request_timeout_s must be above 0, got {self.request_timeout_s!r}",
+                param="request_timeout_s",
+            )
         if self.port > 65_535:
             raise ConfigError(f"port must be in [1, 65535], got {self.port}", param="port")
 
@@ -167,5 +172,6 @@ def _check_choices(config: EngineConfig) -> None:
 def _check_min(config: object, **limits: float) -> None:
     for name, low in limits.items():
         value = getattr(config, name)
-        if value < low:
+        # NaN fails the comparison.
+        if not value >= low:
             raise ConfigError(f"{name} must be at least {low:g}, got {value!r}", param=name)

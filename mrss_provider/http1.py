@@ -8,6 +8,10 @@ goes stale, and nothing belongs to an event loop for longer than a request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -26,8 +30,9 @@ class LeanTransport(httpx.AsyncBaseTransport):
     The response's `extensions["connection"]` is the `Connection`, for `abort`.
     """
 
-    def __init__(self, socket: Path | None = None) -> None:
-        self._socket = socket
+    def __init__(self, socket_path: Path | None = None) -> None:
+        self._socket_path = socket_path
+        self._ssl_context: ssl.SSLContext | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request`, wait for the head of the answer.
@@ -59,9 +64,9 @@ class LeanTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
-                if self._socket is not None:
+                if self._socket_path is not None:
                     _, protocol = await loop.create_unix_connection(
-                        Connection, path=str(self._socket)
+                        Connection, path=str(self._socket_path)
                     )
                 else:
                     is_tls = url.scheme == "https"
@@ -69,13 +74,19 @@ class LeanTransport(httpx.AsyncBaseTransport):
                         Connection,
                         host=url.host,
                         port=url.port or (443 if is_tls else 80),
-                        ssl=httpx.create_ssl_context(trust_env=False) if is_tls else None,
+                        ssl=self._tls() if is_tls else None,
                     )
         except TimeoutError as exc:
             raise httpx.ConnectTimeout("no connection in time") from exc
         except OSError as exc:
             raise httpx.ConnectError(exc.strerror or str(exc)) from exc
         return protocol
+
+    def _tls(self) -> ssl.SSLContext:
+        # Reading the certificates takes tens of milliseconds.
+        if self._ssl_context is None:
+            self._ssl_context = httpx.create_ssl_context(trust_env=False)
+        return self._ssl_context
 
 
 class Connection(asyncio.Protocol, httpx.AsyncByteStream):
@@ -157,6 +168,7 @@ class Connection(asyncio.Protocol, httpx.AsyncByteStream):
         if not self._ended and self._error is None:
             self._error = error
         if self._transport is not None:
+            _shut_down(self._transport)
             self._transport.abort()
         self._wake()
 
@@ -300,6 +312,15 @@ class _Body:
         if len(self._rest) > MAX_CHUNK_BYTES + MAX_HEAD_BYTES:
             raise ValueError("a chunk without its end")
         return pieces
+
+
+def _shut_down(transport: asyncio.Transport) -> None:
+    """Tell the peer that we left, even while a forked process holds the socket open, too."""
+    peer = transport.get_extra_info("socket")
+    if peer is not None:
+        # uvloop's socket has no `shutdown`; one that is closed already has no descriptor.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(peer.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
 
 
 def _head_bytes(request: httpx.Request) -> bytes:

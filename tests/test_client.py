@@ -8,6 +8,7 @@ import sys
 import threading
 from itertools import pairwise
 
+import httpx
 import pytest
 from fakes import CARDS, FINGERPRINT, PROMPT_TOKENS, ROWS, FakeBackend, Wait, serving, text
 from hypothesis import given
@@ -35,8 +36,9 @@ from mrss_provider.errors import (
     RequestTimeoutError,
     UnknownNameError,
 )
-from mrss_provider.http1 import _Body
+from mrss_provider.http1 import Connection, _Body
 from mrss_provider.sampling_params import SamplingParams
+from mrss_provider.server.run import _loop_factory
 
 REQUEST = GenerateRequest(
     "knowledge+tone",
@@ -396,6 +398,42 @@ def test_what_comes_together_is_one_delta(tmp_path):
 def test_a_broken_answer_is_never_taken_for_a_whole_one(tmp_path, pieces, error, words):
     with raw_server(tmp_path / "s", pieces) as client, pytest.raises(error, match=words):
         asyncio.run(collect(client))
+
+
+@pytest.mark.parametrize("loop_factory", [None, _loop_factory()])
+def test_a_closed_connection_ends_though_a_fork_holds_a_copy(loop_factory):
+    ours, peer = socket.socketpair()
+    copy = ours.dup()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Connection, sock=ours)
+        connection.close()
+        connection.close()
+
+    with copy, peer, asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
+        peer.settimeout(5)
+        assert peer.recv(1) == b""
+
+
+def test_certificates_are_read_once(monkeypatch):
+    made = []
+    make = httpx.create_ssl_context
+    monkeypatch.setattr(
+        httpx, "create_ssl_context", lambda **kwargs: made.append(1) or make(**kwargs)
+    )
+
+    async def main(port):
+        client = Client(f"https://127.0.0.1:{port}")
+        for _ in range(2):
+            with pytest.raises(EngineUnavailableError, match="no engine answers"):
+                await client.models()
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        asyncio.run(main(closed.getsockname()[1]))
+    assert len(made) == 1
 
 
 def test_nobody_at_the_address_is_unavailable(tmp_path):

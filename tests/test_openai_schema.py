@@ -189,6 +189,9 @@ def test_null_is_as_if_absent():
         ({"n": 17}, "n", "[1, 16]"),
         ({"timeout": 0}, "timeout", "above 0"),
         ({"timeout": "5"}, "timeout", "above 0"),
+        ({"timeout": 10**400}, "timeout", "above 0"),
+        ({"timeout": 1.1e9}, "timeout", "above 0"),
+        ({"timeout": float("nan")}, "timeout", "above 0"),
         ({"stream": 1}, "stream", "true or false"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "true"),
         (
@@ -499,3 +502,26 @@ def test_model_lists_survive_the_wire_and_openai_reads_them():
     assert [Model.model_validate(item).id for item in body["data"]] == ["base", "a-b"]
     with pytest.raises(EngineError, match="cannot be read"):
         schema.read_model_list({"data": [{"id": "x"}]})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"\ud800": 1},
+        {"mrss": {"\ud800": 1}},
+        {"mrss": {"merge": "\ud800"}},
+        {"messages": [{"role": "\ud800", "content": ""}]},
+        {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+        {"n": "\ud800"},
+        {"stop": "\ud800"},
+        {"temperature": "\ud800"},
+        {"logit_bias": {"\ud800": 1}},
+        {"mrss_gatingweight": ["\ud800"]},
+        {"mrss": {"sampling_order": "\ud800"}},
+        {"mrss": {"weights": {"\ud800": 1}}},
+        {"mrss": {"weights": {"tone": "\ud800"}}},
+    ],
+)
+def test_an_error_about_half_a_surrogate_pair_can_be_sent(body):
+    error = refusal({"model": "tone", "messages": [{"role": "user", "content": ""}]} | body)
+    assert json.dumps(error.to_dict(), ensure_ascii=False).encode()

@@ -60,6 +60,8 @@ class KeyTable:
 
     def _unknown(self, key: str) -> InvalidRequestError:
         shown = key if len(key) <= 64 else key[:61] + "..."
+        # JSON can spell half of a surrogate pair, the answer could not.
+        shown = shown.encode(errors="backslashreplace").decode()
         near = difflib.get_close_matches(shown, sorted(self.honoured), n=1, cutoff=0.3)
         hint = f"did you mean {self.path(near[0])!r}?" if near else "leave it out"
         path = self.path(shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +17,8 @@ MAX_MESSAGES = 4096
 MAX_PROMPTS = 128
 # Far above any context length in use, far below what would hurt to tokenise.
 MAX_CHARS = 2_000_000
+# 30 years: event loops and clocks count so far.
+MAX_TIMEOUT_S = 1e9
 MODEL_PREFIX = "mrss/"
 _MAX_MODEL_CHARS = 1024
 
@@ -210,9 +211,12 @@ def parse_timeout(known: Mapping[str, Any]) -> float | None:
     timeout = known.get("timeout")
     if timeout is None:
         return None
-    if type(timeout) not in (int, float) or not math.isfinite(timeout) or timeout <= 0:
+    # NaN fails the comparison, and so do integers too large for a float.
+    if type(timeout) not in (int, float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise InvalidRequestError(
-            f"timeout must be a number of seconds above 0, got {_shown(timeout)}", param="timeout"
+            f"timeout must be a number of seconds above 0 and up to {MAX_TIMEOUT_S:g}, got "
+            f"{_shown(timeout)}",
+            param="timeout",
         )
     return float(timeout)
 
@@ -327,7 +331,7 @@ def expect(value: object, kind: type, where: str, allowed: str) -> Any:
 
 def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}
-    return names.get(type(value)) or repr(value)
+    return names.get(type(value)) or _shown(value)
 
 
 def _shown(value: object) -> str:

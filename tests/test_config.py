@@ -1,0 +1,32 @@
+"""The limits of both configurations."""
+
+import math
+
+import pytest
+
+from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (ServerConfig, "request_timeout_s", 0.0),
+        (ServerConfig, "request_timeout_s", -1.0),
+        (ServerConfig, "request_timeout_s", math.nan),
+        (ServerConfig, "drain_s", math.nan),
+        (ServerConfig, "idle_exit_s", math.nan),
+        (ServerConfig, "drain_s", -1.0),
+        (EngineConfig, "max_rows", 0),
+    ],
+)
+def test_a_value_below_its_limit_is_refused_by_name(cls, name, value):
+    with pytest.raises(ConfigError, match=name) as caught:
+        cls.from_env(env={f"MRSS_{name.upper()}": str(value)})
+    assert caught.value.param == name
+
+
+def test_values_at_their_limits_are_taken():
+    config = ServerConfig(request_timeout_s=0.001, drain_s=0.0, idle_exit_s=0.0)
+    assert config.request_timeout_s == 0.001
+    assert EngineConfig(max_rows=1).max_rows == 1
