@@ -21,6 +21,8 @@ EOS_ID = 0
 """The end of text, whatever a Hugging Face file says of it."""
 
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
+# What ast.literal_eval may raise.
+_BAD_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 _PATTERNS = ("vocab.txt", "rwkv_vocab*.txt", "tokenizer.json")
 
 
@@ -147,7 +149,7 @@ def _read_world(path: Path, text: str) -> dict[int, bytes]:
     for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
         try:
             token_id, token = _parse_line(line)
-        except (ValueError, SyntaxError) as exc:
+        except _BAD_LITERAL as exc:
             raise ModelFileError(
                 f"line {number} of the vocabulary {path} is not `id 'literal' length`, got "
                 f"{line[:60]!r}"
@@ -176,7 +178,7 @@ def _check_bytes(path: Path, table: dict[int, bytes]) -> None:
 def _parse_line(line: str) -> tuple[int, bytes]:
     first, last = line.index(" "), line.rindex(" ")
     literal = line[first + 1 : last].strip()
-    if "\\" not in literal and literal[0] == "'" and literal.find("'", 1) == len(literal) - 1:
+    if "\\" not in literal and literal[:1] == "'" and literal.find("'", 1) == len(literal) - 1:
         # The common case, 20 times faster than the general one.
         token = literal[1:-1].encode()
     else:

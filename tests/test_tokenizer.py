@@ -173,6 +173,8 @@ ALL_BYTES = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
         (ALL_BYTES + "300 'ab' 3\n", "line 257 .* got \"300 'ab' 3\""),
         (ALL_BYTES + "300 '' 0\n", "line 257 "),
         (ALL_BYTES + "300 ab 2\n", "line 257 "),
+        (ALL_BYTES + "300 1\n", "line 257 .* got '300 1'"),
+        (ALL_BYTES + "300 {[]:1} 4\n", "line 257 .* got '300 {\\[\\]:1} 4'"),
         (ALL_BYTES + "300 12 2\n", "line 257 "),
         (ALL_BYTES + "300 __import__('os') 2\n", "line 257 "),
         (ALL_BYTES + "\n300 'ab' 2\n", "line 257 .* got ''"),

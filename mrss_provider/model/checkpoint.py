@@ -103,18 +103,21 @@ def _read_shards(path: Path, fail: Fail) -> Tensors:
 
 
 def _read_pth(path: Path, fail: Fail) -> Tensors:
-    is_zip = zipfile.is_zipfile(path)
-    if not is_zip:
-        _check_legacy(path, fail)
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if not is_zip:
+            _check_legacy(path, fail)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (OSError, FileFormatError):
+        raise
     except pickle.UnpicklingError as exc:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(exc))
         what = f"wants to run Python code ({wanted[1]})" if wanted else "holds Python objects"
         raise fail(
             f"{path} {what}, which is refused; needed is a flat dictionary of named tensors"
         ) from exc
-    except (RuntimeError, EOFError, ValueError, KeyError) as exc:
+    except Exception as exc:
+        # Damaged bytes raise anything here: BadZipFile, struct.error, IndexError, TypeError, ...
         raise fail(
             f"{path} is damaged or not a checkpoint; get it again, or give {_NEEDED}"
         ) from exc
@@ -126,7 +129,10 @@ def _read_pth(path: Path, fail: Fail) -> Tensors:
             raise fail(
                 f"{path} holds a {kind} under {name!r}; needed is a flat dict of named tensors"
             )
-    return data
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise fail(f"{path} holds no plain values under {name!r}; needed are dense tensors")
+    # An optimiser's parameters record gradients, and those have no bytes to hash.
+    return {name: tensor.detach() for name, tensor in data.items()}
 
 
 def _check_legacy(path: Path, fail: Fail) -> None:

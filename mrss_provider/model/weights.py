@@ -19,6 +19,8 @@ from torch import Tensor
 from mrss_provider.errors import ModelFileError
 from mrss_provider.model.checkpoint import Tensors, find_checkpoint, read_tensors
 
+_LAYER = re.compile(r"blocks\.(\d{1,4})\.")
+
 KEY_WEIGHT = "blocks.0.att.key.weight"
 """The tensor whose hash is a model's fingerprint."""
 
@@ -95,7 +97,7 @@ def load_weights(path: Path) -> Weights:
     raw, _ = read_tensors(file, ModelFileError)
     tensors = _official_names(raw, file)
     version = _version(tensors, file)
-    num_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    num_layers = 1 + max(int(layer[1]) for layer in map(_LAYER.match, tensors) if layer)
     states = [tensors.pop(f"blocks.{i}.att.time_state", None) for i in range(num_layers)]
     for name in ("att.v0", "att.v1", "att.v2"):
         tensors.pop("blocks.0." + name, None)

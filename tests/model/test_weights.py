@@ -324,6 +324,22 @@ DAMAGED = [
         "holds blocks.2.ffn.extra, which an RWKV-7 of 3 layers does not have",
     ),
     (
+        changed(blocks__extra=torch.zeros(3)),
+        "holds blocks.extra, which an RWKV-7 of 3 layers does not have",
+    ),
+    (
+        changed(blocks__999999999999__att__w1=torch.zeros(3)),
+        "holds blocks.999999999999.att.w1, which an RWKV-7 of 3 layers does not have",
+    ),
+    (
+        changed(head__weight=torch.zeros(300, 128).to_sparse()),
+        "holds no plain values under 'head.weight'; needed are dense tensors",
+    ),
+    (
+        changed(head__weight=torch.zeros(300, 128, device="meta")),
+        "holds no plain values under 'head.weight'; needed are dense tensors",
+    ),
+    (
         changed(blocks__1__ffn__key__weight=torch.zeros(321, 128)),
         r"blocks.1.ffn.key.weight has shape \[321, 128\], needed is \[320, 128\]",
     ),
