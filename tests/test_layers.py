@@ -21,7 +21,7 @@ ALLOWED = {
     "http1": {"httpx"},
     "client": LEAVES | {"http1", "httpx"},
     "autostart": LEAVES | {"client", "http1", "httpx"},
-    "provider": LEAVES | {"client", "autostart", "litellm", "httpx"},
+    "provider": LEAVES | {"client", "autostart", "litellm", "httpx", "uvloop"},
     # leaves, mrss_kernels <- model <- engine <- async_engine <- server
     "mrss_kernels": {"torch", "triton", "fla"},
     "model": LEAVES | {"mrss_kernels", "torch", "numpy", "safetensors"},

@@ -14,8 +14,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import NUM_WORKERS
 from fakes import FINGERPRINT, PROMPT_TOKENS, ROWS
+from proxy_process import NUM_WORKERS
 from scripted_engine import WAIT_S, WORDS
 
 from mrss_provider.client import Client
@@ -111,7 +111,12 @@ def test_streamed_choices_all_finish_and_keep_their_logprobs(chat):
 
 def test_completion_answers_every_prompt_raw(client, backend, unique):
     prompts = [f"Once {unique}", f"Twice {unique}"]
-    answer = client.completions.create(model="mrss/base", prompt=prompts, n=2, logprobs=1)
+    raw = client.completions.with_raw_response.create(
+        model="mrss/base", prompt=prompts, n=2, logprobs=1
+    )
+    answer = raw.parse()
+    assert answer.mrss == {"mixture": "base", "rows": ROWS}
+    assert raw.headers["llm_provider-x-mrss-mixture"] == "base"
     assert [choice.text for choice in answer.choices] == [ANSWER] * 4
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.choices[3].logprobs.tokens == list(WORDS)
@@ -146,6 +151,13 @@ def test_parameters_reach_the_engine(chat, backend, unique):
     assert request.mixture.gate == "fixed"
     # The configuration's request_timeout.
     assert request.timeout_s == 600.0
+
+
+def test_request_wins_over_the_deployments_presets(chat, backend, unique):
+    chat(f"preset {unique}", model="preset", extra_body={"top_k": 9})
+    ((request, _),) = backend.asked(f"preset {unique}")
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.min_p) == (0.5, 9, 0.25)
 
 
 def test_models_lists_the_concrete_entries(client):

@@ -1,0 +1,105 @@
+"""A `litellm` process and its configuration: the shipped one, and what tests need beside it."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+START_S = 90.0
+NUM_WORKERS = 2
+
+
+class Proxy:
+    """A `litellm` process; `lines` is what it wrote."""
+
+    def __init__(self, config, env):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.lines = []
+        self._has_failed = False
+        self._started = threading.Semaphore(0)
+        command = [
+            str(Path(sys.executable).parent / "litellm"),
+            *("--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
+            *("--num_workers", str(NUM_WORKERS), "--telemetry", "False"),
+        ]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        for _ in range(NUM_WORKERS):
+            if not self._started.acquire(timeout=START_S) or self._has_failed:
+                self.stop()
+                pytest.fail("the proxy did not start:\n" + "".join(self.lines[-40:]))
+
+    def client(self, cls=openai.OpenAI):
+        return cls(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60.0)
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self._reader.join(5)
+        self.process.stdout.close()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line)
+            self._has_failed |= "Application startup failed" in line
+            if "Application startup " in line:
+                self._started.release()
+
+
+def shipped_config():
+    """Return proxy_config.yaml with its second backend turned on, as its comment tells."""
+    text = (ROOT / "proxy_config.yaml").read_text()
+    block = re.search(r"(?m)(^  # (- model_name: other|  litellm_params:|    \w+:).*\n)+", text)
+    assert block, "the second backend's block is gone"
+    assert block[0].count("\n") == 5
+    return yaml.safe_load(text.replace(block[0], re.sub("(?m)^  # ", "  ", block[0])))
+
+
+def proxy_config(folder):
+    """Return the shipped configuration, before the scripted engine, and what else tests need."""
+    config = shipped_config()
+    for entry in config["model_list"]:
+        if entry["litellm_params"]["model"].startswith("mrss/"):
+            entry["litellm_params"]["api_base"] = f"unix://{folder}/scripted.sock"
+        elif entry["model_name"] == "other":
+            entry["litellm_params"]["model"] = "openai/tone"
+    killable = {"model": "mrss/base", "api_base": f"unix://{folder}/killable.sock"}
+    preset = {
+        "model": "mrss/tone",
+        "api_base": f"unix://{folder}/scripted.sock",
+        "temperature": 0.5,
+        "extra_body": {"top_k": 3, "min_p": 0.25},
+    }
+    config["model_list"] += [
+        {"model_name": "preset", "litellm_params": preset},
+        {"model_name": "auto/*", "litellm_params": {"model": "mrss/*"}},
+        {"model_name": "killable", "litellm_params": killable},
+    ]
+    # Only requests that ask for it are cached.
+    config["litellm_settings"] |= {
+        "cache": True,
+        "cache_params": {"type": "local", "mode": "default_off"},
+    }
+    return config
