@@ -9,14 +9,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mrss_provider.cli.output import CommandError, answer, answer_json, note, quiet, table
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.state_library import STATE_SUFFIXES, StateLibrary
 from mrss_provider.errors import MRSSError
-from mrss_provider.mixture import check_name, parse_mixture
+from mrss_provider.mixture import BASE, check_name, parse_mixture
 from mrss_provider.model import (
     ModelConfig,
     OrientationCheck,
+    StateMetadata,
     TunedState,
     average_states,
     check_orientation,
@@ -71,6 +74,8 @@ def show_state(config: EngineConfig, name: str) -> None:
         said = {k: v for k, v in asdict(named).items() if k != "terms" and v not in (None, "")}
         _print_fields(said)
         return
+    if name == BASE:
+        raise CommandError(f"{BASE!r} is the untuned model, which has no state file to show")
     state = library.get(name)
     answer(f"{name}: a state for {shape.shape_text()}")
     metadata = {k: v for k, v in asdict(state.metadata).items() if v not in (None, {}, "")}
@@ -93,7 +98,7 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
         config.model, device=config.device, dtype=config.dtype, threads=config.threads
     )
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
-    sample = tokenizer.encode(_SAMPLE if text is None else text.read_text(encoding="utf-8"))
+    sample = tokenizer.encode(_SAMPLE if text is None else _read_text(text))
     paths = [_path_of(config.states, name) for name in names] or _all_paths(config.states)
     all_read = True
     for path in paths:
@@ -105,6 +110,15 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
             continue
         answer(_verdict(path, found))
     return all_read
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise CommandError(f"{path} is not UTF-8 text (byte {exc.start}); convert it") from exc
+    except OSError as exc:
+        raise CommandError(f"{path} cannot be read: {exc.strerror or exc}") from exc
 
 
 def _verdict(path: Path, found: OrientationCheck) -> str:
@@ -143,7 +157,7 @@ def import_state(
 
 
 def average_into(config: EngineConfig, terms: Sequence[str], name: str, *, force: bool) -> None:
-    """Write the weighted average of states as a state `name`.
+    """Write the weighted average of states as a state `name`; `base` is the untuned model.
 
     Raises:
         MRSSError: a bad name, an unknown state, weights or states that do not fit together.
@@ -153,9 +167,21 @@ def average_into(config: EngineConfig, terms: Sequence[str], name: str, *, force
     target = _target(config.states, name, shape, force=force)
     library = _library(config, shape)
     parts = parse_mixture("+".join(terms)).terms
-    states = [library.get(term.name) for term in parts]
+    found = {term.name: library.get(term.name) for term in parts if term.name != BASE}
+    if any(term.name == BASE for term in parts):
+        found[BASE] = _base_state(config.model, shape, list(found.values()))
+    states = [found[term.name] for term in parts]
     state = average_states(states, [term.weight for term in parts], name=name)
     _save(target, state, shape, force=force)
+
+
+def _base_state(model: Path, shape: ModelConfig, others: Sequence[TunedState]) -> TunedState:
+    """Return the untuned model's state, as a part that changes nothing of what `others` say."""
+    wkv = torch.zeros(shape.state_shape)
+    inside = load_weights(model).time_state
+    if inside is not None:
+        wkv = (inside if shape.version == 7 else inside.mT).contiguous()
+    return TunedState(BASE, wkv, metadata=others[0].metadata if others else StateMetadata())
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -53,7 +53,8 @@ def check(
     overrides: dict[str, Any],
     names: Annotated[list[str] | None, typer.Argument(help="[all states]")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A text of the kind the state was tuned on.")
+        Path | None,
+        typer.Option(help="A text of the kind the state was tuned on (4096 tokens are read)."),
     ] = None,
 ) -> None:
     """Read states both ways round and score a text, without changing anything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,16 +80,27 @@ class StateMetadata:
             display_name=strings.get("display_name"),
         )
 
-    def to_strings(self, config: ModelConfig) -> dict[str, str]:
-        """Return safetensors metadata for a state of `config`'s model.
+    def with_base(self, config: ModelConfig) -> StateMetadata:
+        """Return this metadata for a state that was tuned on `config`'s weights."""
+        return replace(
+            self,
+            base_name=config.name,
+            base_shape=config.shape_text(),
+            base_sha256=config.fingerprint,
+        )
 
-        The base is this metadata's, if it names one, else `config`'s.
+    def to_strings(self, config: ModelConfig) -> dict[str, str]:
+        """Return safetensors metadata for a state of the shape of `config`'s model.
+
+        Of the base only the shape is taken from `config`: which weights a state was tuned on is
+        known to whoever tuned it, and left out if this metadata does not say (see `with_base`).
         """
-        base = {
-            "name": self.base_name or config.name,
+        told = {
+            "name": self.base_name,
             "shape": self.base_shape or config.shape_text(),
-            "sha256": self.base_sha256 or config.fingerprint,
+            "sha256": self.base_sha256,
         }
+        base = {key: value for key, value in told.items() if value is not None}
         strings = {
             "format": FORMAT,
             "version": VERSION,

@@ -28,7 +28,12 @@ from mrss_provider.model.state_metadata import ORIENTATIONS, Orientation, StateM
 
 log = logging.getLogger(__name__)
 
-_LAYER_TENSOR = re.compile(r"blocks\.(\d+)\.att\.(time_state|time_offset)")
+SAMPLE_TOKENS = 4096
+"""Tokens of a text that `check_orientation` reads at most."""
+
+_SLICE = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LAYER_TENSOR = re.compile(r"blocks\.(\d{1,4})\.att\.(time_state|time_offset)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,15 +199,17 @@ def average_states(
         raise InvalidRequestError(
             f"an average needs one weight a state, got {len(states)} states, {len(weights)} weights"
         )
-    total = sum(check_weight(weight, "weights") for weight in weights)
-    if total == 0:
+    largest = max(check_weight(weight, "weights") for weight in weights)
+    if largest == 0:
         raise InvalidRequestError("an average needs at least one weight above 0")
     if len({state.wkv.shape for state in states}) > 1:
         raise InvalidRequestError("states of different shapes cannot be averaged")
     bases = {s.metadata.base_sha256 for s in states} - {None}
     if len(bases) > 1:
         raise InvalidRequestError("states tuned on different base weights cannot be averaged")
-    shares = [weight / total for weight in weights]
+    # Divided by the largest first, the sum is finite whatever the weights.
+    ratios = [weight / largest for weight in weights]
+    shares = [ratio / sum(ratios) for ratio in ratios]
 
     def mean(tensors: Sequence[Tensor | None]) -> Tensor | None:
         found = [(t, share) for t, share in zip(tensors, shares, strict=True) if t is not None]
@@ -228,7 +235,9 @@ def check_orientation(model: Model, path: Path, token_ids: Sequence[int]) -> Ori
     Args:
         model: whose state it is.
         path: the state file.
-        token_ids: at least two tokens of text that the state should predict well.
+        token_ids: at least two tokens of text that the state should predict well; those after
+            the first `SAMPLE_TOKENS` are not read. A state tuned with a leading token 0 reads
+            one first, as it does in an engine.
 
     Raises:
         StateFileError: as `load_tuned_state`.
@@ -240,18 +249,34 @@ def check_orientation(model: Model, path: Path, token_ids: Sequence[int]) -> Ori
     states = [
         load_tuned_state(path, model.config, name="sample", orientation=way) for way in ORIENTATIONS
     ]
-    pool = model.new_pool(3)
-    for slot, state in enumerate((*states, None)):
-        pool.write(slot, state)
-    count = len(token_ids)
-    ids = torch.tensor(token_ids, device=model.device)
-    offsets = [0, count, 2 * count, 3 * count]
-    slots = torch.arange(3, device=model.device)
-    hidden = model.prefill(ids.repeat(3), offsets, slots, pool, all_positions=True)
-    logits = model.head(hidden).view(3, count, -1)[:, :-1]
-    nll = -logits.log_softmax(-1).gather(-1, ids[1:].expand(3, -1)[..., None]).mean((1, 2))
-    vk, kv, base = (float(value) for value in nll)
+    vk, kv, base = _score(model, [*states, None], token_ids[:SAMPLE_TOKENS])
     return OrientationCheck(assumed or "vk", vk, kv, base)
+
+
+def _score(
+    model: Model, states: Sequence[TunedState | None], token_ids: Sequence[int]
+) -> list[float]:
+    """Return nats a token of `token_ids` after the first, from each of the states [R]."""
+    rows = len(states)
+    ids = torch.tensor(token_ids, device=model.device)
+    slots = torch.arange(rows, device=model.device)
+    pool = model.new_pool(rows)
+    for slot, state in enumerate(states):
+        pool.write(slot, state)
+        if state is not None and state.metadata.bos and token_ids[0] != 0:
+            model.decode(torch.zeros_like(ids[:1]), slots[slot : slot + 1], pool)
+    nll = torch.zeros(rows, dtype=torch.float64, device=model.device)
+    last = len(token_ids) - 1
+    # In slices: logits of a whole text are gigabytes.
+    for start in range(0, last, _SLICE):
+        count = min(_SLICE, last - start)
+        read, following = ids[start : start + count], ids[start + 1 : start + 1 + count]
+        offsets = [row * count for row in range(rows + 1)]
+        hidden = model.prefill(read.repeat(rows), offsets, slots, pool, all_positions=True)
+        logits = model.head(hidden)
+        chosen = logits.gather(-1, following.repeat(rows)[:, None])[:, 0]
+        nll += (logits.logsumexp(-1) - chosen).view(rows, count).sum(1)
+    return [float(value) / last for value in nll]
 
 
 def _check_base(metadata: StateMetadata, config: ModelConfig, path: Path, *, strict: bool) -> None:
@@ -280,13 +305,18 @@ def _collect(tensors: Tensors, config: ModelConfig, path: Path) -> dict[str, Ten
         if layer is not None:
             by_layer[layer[2]][int(layer[1])] = tensor
         elif tensor_name in ("shift_att", "shift_ffn"):
-            parts[tensor_name] = tensor
+            parts[tensor_name] = tensor.float()
         elif "emb.weight" in tensors or "model.embeddings.weight" in tensors:
             raise StateFileError(f"{path.name} is a model, not a tuned state")
         else:
             raise StateFileError(
                 f"{path.name} is not a tuned state: it holds {raw_name}; needed are "
                 f"blocks.0.att.time_state and the other layers'"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise StateFileError(
+                f"{path.name}: {raw_name} has dtype {tensor.dtype}; needed are fp32, bf16, fp16 "
+                f"or fp64 values"
             )
     layers, heads, size, _ = config.state_shape
     width = (config.hidden_size,)
@@ -304,7 +334,7 @@ def _collect(tensors: Tensors, config: ModelConfig, path: Path) -> dict[str, Ten
             )
         if not torch.isfinite(tensor).all():
             raise StateFileError(f"{path.name}: {key} holds NaN or infinite values")
-    return {key: tensor.float().contiguous() for key, tensor in parts.items()}
+    return {key: tensor.contiguous() for key, tensor in parts.items()}
 
 
 def _stack(

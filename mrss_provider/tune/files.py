@@ -87,8 +87,9 @@ def save_result(
         licence=licence,
         training=training,
     )
-    state = TunedState(path.stem, result.wkv, metadata=metadata)
-    save_tuned_state(path, state, _config(checkpoint))
+    model_config = _config(checkpoint)
+    state = TunedState(path.stem, result.wkv, metadata=metadata.with_base(model_config))
+    save_tuned_state(path, state, model_config)
     return state
 
 

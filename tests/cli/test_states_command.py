@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import mrss
-from tiny_model import Shape, tuned_state, write_model_folder, write_state
+from tiny_model import Shape, checkpoint, tuned_state, write_model_folder, write_state
 
 from mrss_provider.cli.states import read_config
 from mrss_provider.model import load_model, load_tuned_state
@@ -78,7 +78,8 @@ def test_import_writes_our_form_with_what_was_said(
     assert written.sha256 == read.sha256
     metadata = written.metadata
     assert (metadata.group, metadata.bos, metadata.licence) == ("tone", True, "CC0-1.0")
-    assert metadata.base_sha256 == config.fingerprint
+    # The file does not say which weights it was tuned on, so neither do we.
+    assert metadata.base_sha256 is None
 
 
 def test_import_honours_the_orientation(where: list[str], folder: Path, tmp_path: Path) -> None:
@@ -141,6 +142,38 @@ def test_average_is_the_weighted_mean_of_the_tensors(
     torch.testing.assert_close(mean.wkv, 0.75 * calm + 0.25 * loud)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["zeros", "a state in the checkpoint"])
+def test_average_takes_base_as_the_models_own_state(
+    folder: Path, model: Path, tmp_path: Path, inside: bool
+) -> None:
+    path = tmp_path / "model.pth"
+    own = tuned_state(seed=9) if inside else {}
+    torch.save(checkpoint() | own, path)
+    where = ["--model", path, "--states", folder]
+    mrss("states", "import", folder / "calm.pth", "--name", "tone", "--group", "tone", *where)
+    result = mrss("states", "average", "base:0.25", "tone:0.75", "--name", "mild", *where)
+    assert result.code == 0, result.err
+    mild = load_tuned_state(folder / "mild.safetensors", read_config(path), name="mild")
+    calm = torch.stack(list(tuned_state(seed=1).values()))
+    base = torch.stack(list(own.values())) if inside else torch.zeros_like(calm)
+    torch.testing.assert_close(mild.wkv, 0.75 * calm + 0.25 * base)
+    assert mild.metadata.group == "tone"
+
+
+def test_show_says_that_base_has_no_file(where: list[str]) -> None:
+    result = mrss("states", "show", "base", *where)
+    assert (result.code, result.out) == (1, "")
+    assert "'base' is the untuned model" in result.err
+
+
+def test_list_names_a_file_of_sparse_tensors_and_goes_on(where: list[str], folder: Path) -> None:
+    torch.save({n: t.to_sparse() for n, t in tuned_state().items()}, folder / "odd.pth")
+    result = mrss("states", "list", *where)
+    assert result.code == 0
+    assert "calm" in result.out
+    assert "odd cannot be used" in result.err
+
+
 def test_average_refuses_an_unknown_state(where: list[str]) -> None:
     result = mrss("states", "average", "calm", "quiet", "--name", "mean", *where)
     assert (result.code, result.out) == (1, "")
@@ -160,6 +193,20 @@ def test_check_scores_a_text_both_ways_and_fails_on_a_bad_file(
     assert set(lines) == {"bad", "calm", "loud"}
     told = float(lines["calm"].split(" vk ")[1].split(",")[0])
     assert told == pytest.approx(_nll(model, folder / "calm.pth", text.read_text()), abs=2e-3)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", None], ids=["latin-1", "missing"])
+def test_check_refuses_a_text_that_cannot_be_read(
+    where: list[str], tmp_path: Path, content: bytes | None
+) -> None:
+    text = tmp_path / "sample.txt"
+    if content is not None:
+        text.write_bytes(content)
+    result = mrss("states", "check", "--text", text, *where)
+    reason = "is not UTF-8 text (byte 3)" if content else "cannot be read: No such file"
+    assert (result.code, result.out) == (1, "")
+    assert reason in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_the_bundled_states_of_an_installation_are_not_written_to(

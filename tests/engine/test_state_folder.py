@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,7 @@ def test_strict_refuses_states_of_other_weights(tmp_path: Path, model_config: Mo
     other = load_model(path, device="cpu", dtype="fp32", threads=1).config
     folder = tmp_path / "states"
     folder.mkdir()
+    state = replace(state, metadata=state.metadata.with_base(other))
     save_tuned_state(folder / "tone.safetensors", state, other)
     lenient = StateLibrary(folder, model_config)
     assert lenient.cards()[1].description == "A kind tone"

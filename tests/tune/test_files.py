@@ -76,6 +76,8 @@ def test_a_saved_state_loads_for_its_model_with_its_provenance(path, tmp_path):
     assert torch.equal(state.wkv, learnt.wkv)
     assert state.sha256 == saved.sha256
     about = state.metadata
+    assert about == saved.metadata
+    assert (about.base_name, about.base_sha256) == (config.name, config.fingerprint)
     assert (about.group, about.loss_on, about.local) == ("tone", "answer", True)
     assert (about.licence, about.orientation, about.bos) == ("MIT", "vk", False)
     assert about.training["learning_rate"] == CONFIG.learning_rate
