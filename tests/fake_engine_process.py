@@ -1,7 +1,7 @@
 """An engine process without an engine, for auto-start: serves a FakeBackend.
 
 `FAKE_STARTS` names a file that gets a line with the process id at each start, `FAKE_FAILURE` a
-sentence to die with.
+sentence to die with, `FAKE_DRAIN_S` is the time that answers get after a signal (0).
 """
 
 import argparse
@@ -30,5 +30,6 @@ if __name__ == "__main__":
     if "FAKE_FAILURE" in os.environ:
         sys.stderr.write(f"a warning\n{os.environ['FAKE_FAILURE']}\n")
         sys.exit(1)
-    config = ServerConfig(socket=flags.socket, idle_exit_s=flags.idle_exit_s, drain_s=0.0)
+    drain_s = float(os.environ.get("FAKE_DRAIN_S", "0"))
+    config = ServerConfig(socket=flags.socket, idle_exit_s=flags.idle_exit_s, drain_s=drain_s)
     run_server(FakeBackend(script), config, model="fake")

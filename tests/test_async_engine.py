@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from mrss_provider.async_engine import AsyncEngine
+from mrss_provider.async_engine import async_engine as async_engine_module
 from mrss_provider.async_engine.card import Card, read_card
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.async_engine.stream import TextStream
@@ -546,6 +547,46 @@ def test_the_deadline_counts_while_the_model_loads():
         return deltas
 
     assert joined(asyncio.run(main())) == "Hello"
+
+
+def test_closing_does_not_wait_for_a_model_that_loads():
+    begun, go = threading.Event(), threading.Event()
+    front = None
+
+    def load(config):
+        begun.set()
+        assert go.wait(30)
+        return Loaded(ScriptEngine([]), Library(), TOKENS, WORLD, Card())
+
+    async def main():
+        starting = asyncio.create_task(front.start())
+        await asyncio.to_thread(begun.wait)
+        await front.aclose()
+        with pytest.raises(EngineUnavailableError, match="closed"):
+            await starting
+
+    front = engine_of([], loader=load)
+    asyncio.run(main())
+    # Nor did the loop's end wait: the thread still loads, and keeps nothing of it.
+    assert not go.is_set()
+    (thread,) = [t for t in threading.enumerate() if t.name == "mrss-engine"]
+    go.set()
+    thread.join(30)
+    assert front._loaded is None
+
+
+def test_closing_waits_a_bounded_time_for_a_step(monkeypatch):
+    monkeypatch.setattr(async_engine_module, "_EXIT_WAIT_S", 0.01)
+    gate = threading.Semaphore(0)
+
+    async def main():
+        front = engine_of(ScriptEngine(IDS("Hello"), gate=gate))
+        await front.start()
+        await front.open(ask())
+        await front.aclose()
+
+    asyncio.run(main())
+    gate.release(10)
 
 
 def test_who_is_cancelled_during_admission_leaves_nothing_behind():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import itertools
 import threading
 import time
@@ -22,7 +23,7 @@ from mrss_provider.errors import EngineUnavailableError, RequestTimeoutError
 
 # Above it tokenising takes milliseconds and leaves the event loop.
 _MAX_INLINE_CHARS = 20_000
-# A step of a large model on a slow CPU; the interpreter does not wait longer at its end.
+# A step of a large model on a slow CPU; neither `aclose` nor the interpreter's end wait longer.
 _EXIT_WAIT_S = 5.0
 
 
@@ -92,15 +93,24 @@ class AsyncEngine:
         return loaded.library.cards()
 
     async def aclose(self) -> None:
-        """End open streams with `EngineUnavailableError` and the thread; idempotent."""
+        """End open streams with `EngineUnavailableError` and the thread; idempotent.
+
+        A step gets a few seconds to end. A model that still loads is not waited for: its thread
+        ends with the load and keeps nothing.
+        """
         with self._lock:
             self._is_closed = True
             thread = self._thread
-        if thread is not None:
-            thread.stop()
-            await asyncio.to_thread(thread.join)
-        # Whoever still holds this object does not hold the model's memory.
-        self._loaded = None
+            # Whoever still holds this object does not hold the model's memory.
+            loaded, self._loaded = self._loaded, None
+        if thread is None:
+            return
+        thread.stop()
+        if loaded is not None:
+            # Not in the loop's executor, whose end would wait for as long as the thread lives.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.wrap_future(thread.ended), _EXIT_WAIT_S)
+                thread.join()
 
     async def _open(self, request: GenerateRequest, started: float) -> TextStream:
         loaded, thread = await self._parts()
@@ -180,7 +190,9 @@ class AsyncEngine:
 
     def _load(self) -> StepEngine:
         loaded = self._loader(self.config)
-        self._loaded = loaded
+        with self._lock:
+            if not self._is_closed:
+                self._loaded = loaded
         return loaded.engine
 
 

@@ -63,12 +63,14 @@ class EngineThread:
     def __init__(self, load: Callable[[], StepEngine]) -> None:
         self.loaded: Future[None] = Future()
         self.loaded.set_running_or_notify_cancel()
+        self.ended: Future[None] = Future()
+        self.ended.set_running_or_notify_cancel()
         self._load = load
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._entries: dict[str, _Entry] = {}
         self._engine: StepEngine | None = None
         self._is_stopping = False
-        # Guards the inbox against messages that nobody would read.
+        # Guards `loaded`, and the inbox against messages that nobody would read.
         self._lock = threading.Lock()
         self._closed_by: MRSSError | None = None
         self._thread = threading.Thread(target=self._run, name="mrss-engine", daemon=True)
@@ -93,8 +95,12 @@ class EngineThread:
         self._inbox.put(lambda: self._abort(request_id, index))
 
     def stop(self) -> None:
-        """End all requests with `EngineUnavailableError` and the thread after its step."""
+        """End all requests with `EngineUnavailableError` and the thread after its step.
+
+        Who waits for the model learns of it now, the thread when it has loaded it.
+        """
         self._inbox.put(self._stop)
+        self._set_loaded(EngineUnavailableError("the engine was closed"))
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread to end."""
@@ -102,6 +108,12 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        try:
+            self._load_and_step()
+        finally:
+            self.ended.set_result(None)
+
+    def _load_and_step(self) -> None:
         try:
             self._engine = self._load()
         except MRSSError as exc:
@@ -111,7 +123,7 @@ class EngineThread:
             logger.exception("the engine could not be loaded")
             self._close(EngineError(f"the engine could not be loaded: {exc!r}"))
             return
-        self.loaded.set_result(None)
+        self._set_loaded(None)
         while not self._is_stopping:
             self._take_messages(self._engine)
             if not self._is_stopping and self._engine.has_work:
@@ -123,12 +135,21 @@ class EngineThread:
         self._is_stopping = True
         with self._lock:
             self._closed_by = error
-        if not self.loaded.done():
-            self.loaded.set_exception(error)
+        self._set_loaded(error)
         while not self._inbox.empty():
             self._inbox.get()()
         self._fail_all(error)
         self._engine = None
+
+    def _set_loaded(self, error: MRSSError | None) -> None:
+        """Tell, if nobody has yet, that requests are taken (None) or why not."""
+        with self._lock:
+            if self.loaded.done():
+                return
+            if error is None:
+                self.loaded.set_result(None)
+            else:
+                self.loaded.set_exception(error)
 
     def _take_messages(self, engine: StepEngine) -> None:
         """Handle what is in the inbox; wait for a message when there is nothing else to do."""

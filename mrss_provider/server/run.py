@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import signal
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -49,7 +50,7 @@ async def _serve(backend: Backend, config: ServerConfig, listener: Listener, mod
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which drains on the first signal and leaves at once on the second.
+    """uvicorn, which drains on the first signal and ends the process at once on the second.
 
     Made on the event loop that it runs on.
     """
@@ -77,6 +78,7 @@ class Server(uvicorn.Server):
         self._listener = listener
         self._drain_s = config.drain_s
         self._ending: asyncio.Task[None] | None = None
+        self._was_told = False
 
     async def run_to_end(self) -> None:
         """Serve until `end`, a signal, or an idle engine's time has come.
@@ -90,6 +92,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT."""
+        if self._was_told:
+            # Here and not on the loop: whatever hangs, this does not wait for it.
+            self._listener.unlink()
+            os._exit(128 + sig)
+        self._was_told = True
         self._loop.call_soon_threadsafe(self._on_signal, sig)
 
     def end(self, drain_s: float = 0.0) -> None:
@@ -98,8 +105,6 @@ class Server(uvicorn.Server):
             self._ending = asyncio.create_task(self._end(drain_s))
 
     def _on_signal(self, sig: int) -> None:
-        if self._ending is not None:
-            self.force_exit = self.should_exit = True
         logger.info("%s: leaving", signal.Signals(sig).name)
         self.end(self._drain_s)
 
@@ -138,9 +143,14 @@ class Listener:
 
     def __init__(self, config: ServerConfig) -> None:
         self._path = config.socket
+        self._inode = 0
         try:
-            self.socket = _bind_unix(self._path) if self._path else _bind_tcp(config)
-            self._inode = os.stat(self._path).st_ino if self._path else 0
+            if self._path is None:
+                self.socket = _bind_tcp(config)
+            else:
+                with _locked(self._path):
+                    self.socket = _bind_unix(self._path)
+                    self._inode = os.stat(self._path).st_ino
         except OSError as exc:
             raise ConfigError(
                 f"cannot listen on {address_of(config)} ({exc.strerror or exc}); stop what does, "
@@ -152,11 +162,12 @@ class Listener:
 
         Done while we still listen: the bound socket keeps its inode's number from being reused.
         """
-        path, self._path = self._path, None
-        if path is not None:
+        if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == self._inode:
-                    path.unlink()
+                if os.stat(self._path).st_ino == self._inode:
+                    self._path.unlink()
+        # Last: a signal's handler may do all of this in between.
+        self._path = None
 
     def close(self) -> None:
         """Unlink and close; idempotent."""
@@ -175,6 +186,21 @@ def _bind_tcp(config: ServerConfig) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time replace the socket at `path`.
+
+    Between `bind` and `listen` a socket looks like a dead server's. The lock is a file beside
+    it, which stays: removing it would let two processes lock two files of one name.
+    """
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _bind_unix(path: Path) -> socket.socket:
