@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from mrss_provider.backend import GenerateRequest, ModelCard
 from mrss_provider.client import DEFAULT_TIMEOUT_S, Client, ClientStream, EngineStatus
@@ -62,18 +63,36 @@ def socket_path(env: Mapping[str, str] | None = None) -> Path:
     """
     env = os.environ if env is None else env
     config = EngineConfig.from_env(env=env)
-    absolute = replace(config, model=config.model.absolute(), states=config.states.absolute())
-    digest = hashlib.sha256(f"{PROTOCOL} {absolute}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{PROTOCOL} {_absolute(config)}".encode()).hexdigest()
     name = f"engine-{digest[:12]}.sock"
+    reason = ""
     for parent, folder in _runtime_folders(env):
         path = parent / folder / name
-        if parent.is_dir() and len(os.fsencode(path)) <= _MAX_SOCKET_BYTES:
-            _make_private(path.parent)
-            return path
+        if not path.is_absolute():
+            reason = f"{parent} is not absolute"
+        elif len(os.fsencode(path)) > _MAX_SOCKET_BYTES:
+            reason = f"{path} has more than {_MAX_SOCKET_BYTES} bytes"
+        else:
+            try:
+                _make_private(path.parent)
+            except OSError as exc:
+                reason = f"{path.parent}: {exc.strerror or exc}"
+            else:
+                return path
     raise ConfigError(
-        f"no folder for the engine's socket has a short enough path; set MRSS_SOCKET to one of at "
-        f"most {_MAX_SOCKET_BYTES} bytes and start `mrss serve` with it"
+        f"no folder can hold the engine's socket ({reason}); set MRSS_SOCKET to a path of at most "
+        f"{_MAX_SOCKET_BYTES} bytes and start `mrss serve` with it"
     )
+
+
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """Return `config` with every path from the root, as other working folders would write it."""
+    paths: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Path):
+            paths[field.name] = value.absolute()
+    return replace(config, **paths)
 
 
 class LocalEngine:
@@ -102,6 +121,7 @@ class LocalEngine:
         self._client = Client(f"unix://{self.socket}")
         self._lease: Connection | None = None
         self._starting = asyncio.Lock()
+        self._is_closed = False
 
     @property
     def address(self) -> str:
@@ -135,7 +155,8 @@ class LocalEngine:
         return await self._client.models()
 
     async def aclose(self) -> None:
-        """Give the lease back; open streams end with `EngineUnavailableError`."""
+        """Give the lease back; open streams end with `EngineUnavailableError`, as later calls."""
+        self._is_closed = True
         self._drop_lease()
         await self._client.aclose()
 
@@ -143,8 +164,11 @@ class LocalEngine:
         """Return once a ready engine is there and a lease on it is held.
 
         Raises:
-            EngineUnavailableError: it cannot be started, or not in time; tells its last words.
+            EngineUnavailableError: it cannot be started (tells its last words), or `aclose` was
+                called.
+            RequestTimeoutError: it was not ready in time.
         """
+        self._check_open()
         if self._lease is not None and self._lease.is_open:
             return
         try:
@@ -180,9 +204,12 @@ class LocalEngine:
 
     async def _probe(self) -> EngineStatus:
         try:
-            return await self._client.probe()
+            status = await self._client.probe()
         except MRSSError as exc:
+            self._check_open()
             raise EngineUnavailableError(f"the engine could not be started: {exc}") from exc
+        self._check_open()
+        return status
 
     async def _take_lease(self) -> bool:
         try:
@@ -191,7 +218,13 @@ class LocalEngine:
         except EngineUnavailableError:
             # It left just now.
             return False
-        check_protocol(version.protocol)
+        try:
+            # `aclose` may have come while we asked.
+            self._check_open()
+            check_protocol(version.protocol)
+        except EngineUnavailableError:
+            self._drop_lease()
+            raise
         return True
 
     def _take_lock(self, held: contextlib.ExitStack) -> bool:
@@ -231,6 +264,10 @@ class LocalEngine:
             f"the engine could not be started: {last} (its log is {self.log_path})"
         )
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineUnavailableError("this LocalEngine was closed; make another one")
+
     def _drop_lease(self) -> None:
         if self._lease is not None:
             self._lease.close()
@@ -258,6 +295,7 @@ def _make_private(folder: Path) -> None:
 
     Raises:
         ConfigError: as said.
+        OSError: it cannot be made or looked at.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)

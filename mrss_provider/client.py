@@ -143,8 +143,9 @@ class Client:
         """Tell whether an engine is there and ready; "busy" is starting or shutting down.
 
         Raises:
-            MRSSError: what the engine failed to start with.
+            MRSSError: what the engine failed to start with, or this client was closed.
         """
+        self._check_open()
         try:
             await self._get_json("/ready")
         except EngineUnavailableError as exc:
@@ -172,6 +173,10 @@ class Client:
         for stream in list(self._streams):
             stream.fail(EngineUnavailableError("the client was closed"))
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineUnavailableError("the client is closed; make another one")
+
     async def _get_json(self, path: str) -> dict[str, Any]:
         response = await self._send("GET", path, _SHORT_ANSWER_S, b"")
         body = await self._read_json(response)
@@ -183,8 +188,7 @@ class Client:
 
     async def _send(self, method: str, path: str, timeout_s: float, body: bytes) -> httpx.Response:
         """Send a request and return the answer, its body unread, if its status is 200."""
-        if self._is_closed:
-            raise EngineUnavailableError("the client is closed")
+        self._check_open()
         connect_s = min(timeout_s, self._connect_timeout_s)
         request = httpx.Request(
             method,

@@ -1,6 +1,8 @@
 """Auto-start with real processes: one engine for all, back after SIGKILL, gone when idle."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -18,8 +20,10 @@ from mrss_provider import autostart
 from mrss_provider.autostart import LocalEngine, engine_address, socket_path
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.client import Client
+from mrss_provider.config import ServerConfig
 from mrss_provider.errors import ConfigError, EngineUnavailableError, RequestTimeoutError
 from mrss_provider.sampling_params import SamplingParams
+from mrss_provider.server.run import Listener
 
 TESTS = Path(__file__).parent
 COMMAND = [sys.executable, str(TESTS / "fake_engine_process.py")]
@@ -211,6 +215,54 @@ def test_sigterm_ends_an_engine_with_status_0(place):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_an_engine_at_once(place, sig):
+    path = place.folder / "s"
+    flags = ["--socket", str(path), "--idle-exit-s", "0"]
+    process = subprocess.Popen([*COMMAND, *flags], env=place.env | {"FAKE_DRAIN_S": "1000"})
+
+    async def main():
+        client = Client(f"unix://{path}")
+        while await client.probe() != "ready":
+            assert process.poll() is None
+        stream = await client.open(ENDLESS)
+        await anext(stream)
+        process.send_signal(sig)
+        while await client.probe() != "busy":
+            assert process.poll() is None
+        process.send_signal(sig)
+        with pytest.raises(EngineUnavailableError, match="broke off"):
+            await read_on(stream)
+
+    try:
+        asyncio.run(main())
+        assert process.wait(30) == 128 + sig
+    finally:
+        process.kill()
+        process.wait()
+    assert not path.exists()
+
+
+def test_no_other_server_looks_at_a_socket_between_its_bind_and_its_listen(place, monkeypatch):
+    path = place.folder / "s"
+    looked = []
+
+    class Watched(socket.socket):
+        def listen(self, *backlog):
+            # Now it looks like a dead server's, which another server would remove.
+            with open(f"{path}.lock") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            looked.append(path.exists())
+            super().listen(*backlog)
+
+    monkeypatch.setattr("mrss_provider.server.run.socket.socket", Watched)
+    with contextlib.closing(Listener(ServerConfig(socket=path))):
+        assert looked == [True]
+        with pytest.raises(ConfigError, match="a server listens on"):
+            Listener(ServerConfig(socket=path))
+    assert not path.exists()
+
+
 def test_a_second_server_on_a_socket_says_so_and_leaves_it_alone(place):
     path = place.folder / "s"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -286,6 +338,12 @@ class Child:
         return self.returncode
 
 
+class Running(Child):
+    """A process that runs and never serves."""
+
+    returncode = None
+
+
 @pytest.mark.parametrize(
     ("before", "between", "num_starts"),
     [
@@ -331,6 +389,74 @@ def test_a_relative_model_is_another_one_in_another_folder(place, tmp_path, monk
     here = socket_path(env)
     monkeypatch.chdir(tmp_path)
     assert socket_path(env) != here
+
+
+def test_a_relative_tokenizer_is_another_one_in_another_folder(place, tmp_path, monkeypatch):
+    env = place.env | {"MRSS_TOKENIZER": "vocab.txt"}
+    here = socket_path(env)
+    monkeypatch.chdir(tmp_path)
+    assert socket_path(env) != here
+    assert socket_path(place.env | {"MRSS_TOKENIZER": str(tmp_path / "vocab.txt")}) == (
+        socket_path(env)
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "relative", "unreadable"])
+def test_a_runtime_folder_that_cannot_be_used_gives_way_to_the_next(place, monkeypatch, kind):
+    runtime = place.folder / "x"
+    if kind == "file":
+        runtime.touch()
+    elif kind == "relative":
+        runtime = Path("x")
+    elif kind == "unreadable":
+        # Not by the mode, which does not stop a superuser.
+        make = Path.mkdir
+
+        def mkdir(self, *args, **kwargs):
+            if self.parent == runtime:
+                raise PermissionError(13, "Permission denied")
+            make(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(tempfile, "tempdir", str(place.folder))
+    env = place.env | {"XDG_RUNTIME_DIR": str(runtime)}
+    assert socket_path(env).parent == place.folder / f"mrss-{os.getuid()}"
+
+
+def test_the_last_reason_is_told_when_no_folder_can_be_used(place, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(autostart, "_make_private", refuse)
+    with pytest.raises(ConfigError, match=r"\(/tmp/mrss-\d+: Permission denied\); set MRSS_SOCKET"):
+        socket_path(place.env)
+
+
+def test_a_closed_engine_says_so_at_once(place):
+    async def main():
+        engine = place.engine()
+        await engine.aclose()
+        for call in (engine.open(REQUEST), engine.models(), engine.ensure(5)):
+            with pytest.raises(EngineUnavailableError, match="this LocalEngine was closed"):
+                await call
+
+    asyncio.run(main())
+    assert not place.starts.exists()
+
+
+def test_closing_an_engine_ends_who_waits_for_its_start(place, monkeypatch):
+    engine = place.engine()
+
+    async def main():
+        begun = asyncio.Event()
+        monkeypatch.setattr(engine, "_start", lambda: begun.set() or Running())
+        waiting = asyncio.create_task(engine.ensure(5))
+        await begun.wait()
+        await engine.aclose()
+        with pytest.raises(EngineUnavailableError, match="this LocalEngine was closed"):
+            await waiting
+
+    asyncio.run(main())
 
 
 def test_a_path_that_is_too_long_gives_way_to_a_shorter_one(place):
