@@ -67,6 +67,7 @@ class IOThread:
         loop, thread = self._loop, self._thread
         if loop is None or thread is None or os.getpid() != self.pid or not thread.is_alive():
             return
+        atexit.unregister(self.stop)
         asyncio.run_coroutine_threadsafe(self._finish(), loop)
         thread.join(STOP_WAIT_S)
 
