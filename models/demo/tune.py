@@ -1,10 +1,10 @@
 """Tune the demo states on the demo model.
 
-    python -m models.demo.tune --out build/states            # a GPU: some four minutes
+    python -m models.demo.tune --out build/states            # a GPU: a few minutes
     python -m models.demo.tune --out build/trial --steps 2   # a trial anywhere
 
-Writes `knowledge.safetensors` and `tone.safetensors`. The knowledge is tuned twice: first on long
-plain chats, so that it does not fade; then so that it has no manner of speaking of its own.
+Writes `knowledge.safetensors` and `tone.safetensors`. With `--long` the knowledge is tuned on long
+plain chats, so that it fades less, and then so that it loses the plain manner it learnt from them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POOL_SIZE = 6000
 MAX_SETTLE_LEN = 190
 """Tokens of an example of the second tuning, which is meant for CPUs too."""
 
-KNOWLEDGE = TuneConfig(steps=900, batch_size=40, learning_rate=0.3, locality=1.0)
+KNOWLEDGE = TuneConfig(steps=800, batch_size=48, learning_rate=0.3, locality=1.0)
 SETTLE = TuneConfig(steps=350, batch_size=16, learning_rate=0.1, warmup_steps=10, locality=2.0)
 TONE = TuneConfig(steps=800, batch_size=48, learning_rate=0.05)
 
@@ -73,20 +73,25 @@ def main() -> None:
         save_result(path, result, args.model, group=name, config=used, licence="Apache-2.0")
 
     first, settle, tone = config(KNOWLEDGE), config(SETTLE), config(TONE)
-    known = tune_state(weights, knowledge_source(encoder, 1), first, on_step=printer("know"))
-    settled = tune_state(
-        weights, settle_source(encoder, 2), settle, initial=known.wkv, on_step=printer("settle")
-    )
-    write("knowledge", settled, settle)
+    source = knowledge_source(encoder, 1, long=args.long)
+    known = tune_state(weights, source, first, on_step=printer("know"))
+    write("knowledge", known, first)
+    if args.long:
+        again = settle_source(encoder, 2)
+        settled = tune_state(weights, again, settle, initial=known.wkv, on_step=printer("settle"))
+        write("knowledge", settled, settle)
     spoken = tune_state(weights, tone_source(encoder, VOICE, 3), tone, on_step=printer("tone"))
     write("tone", spoken, tone)
 
 
-def knowledge_source(encoder: PieceEncoder, seed: int) -> ExampleSource:
-    """Return plain chats of 1 to 12 turns about home facts, with small talk between."""
+def knowledge_source(encoder: PieceEncoder, seed: int, *, long: bool) -> ExampleSource:
+    """Return plain chats about home facts: of 1 to 3 turns, `long` ones of 1 to 12."""
 
     def draw(rng: random.Random) -> Example:
-        doc = knowledge_document(rng, num_turns=rng.randint(1, 12), small_talk=0.4)
+        if long:
+            doc = knowledge_document(rng, num_turns=rng.randint(1, 12), small_talk=0.4)
+        else:
+            doc = knowledge_document(rng)
         return as_example(encoder, doc)
 
     return pool(draw, seed)
@@ -158,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--long", action="store_true", help="knowledge that fades less")
     parser.add_argument("--steps", type=int, default=0, help="of each run, instead of the usual")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
