@@ -404,6 +404,9 @@ def test_a_relative_tokenizer_is_another_one_in_another_folder(place, tmp_path, 
 @pytest.mark.parametrize("kind", ["missing", "file", "relative", "unreadable"])
 def test_a_runtime_folder_that_cannot_be_used_gives_way_to_the_next(place, monkeypatch, kind):
     runtime = place.folder / "x"
+    monkeypatch.chdir(place.folder)
+    if kind in ("relative", "unreadable"):
+        runtime.mkdir(mode=0o700)
     if kind == "file":
         runtime.touch()
     elif kind == "relative":

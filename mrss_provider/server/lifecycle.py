@@ -43,7 +43,12 @@ class Lifecycle:
         self._update()
 
     def set_failed(self, error: MRSSError) -> None:
-        """Note that the engine could not be loaded, and leave."""
+        """Note that the engine could not be loaded, and leave.
+
+        Who is draining was told to leave, and a load that this cuts short is no failure.
+        """
+        if self._is_draining:
+            return
         self.failure = error
         self.on_end()
 

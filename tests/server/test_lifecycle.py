@@ -178,6 +178,18 @@ def test_a_failed_start_is_told_and_ends_the_server(failure, status, words):
     assert "secret" not in response.text
 
 
+def test_a_load_that_leaving_cuts_short_is_no_failure():
+    async def main():
+        lifecycle = Lifecycle()
+        ends = recorded(lifecycle)
+        await lifecycle.drain(30)
+        lifecycle.set_failed(EngineUnavailableError("the engine was closed"))
+        assert lifecycle.failure is None
+        assert not ends
+
+    run(main)
+
+
 def test_a_lease_counts_while_its_client_stays():
     async def main():
         lifecycle = Lifecycle()
