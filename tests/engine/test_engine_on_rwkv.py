@@ -10,6 +10,7 @@ import torch
 
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.config import EngineConfig
+from mrss_provider.engine import model_runner
 from mrss_provider.engine.engine import Engine
 from mrss_provider.engine.philox import uniform
 from mrss_provider.engine.request import EngineRequest, TokenOutput
@@ -267,3 +268,16 @@ def test_slots_that_were_used_serve_the_next_request_unchanged(loaded: Loaded) -
                 answers.setdefault(name, []).append(output)
     assert ids(answers["a+b"]) == ids(fresh)
     assert ids(answers["base"]) == ids(loaded.answer("base"))
+
+
+def test_cutting_a_prefill_to_bound_its_memory_changes_nothing(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences in one call of the model, or one a call: same tokens, same log-probabilities."""
+    requests = [
+        loaded.request(name, request_id=name, prompt=PROMPT[: 9 + i])
+        for i, name in enumerate(("a+b", "c", "base", "a+b+c"))
+    ]
+    whole = loaded.run(*requests)
+    monkeypatch.setattr(model_runner, "_CPU_PREFILL_LEN", 1)
+    assert loaded.run(*requests) == whole
