@@ -273,7 +273,7 @@ def test_slots_that_were_used_serve_the_next_request_unchanged(loaded: Loaded) -
 def test_cutting_a_prefill_to_bound_its_memory_changes_nothing(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sequences in one call of the model, or one a call: same tokens, same log-probabilities."""
+    """All sequences in one call of the model, or one a call: same tokens, same numbers."""
     requests = [
         loaded.request(name, request_id=name, prompt=PROMPT[: 9 + i])
         for i, name in enumerate(("a+b", "c", "base", "a+b+c"))
