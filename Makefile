@@ -14,7 +14,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-BENCH := cpu_decode engine_tail serve litellm_overhead
+BENCH := cpu_decode engine_tail first_token import_time litellm_overhead serve soak
 BENCH_GPU := decode mixture
 
 .DEFAULT_GOAL := help
