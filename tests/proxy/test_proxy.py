@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -14,11 +13,10 @@ import httpx
 import openai
 import psutil
 import pytest
+from engine_processes import own_engines, start_engine
 from fakes import FINGERPRINT, PROMPT_TOKENS, ROWS
 from proxy_process import NUM_WORKERS
 from scripted_engine import WAIT_S, WORDS
-
-from mrss_provider.client import Client
 
 ANSWER = "".join(WORDS)
 NO_RETRIES = {"x-litellm-num-retries": "0"}
@@ -47,9 +45,6 @@ def unique():
 
 def body_of(error):
     return error.value.response.json()["error"]
-
-
-# Answers
 
 
 @pytest.mark.parametrize(
@@ -222,9 +217,6 @@ def test_cache_tells_mixtures_and_our_parameters_apart(proxy, backend, unique):
     assert len(backend.asked(prompt)) == len(bodies)
 
 
-# Refusals
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("model", "told"),
@@ -292,9 +284,6 @@ def test_defect_is_a_500_with_an_id_and_no_traceback(chat):
         assert "Traceback" not in told
 
 
-# Time, and clients that leave
-
-
 def test_timeout_is_a_408_without_a_second_try_and_frees_the_rows(chat, backend, unique):
     prompt = f"wait first {unique}"
     with pytest.raises(openai.APIStatusError) as error:
@@ -340,9 +329,6 @@ def test_client_that_hangs_up_frees_the_rows(proxy, backend, stream, moment, uni
     assert answer.aborted
 
 
-# Processes
-
-
 def test_all_workers_share_one_engine(proxy, engine):
     body = {"model": "mrss/tone", "messages": user()}
     workers = {child.pid for child in psutil.Process(proxy.process.pid).children(recursive=True)}
@@ -352,33 +338,6 @@ def test_all_workers_share_one_engine(proxy, engine):
         if len(engine.peers & workers) == NUM_WORKERS:
             break
     assert len(engine.peers & workers) == NUM_WORKERS
-
-
-ENGINE = """
-import sys
-from pathlib import Path
-from fakes import FakeBackend
-from mrss_provider.config import ServerConfig
-from mrss_provider.server.run import run_server
-print("starting", flush=True)
-run_server(FakeBackend(), ServerConfig(socket=Path(sys.argv[1])))
-"""
-
-
-def start_engine(path):
-    """Start an engine process of our own, return it once it answers."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen([sys.executable, "-c", ENGINE, str(path)], env=env)
-
-    async def answers():
-        client = Client(f"unix://{path}")
-        async with asyncio.timeout(WAIT_S * 3):
-            while await client.probe() != "ready":
-                await asyncio.sleep(0.02)
-        await client.aclose()
-
-    asyncio.run(answers())
-    return process
 
 
 def test_killed_engine_is_a_503_and_its_successor_serves(chat, folder):
@@ -397,16 +356,6 @@ def test_killed_engine_is_a_503_and_its_successor_serves(chat, folder):
     finally:
         second.terminate()
         second.wait(WAIT_S)
-
-
-def own_engines(folder):
-    """Return the engine processes whose socket is in `folder`."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "mrss_provider.server" in command and str(folder) in " ".join(command):
-            found.append(process)
-    return found
 
 
 def test_engine_is_started_once_for_all_and_again_after_sigkill(chat, folder):
