@@ -17,7 +17,7 @@ from mrss_provider.config import EngineConfig
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
 
-_MIN_LITELLM = (1, 89)
+_MIN_LITELLM = (1, 94)
 _MIN_TRITON_CAPABILITY = (8, 0)
 _QUESTION = "Hello! How are you?"
 _ANSWER_LEN = 32
@@ -92,7 +92,7 @@ def _litellm() -> Finding:
         return Finding("FAIL", "litellm", "not installed", "pip install 'litellm[proxy]'")
     numbers = tuple(int(part) for part in version.split(".")[:2])
     if numbers < _MIN_LITELLM:
-        return Finding("FAIL", "litellm", version, "1.89 or later is needed")
+        return Finding("FAIL", "litellm", version, "1.94 or later is needed")
     return Finding("ok", "litellm", version)
 
 
