@@ -25,7 +25,8 @@ def is_interpreted() -> bool:
 
 @functools.cache
 def _has_dependent_launch(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0)
+    # ROCm counts its capabilities otherwise.
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:
@@ -37,6 +38,17 @@ def dependent_launch(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and _has_dependent_launch(device.index):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may have on a CUDA device; else 0."""
+    if device.type != "cuda":
+        return 0
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def next_power_of_2(n: int) -> int:

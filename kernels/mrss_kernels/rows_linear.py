@@ -22,7 +22,7 @@ from mrss_kernels._checks import (
     expect_dtype,
     expect_shape,
 )
-from mrss_kernels._launch import dependent_launch
+from mrss_kernels._launch import dependent_launch, shared_bytes
 
 GROUP_LEN = 64
 """Output rows that share one input group: the granularity of `groups`."""
@@ -33,6 +33,9 @@ MAX_ROWS = 64
 NUM_MULTIPROCESSORS = 132
 """Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
 order of sums, and equal inputs are to give equal bits on every card."""
+
+HOPPER_SHARED = 227 << 10
+"""Bytes of shared memory that one program may have on an H100 or H200; other cards have 99 KB."""
 
 ACTIVATIONS = ("none", "relu2")
 
@@ -93,6 +96,18 @@ def gemv_kernel(
 
 
 @triton.jit
+def wait_for_inputs(k):
+    """Wait for the kernels before this one; return 0.
+
+    What is read from an address that this 0 is part of cannot be read before the wait, however the
+    compiler moves a loop's loads ahead; and `k` keeps the wait in the loop.
+    """
+    return tl.inline_asm_elementwise(
+        "{ griddepcontrol.wait; mov.u32 $0, 0; }", "=r,r", [k], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def skinny_kernel(
     p_x,
     p_w,
@@ -133,12 +148,12 @@ def skinny_kernel(
         x = tl.load(p_rows, mask=m_m, other=0.0)
         acc = tl.dot(w, tl.trans(x), input_precision="ieee")
     else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         acc = tl.zeros([BN, BM], tl.float32)
         for k in tl.range(0, K // SPLITS, BK, num_stages=STAGES):
             w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=m_n, other=0.0)
-            x = tl.load(p_rows + k, mask=m_m, other=0.0)
+            # The first copy of weights is under way by then, and x is not asked for before.
+            at = tl.multiple_of(k + wait_for_inputs(k), 16) if PDL else k
+            x = tl.load(p_rows + at, mask=m_m, other=0.0)
             acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     if RELU2:
         acc = tl.maximum(acc, 0.0)
@@ -187,6 +202,7 @@ def rows_linear(
     activation: str = "none",
     out_dtype: torch.dtype = torch.float32,
     config: LinearConfig | None = None,
+    one_part: bool = False,
 ) -> Tensor:
     """Multiply few rows by one weight, each group of 64 outputs reading its own input.
 
@@ -201,6 +217,7 @@ def rows_linear(
         activation: "none", or "relu2" for max(y, 0)^2, which needs a config of one part.
         out_dtype: dtype of y; parts are fp32 whatever it says.
         config: how to cut the product; None takes `choose_config`.
+        one_part: choose a cut of one part, whose y needs no adding up.
 
     Returns:
         y [num_splits, B, R]: the parts of each sum, to be added up by the reader.
@@ -211,7 +228,13 @@ def rows_linear(
     _check_linear(x, weight, groups, activation)
     _, rows, size_k = x.shape
     size_r = weight.shape[0]
-    config = config or choose_config(rows, size_r, size_k, splittable=activation == "none")
+    config = config or choose_config(
+        rows,
+        size_r,
+        size_k,
+        splittable=activation == "none" and not one_part,
+        shared_bytes=shared_bytes(x.device) if x.element_size() == 2 else 0,
+    )
     check_config(config, rows, size_k, groups is not None, activation)
     if config.num_splits > 1:
         out_dtype = torch.float32
@@ -239,14 +262,20 @@ def rows_linear(
     return y
 
 
-def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> LinearConfig:
+def choose_config(
+    rows: int, size_r: int, size_k: int, *, splittable: bool, shared_bytes: int = 0
+) -> LinearConfig:
     """Return the measured cut for `rows` rows with a weight [size_r, size_k].
 
-    It depends on nothing else, so that a row bucket always adds in the same order.
+    Parts and their order depend on nothing else, so that a row bucket always adds in the same
+    order; `shared_bytes` of a multiprocessor say how much of a part is loaded at a time.
     """
     if rows == 1:
         if size_k % 1024:
             return LinearConfig(16, _largest_block(size_k, 256), 1, 4)
+        if size_k % 4096 == 0 and splittable and size_k > size_r:
+            # Few outputs: parts of K make enough programs.
+            return LinearConfig(4, 2048, size_k // 4096, 8)
         if size_k >= 4096 and size_r >= 4096 and size_k % 2048 == 0:
             return LinearConfig(4, 2048, 1, 8)
         return LinearConfig(4, 1024, 1, 4)
@@ -259,9 +288,9 @@ def choose_config(rows: int, size_r: int, size_k: int, *, splittable: bool) -> L
             break
         num_splits *= 2
     part = size_k // num_splits
-    # 96 KB of shared memory at most, which is what consumer cards have.
-    num_stages = 3 if rows > 32 else 4
-    return LinearConfig(64, _largest_block(part, 128), num_splits, 4, num_stages)
+    # Long blocks where they fit: fewer, longer pieces of a row of memory.
+    block_k = _largest_block(part, 256 if part >= 1024 and shared_bytes >= HOPPER_SHARED else 128)
+    return LinearConfig(64, block_k, num_splits, 4, 3 if block_k == 256 or rows > 32 else 4)
 
 
 def check_config(
