@@ -1,0 +1,241 @@
+"""RWKV-6's decode step on CUDA: eight launches a layer, from token ids to the last norm.
+
+Built from the layers of `rwkv6`, whose weights it packs so that products of one moment are one
+matrix; the layers' own linears become views of it, so nothing is held twice. Same result as
+`Model.decode`'s layer by layer form, up to rounding. Kernels and layouts: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from mrss_kernels import ffn6 as ffn_ops
+from mrss_kernels import norm_mix6 as norm_ops
+from mrss_kernels import rows_linear as linear_ops
+from mrss_kernels import time_mix6 as time_ops
+from torch import Tensor
+
+from mrss_provider.model.linear import Linear, PlainLinear
+from mrss_provider.model.rwkv6 import Layer6
+from mrss_provider.model.state import StatePool
+
+Norm = tuple[Tensor, Tensor]
+
+# In one part: whoever reads the LoRA's first half of many rows reads it over and over.
+_LOW_RANK = linear_ops.LinearConfig(32, 64, 1, 4, 4)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer's weights as the kernels read them. D and W are the ranks of mixing and decay.
+
+    Attributes:
+        mix_x: how far the codes' input moves to the token before, [C] fp32.
+        mix_down: first halves of the mixing's LoRAs, [5 D, C].
+        mix_up: their second halves, [5, C, D].
+        mix: how far the inputs of w, k, v, r, g move, [5, C] fp32.
+        project: rows of key, value, receptance, gate, decay_w1, the last one padded with zeros to a
+            multiple of 64 rows: [4 C + W, C].
+        groups: which of the five inputs each 64 rows of `project` read, int32.
+        decay_up: decay_w2 [C, W].
+        vectors: [4, C] fp32, rows as `mrss_kernels.time_mix6.VECTORS`.
+        ffn_mix: of key and receptance, [2, C] fp32.
+        ffn_in: rows of key, then receptance, [F + C, C].
+        scale: what the inputs of `output` and `ffn_value` are multiplied by, for fp16's sake.
+    """
+
+    ln1: Norm
+    ln2: Norm
+    mix_x: Tensor
+    mix_down: Tensor
+    mix_up: Tensor
+    mix: Tensor
+    project: Tensor
+    groups: Tensor
+    decay_up: Tensor
+    vectors: Tensor
+    output: Tensor
+    ffn_mix: Tensor
+    ffn_in: Tensor
+    ffn_value: Tensor
+    scale: float
+
+
+class FusedDecoder6:
+    """The decode step of one RWKV-6 with fp16 or bf16 weights on CUDA."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer6],
+        embedding: Tensor,
+        ln0: Norm | None,
+        ln_out: Norm,
+        head: Tensor,
+    ) -> None:
+        """Pack the layers' weights; their linears are *modified* to views of the packed ones.
+
+        Args:
+            layers: of a model whose linears are plain and on CUDA.
+            embedding: [V, C], in the weights' dtype.
+            ln0: norm of looked-up rows, or None.
+            ln_out: the last norm.
+            head: [V, C], in the weights' dtype.
+        """
+        self._layers = [pack_layer(layer) for layer in layers]
+        self._embedding = embedding
+        self._ln0 = ln0
+        self._ln_out = ln_out
+        self._head = head
+
+    def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
+
+        Args:
+            token_ids: int64 [B], contiguous.
+            slots: int64 [B], contiguous; -1 is a padding row.
+            pool: *modified* at `slots`.
+
+        Returns:
+            hidden [B, C] fp32, after the last norm; undefined for padding rows.
+        """
+        x, parts, gate, scale = self._embedding, None, None, 1.0
+        for i, layer in enumerate(self._layers):
+            shift = pool.shift_att[i]
+            x, h, codes = norm_ops.add_norm_codes(
+                x,
+                parts,
+                gate,
+                layer.ln1,
+                shift,
+                slots,
+                layer.mix_x,
+                layer.mix_down,
+                scale=scale,
+                tokens=token_ids if i == 0 else None,
+                norm0=self._ln0 if i == 0 else None,
+            )
+            mixed = time_ops.mix_inputs(h, codes, layer.mix_up, layer.mix, shift, slots)
+            y = _time_mix(i, layer, mixed, h, slots, pool)
+            parts = _product(y, layer.output)
+            scale = layer.scale
+            x, mixed = norm_ops.add_norm_mix(
+                x,
+                parts,
+                layer.ln2,
+                pool.shift_ffn[i],
+                slots,
+                layer.ffn_mix,
+                dtype=mixed.dtype,
+                scale=scale,
+                key_scale=math.sqrt(scale),
+            )
+            key, gate = _key_receptance(mixed, layer.ffn_in, layer.ffn_value.shape[1])
+            parts = _product(key, layer.ffn_value)
+        return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [M, V] fp32 of hidden states [M, C]."""
+        x = hidden.to(self._head.dtype).contiguous()
+        if x.shape[0] > linear_ops.MAX_ROWS:
+            return torch.mm(x, self._head.t(), out_dtype=torch.float32)
+        return linear_ops.rows_linear(x[None], self._head, one_part=True)[0]
+
+
+def pack_layer(layer: Layer6) -> PackedLayer:
+    """Pack one layer; its linears are *modified* to views of the packed weights."""
+    downs = [layer.key, layer.value, layer.receptance, layer.gate, layer.decay_w1]
+    project, lengths = _pack(downs)
+    # Of k, v, r, g and the decay's LoRA: the input that it reads, of w, k, v, r, g.
+    groups = [
+        source
+        for source, length in zip([1, 2, 3, 4, 0], lengths, strict=True)
+        for _ in range(length // linear_ops.GROUP_LEN)
+    ]
+    mix_up = torch.stack([_weight(w2) for w2 in layer.mix_w2])
+    for w2, weight in zip(layer.mix_w2, mix_up, strict=True):
+        cast(PlainLinear, w2).weight = weight
+    return PackedLayer(
+        ln1=layer.ln1,
+        ln2=layer.ln2,
+        mix_x=layer.mix_x,
+        mix_down=_weight(layer.mix_w1),
+        mix_up=mix_up,
+        mix=layer.mix[:, 0].contiguous(),
+        project=project,
+        groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
+        decay_up=_weight(layer.decay_w2),
+        vectors=torch.stack([layer.decay, layer.bonus.flatten(), *layer.ln_x]).contiguous(),
+        output=_weight(layer.output),
+        ffn_mix=torch.stack([layer.ffn_mix_k, layer.ffn_mix_r]).contiguous(),
+        ffn_in=_pack([layer.ffn_key, layer.ffn_receptance])[0],
+        ffn_value=_weight(layer.ffn_value),
+        scale=layer.scale,
+    )
+
+
+def _pack(linears: Sequence[Linear]) -> tuple[Tensor, list[int]]:
+    """Stack weights [*, C], each padded with zeros to a multiple of 64 rows; they become views.
+
+    Returns:
+        The packed weight, and how many of its rows each linear has.
+    """
+    lengths = [-(-len(_weight(x)) // linear_ops.GROUP_LEN) * linear_ops.GROUP_LEN for x in linears]
+    first = _weight(linears[0])
+    packed = first.new_zeros((sum(lengths), first.shape[1]))
+    for linear, rows in zip(linears, torch.split(packed, lengths), strict=True):
+        weight = _weight(linear)
+        view = rows[: len(weight)]
+        cast(PlainLinear, linear).weight = view.copy_(weight)
+    return packed, lengths
+
+
+def _weight(linear: Linear) -> Tensor:
+    return cast(PlainLinear, linear).weight
+
+
+def _time_mix(
+    index: int, layer: PackedLayer, mixed: Tensor, h: Tensor, slots: Tensor, pool: StatePool
+) -> Tensor:
+    """Return the output projection's input [B, C] from the five mixed inputs [5, B, C]."""
+    offsets = None
+    if pool.has_offsets and pool.time_offset is not None:
+        offsets = pool.time_offset[index]
+    low = None
+    if mixed.shape[1] <= linear_ops.MAX_ROWS:
+        projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
+    else:
+        channels = mixed.shape[2]
+        square = layer.project[: 4 * channels].view(4, channels, channels)
+        projected = torch.bmm(mixed[1:], square.mT)
+        low = linear_ops.rows_linear(mixed[:1], layer.project[4 * channels :], config=_LOW_RANK)
+    return time_ops.time_mix6(
+        projected,
+        layer.decay_up,
+        layer.vectors,
+        h,
+        pool.shift_att[index],
+        pool.wkv[index],
+        slots,
+        offsets,
+        low=low,
+        out_scale=layer.scale,
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the parts [P, B, R] of x [B, K] @ weight^T."""
+    if x.shape[0] <= linear_ops.MAX_ROWS:
+        return linear_ops.rows_linear(x[None], weight)
+    return torch.mm(x, weight.t())[None]
+
+
+def _key_receptance(x: Tensor, weight: Tensor, ffn_size: int) -> tuple[Tensor, Tensor]:
+    """Return `max(key, 0)^2` [B, F] in the dtype of x [2, B, K], and the receptance [B, C]."""
+    if x.shape[1] <= linear_ops.MAX_ROWS:
+        return ffn_ops.key_receptance(x, weight, ffn_size)
+    key = linear_ops.square_relu_(torch.mm(x[0], weight[:ffn_size].t()))
+    return key, torch.mm(x[1], weight[ffn_size:].t())
