@@ -4,9 +4,10 @@ Pools are `[S, H, N, N]`, [V, K] for RWKV-7 and [K, V] for RWKV-6; every op modi
 place and returns y. See `mrss_kernels.reference` for shapes, dtypes and formulas. A pool on a CUDA
 device is handled by Triton, any other (and one in fp64) by the reference.
 
-`MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernel, `fla` is
-flash-linear-attention's chunked form, `auto`, the default, takes fla for half-precision inputs of
-256 tokens or more where it is installed. With fp32 inputs it is always our own.
+`MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernels, `fla` is
+flash-linear-attention's chunked form. `auto`, the default, is our own for RWKV-7; for RWKV-6 it
+takes fla from 256 tokens of half precision on, where it is installed. With fp32 inputs it is always
+our own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mrss_kernels import reference
 
-__all__ = ["wkv6_decode", "wkv6_prefill", "wkv7_decode", "wkv7_prefill"]
+__all__ = ["prefill_choice", "wkv6_decode", "wkv6_prefill", "wkv7_decode", "wkv7_prefill"]
 
 
 def wkv7_decode(
@@ -44,17 +45,20 @@ def wkv7_prefill(
     a: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Read sequences into RWKV-7 states; see `mrss_kernels.reference.wkv7_prefill`."""
+    """Read sequences into RWKV-7 states; see `mrss_kernels.reference.wkv7_prefill`.
+
+    Offsets in a tensor are not read by the host, and only our own kernels take them.
+    """
     if not _takes_triton(pool):
         return reference.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
-    from mrss_kernels import fla_prefill, wkv7
+    from mrss_kernels import fla_prefill, wkv7_chunk
 
     r, w, k, v, kk, a = (x.contiguous() for x in (r, w, k, v, kk, a))
-    if _takes_fla(r, cu_seqlens):
+    if not isinstance(cu_seqlens, Tensor) and _chosen_fla(r, by_default=False):
         return fla_prefill.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
-    return wkv7.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
+    return wkv7_chunk.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
 
 
 def wkv6_decode(
@@ -85,21 +89,32 @@ def wkv6_prefill(
     from mrss_kernels import fla_prefill, wkv6
 
     r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
-    if _takes_fla(r, cu_seqlens):
+    longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
+    if _chosen_fla(r, by_default=longest >= FLA_MIN_LEN):
         return fla_prefill.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
     return wkv6.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
+
+
+def prefill_choice() -> str:
+    """Return what `MRSS_PREFILL` chooses: "auto", "own" or "fla".
+
+    Raises:
+        ValueError: it says something else.
+    """
+    choice = os.environ.get("MRSS_PREFILL", "auto")
+    if choice not in ("auto", "own", "fla"):
+        raise ValueError(f"MRSS_PREFILL must be auto, own or fla, got {choice!r}")
+    return choice
 
 
 def _takes_triton(pool: Tensor) -> bool:
     return pool.is_cuda and pool.dtype != torch.float64
 
 
-def _takes_fla(r: Tensor, cu_seqlens: Sequence[int]) -> bool:
-    """Choose between fla and our own prefill for inputs on CUDA."""
-    choice = os.environ.get("MRSS_PREFILL", "auto")
-    if choice not in ("auto", "own", "fla"):
-        raise ValueError(f"MRSS_PREFILL must be auto, own or fla, got {choice!r}")
-    if choice == "own" or r.dtype == torch.float32:
+def _chosen_fla(r: Tensor, *, by_default: bool) -> bool:
+    """Tell whether fla reads inputs on CUDA; `by_default` is what auto means."""
+    choice = prefill_choice()
+    if choice == "own" or r.dtype == torch.float32 or (choice == "auto" and not by_default):
         return False
     from mrss_kernels import fla_prefill
 
@@ -107,12 +122,10 @@ def _takes_fla(r: Tensor, cu_seqlens: Sequence[int]) -> bool:
         if choice == "fla":
             raise ValueError("MRSS_PREFILL is fla, but fla-core is not installed: install it")
         return False
-    if choice == "fla":
-        return True
-    longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
-    return longest >= FLA_MIN_LEN
+    return True
 
 
 FLA_MIN_LEN = 256
-"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our token loop: below,
-fla's own launches and its autotuning of new lengths cost more than they save. Not tuned yet."""
+"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our loop over RWKV-6's
+tokens: below, fla's own launches and its autotuning of new lengths cost more than they save. Not
+tuned yet."""

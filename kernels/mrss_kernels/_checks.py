@@ -106,10 +106,21 @@ def check_prefill_args(
     named: Sequence[tuple[str, Tensor]],
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Check a varlen call; return `cu_seqlens` as int64 [n + 1] on the pool's device."""
+    """Check a varlen call; return `cu_seqlens` as int64 or int32 [n + 1] on the pool's device.
+
+    A host sequence is checked and copied there; the values of a tensor are not read.
+    """
     check_recurrent_args(named, pool, None)
+    if isinstance(cu_seqlens, Tensor):
+        num_seqs = slots.shape[0]
+        expect_rows_of_slots(slots, num_seqs, pool.device)
+        expect_shape("cu_seqlens", cu_seqlens, (num_seqs + 1,))
+        expect_dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+        expect_contiguous("cu_seqlens", cu_seqlens)
+        expect_device("cu_seqlens", cu_seqlens, pool.device)
+        return cu_seqlens
     num_seqs = len(cu_seqlens) - 1
     expect_rows_of_slots(slots, num_seqs, pool.device)
     expect_lengths(cu_seqlens, named[0][1].shape[0], num_seqs)

@@ -58,7 +58,7 @@ def wkv7_prefill(
     a: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
     """Read several sequences into RWKV-7 states: `wkv7_decode` token by token, but chunked.
 
@@ -70,8 +70,11 @@ def wkv7_prefill(
         kk: removal key.
         a: in-context learning rate.
         pool: states [S, H, V, K] fp32, fp16 or fp64, *modified*.
-        slots: int64 [n], one a sequence, no slot twice, none negative.
-        cu_seqlens: n + 1 offsets into T, from 0 to T.
+        slots: int64 [n], one a sequence, no slot twice; none negative, but in a call with a tensor
+            of offsets: there -1 is a padding sequence.
+        cu_seqlens: n + 1 offsets into T, growing from 0 to T; or a tensor of them, int32 or int64,
+            that may also repeat an offset and end before T. The y of padding sequences, and of
+            tokens behind the last one, is not written.
 
     Returns:
         y [T, H, N] fp32 (fp64 with an fp64 pool).
@@ -278,16 +281,23 @@ def _prefill(
     inputs: list[Tensor],
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
     """Apply `chunked` to each group of sequences of one length."""
     num_seqs = slots.numel()
     expect_shape("slots", slots, (num_seqs,))
     expect_dtype("slots", slots, (torch.int64,))
-    expect_lengths(cu_seqlens, inputs[0].shape[0], num_seqs)
+    if isinstance(cu_seqlens, Tensor):
+        expect_shape("cu_seqlens", cu_seqlens, (num_seqs + 1,))
+        cu_seqlens = cu_seqlens.tolist()
+        live = [slot >= 0 for slot in slots.tolist()]
+    else:
+        expect_lengths(cu_seqlens, inputs[0].shape[0], num_seqs)
+        live = [True] * num_seqs
     by_len: dict[int, list[int]] = {}
     for i in range(num_seqs):
-        by_len.setdefault(cu_seqlens[i + 1] - cu_seqlens[i], []).append(i)
+        if live[i] and cu_seqlens[i + 1] > cu_seqlens[i]:
+            by_len.setdefault(cu_seqlens[i + 1] - cu_seqlens[i], []).append(i)
     y = inputs[0].new_empty(inputs[0].shape, dtype=_compute_dtype(pool))
     for seq_len, seqs in by_len.items():
         starts = torch.tensor([cu_seqlens[i] for i in seqs], device=y.device)

@@ -89,36 +89,37 @@ def wkv7_prefill_kernel(
     slot = tl.load(p_slots + i_n).to(tl.int64)
     start = tl.load(p_cu_seqlens + i_n).to(tl.int64)
     end = tl.load(p_cu_seqlens + i_n + 1).to(tl.int64)
-    p_s = p_pool + (slot * H + i_h) * N * N + o_v[:, None] * N + o_k[None, :]
-    s = tl.load(p_s).to(tl.float32)
-    at = (start * H + i_h) * N
-    r = tl.load(p_r + at + o_k)
-    w = tl.load(p_w + at + o_k)
-    k = tl.load(p_k + at + o_k)
-    v = tl.load(p_v + at + o_v)
-    kk = tl.load(p_kk + at + o_k)
-    a = tl.load(p_a + at + o_k)
-    for t in range(start, end):
-        # The last token loads itself again: a read that is in bounds and never used.
-        ahead = (tl.minimum(t + 1, end - 1) * H + i_h) * N
-        next_r = tl.load(p_r + ahead + o_k)
-        next_w = tl.load(p_w + ahead + o_k)
-        next_k = tl.load(p_k + ahead + o_k)
-        next_v = tl.load(p_v + ahead + o_v)
-        next_kk = tl.load(p_kk + ahead + o_k)
-        next_a = tl.load(p_a + ahead + o_k)
-        s, y = wkv7_step(
-            s,
-            r.to(tl.float32),
-            tl.exp(w.to(tl.float32)),
-            k.to(tl.float32),
-            v.to(tl.float32),
-            kk.to(tl.float32),
-            a.to(tl.float32),
-        )
-        tl.store(p_y + (t * H + i_h) * N + o_v, y)
-        r, w, k, v, kk, a = next_r, next_w, next_k, next_v, next_kk, next_a
-    tl.store(p_s, s.to(p_pool.dtype.element_ty))
+    if (slot >= 0) & (end > start):
+        p_s = p_pool + (slot * H + i_h) * N * N + o_v[:, None] * N + o_k[None, :]
+        s = tl.load(p_s).to(tl.float32)
+        at = (start * H + i_h) * N
+        r = tl.load(p_r + at + o_k)
+        w = tl.load(p_w + at + o_k)
+        k = tl.load(p_k + at + o_k)
+        v = tl.load(p_v + at + o_v)
+        kk = tl.load(p_kk + at + o_k)
+        a = tl.load(p_a + at + o_k)
+        for t in range(start, end):
+            # The last token loads itself again: a read that is in bounds and never used.
+            ahead = (tl.minimum(t + 1, end - 1) * H + i_h) * N
+            next_r = tl.load(p_r + ahead + o_k)
+            next_w = tl.load(p_w + ahead + o_k)
+            next_k = tl.load(p_k + ahead + o_k)
+            next_v = tl.load(p_v + ahead + o_v)
+            next_kk = tl.load(p_kk + ahead + o_k)
+            next_a = tl.load(p_a + ahead + o_k)
+            s, y = wkv7_step(
+                s,
+                r.to(tl.float32),
+                tl.exp(w.to(tl.float32)),
+                k.to(tl.float32),
+                v.to(tl.float32),
+                kk.to(tl.float32),
+                a.to(tl.float32),
+            )
+            tl.store(p_y + (t * H + i_h) * N + o_v, y.to(p_y.dtype.element_ty))
+            r, w, k, v, kk, a = next_r, next_w, next_k, next_v, next_kk, next_a
+        tl.store(p_s, s.to(p_pool.dtype.element_ty))
 
 
 def wkv7_decode(
@@ -164,20 +165,11 @@ def wkv7_prefill(
     a: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
     """Read several sequences into RWKV-7 states, token by token inside one kernel.
 
-    Args:
-        r: receptance, packed [T, H, N], any float dtype, contiguous, as all vectors.
-        w: LOG decay.
-        k: key.
-        v: value.
-        kk: removal key, of unit norm a head.
-        a: in-context learning rate.
-        pool: states [S, H, V, K] fp32 or fp16, *modified*; read and written once a sequence.
-        slots: int64 [n], one a sequence, no slot twice, none negative.
-        cu_seqlens: n + 1 offsets into T, from 0 to T, strictly growing.
+    Exact for any decay and head size; `mrss_kernels.wkv7_chunk` is faster. Arguments as there.
 
     Returns:
         y [T, H, N] fp32.
@@ -187,14 +179,21 @@ def wkv7_prefill(
     """
     named = [("r", r), ("w", w), ("k", k), ("v", v), ("kk", kk), ("a", a)]
     offsets = check_prefill_args(named, pool, slots, cu_seqlens)
-    _, heads, size = r.shape
     y = r.new_empty(r.shape, dtype=torch.float32)
-    block_v = min(size, 16)
-    wkv7_prefill_kernel[(size // block_v, heads, len(cu_seqlens) - 1)](
-        r, w, k, v, kk, a, y, pool, slots, offsets,
-        H=heads, N=size, BV=block_v, num_warps=1,
-    )  # fmt: skip
+    if y.numel() and slots.numel():
+        launch_by_token([x for _, x in named], y, pool, slots, offsets)
     return y
+
+
+def launch_by_token(
+    vectors: Sequence[Tensor], y: Tensor, pool: Tensor, slots: Tensor, offsets: Tensor
+) -> None:
+    """Launch the loop over tokens on checked arguments; `y` [T, H, N] is *written*."""
+    _, heads, size = y.shape
+    block_v = min(size, 16)
+    wkv7_prefill_kernel[(size // block_v, heads, slots.shape[0])](
+        *vectors, y, pool, slots, offsets, H=heads, N=size, BV=block_v, num_warps=1
+    )
 
 
 def decode_blocks(num_states: int, size: int) -> tuple[int, int]:
