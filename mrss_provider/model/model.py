@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from mrss_kernels import prefill_choice
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,8 +32,10 @@ from mrss_provider.model.steps import DecodeStep, PrefillStep, Step
 from mrss_provider.model.weights import Weights, load_weights
 
 if TYPE_CHECKING:
-    from mrss_provider.model.cuda_graphs import DecodeGraphs
+    from mrss_provider.model.cuda_graphs import DecodeGraphs, RaggedGraphs
+    from mrss_provider.model.rwkv6_cuda import FusedDecoder6
     from mrss_provider.model.rwkv7_cuda import FusedDecoder
+    from mrss_provider.model.rwkv7_ragged import RaggedStep
 
 
 def load_model(
@@ -43,6 +46,7 @@ def load_model(
     threads: int = 0,
     state_dtype: str = "fp32",
     packed: bool = True,
+    sparse_ffn: bool = True,
 ) -> Model:
     """Load an RWKV-6 or RWKV-7 checkpoint.
 
@@ -53,6 +57,8 @@ def load_model(
         threads: CPU threads of this whole process; 0 is physical cores - 1, at least 1.
         state_dtype: of the recurrent states, "fp32" or "fp16".
         packed: lay weights out for speed; False keeps them plain, for comparison.
+        sparse_ffn: on CUDA, hold the ffns' value matrices of RWKV-7 a second time, so that decoding
+            few rows reads only what is not multiplied by zero; not done where memory is short.
 
     Raises:
         ModelFileError: not such a checkpoint; says what was found and what is needed.
@@ -71,7 +77,8 @@ def load_model(
     name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
     if where.type == "cpu":
         configure_cpu(threads)
-    return Model(weights, where, name, state_dtype, pick_backend(where, name, packed=packed))
+    backend = pick_backend(where, name, packed=packed)
+    return Model(weights, where, name, state_dtype, backend, sparse_ffn=sparse_ffn)
 
 
 class Model:
@@ -93,8 +100,11 @@ class Model:
         dtype: str,
         state_dtype: str,
         backend: Backend,
+        *,
+        sparse_ffn: bool = False,
     ) -> None:
         """Convert and lay out the weights; see `load_model`."""
+        self._wants_sparse_ffn = sparse_ffn
         self.config = ModelConfig(
             version=weights.version,
             num_layers=weights.num_layers,
@@ -164,7 +174,10 @@ class Model:
         *,
         all_positions: bool = False,
     ) -> Tensor:
-        """Read several tokens of several rows, packed one row after the other.
+        """Read one or more tokens of several rows, packed one row after the other.
+
+        A decoding row is a sequence of one token: with the fused form, prompts and decoding rows of
+        one call share one pass over the weights.
 
         Args:
             token_ids: int64 [T].
@@ -176,6 +189,26 @@ class Model:
         Returns:
             hidden [n, C], or [T, C] with `all_positions`, fp32, after the last norm.
         """
+        if self._ragged is not None:
+            from mrss_kernels import ragged_index
+
+            bounds = ragged_index.upload_bounds(cu_seqlens, token_ids.shape[0], slots)
+            return self._ragged.forward(token_ids, bounds, slots, pool, all_positions=all_positions)
+        return self.prefill_by_layer(
+            token_ids, cu_seqlens, slots, pool, all_positions=all_positions
+        )
+
+    @torch.no_grad()
+    def prefill_by_layer(
+        self,
+        token_ids: Tensor,
+        cu_seqlens: Sequence[int],
+        slots: Tensor,
+        pool: StatePool,
+        *,
+        all_positions: bool = False,
+    ) -> Tensor:
+        """Read packed tokens, one torch op after the other; as `prefill`, on any device."""
         with torch.inference_mode():
             step = PrefillStep(pool, slots, cu_seqlens)
             x = self._forward(token_ids, step)
@@ -189,19 +222,29 @@ class Model:
         return self._head(hidden).float()
 
     @functools.cached_property
-    def fused(self) -> FusedDecoder | None:
-        """RWKV-7's fused decode step, or None where its kernels cannot run."""
+    def fused(self) -> FusedDecoder | FusedDecoder6 | None:
+        """The fused decode step, or None where its kernels cannot run."""
         if self.device.type != "cuda":
             return None
         # Here and not above: a machine without CUDA needs no Triton.
-        from mrss_provider.model import rwkv7_cuda
+        from mrss_provider.model import rwkv6_cuda, rwkv7_cuda
 
-        layers = [layer for layer in self._layers if isinstance(layer, Layer7)]
-        if not layers or not rwkv7_cuda.is_supported(self.config, self.device):
+        if not rwkv7_cuda.is_supported(self.config, self.device):
             return None
         # On CUDA the head is one of the two plain forms, and both keep their weight.
         head = cast(PlainLinear, self._head).weight
-        return rwkv7_cuda.FusedDecoder(layers, self._embedding, self._ln0, self._ln_out, head)
+        around = (self._embedding, self._ln0, self._ln_out, head)
+        if self.config.version == 6:
+            return rwkv6_cuda.FusedDecoder6(cast(list[Layer6], self._layers), *around)
+        return rwkv7_cuda.FusedDecoder(
+            cast(list[Layer7], self._layers), *around, sparse_ffn=self._has_sparse_ffn()
+        )
+
+    def _has_sparse_ffn(self) -> bool:
+        """Tell whether the second copies are wanted, and leave as much memory free again."""
+        shape = self.config
+        size = 2 * shape.num_layers * shape.hidden_size * shape.ffn_size
+        return self._wants_sparse_ffn and torch.cuda.mem_get_info(self.device)[0] >= 2 * size
 
     @functools.cached_property
     def _graphs(self) -> DecodeGraphs | None:
@@ -210,6 +253,30 @@ class Model:
         from mrss_provider.model.cuda_graphs import DecodeGraphs
 
         return DecodeGraphs(self.fused.decode)
+
+    @functools.cached_property
+    def ragged(self) -> RaggedStep | None:
+        """RWKV-7's fused pass over packed tokens, or None where it cannot run or fla is chosen."""
+        if self.fused is None or self.config.version != 7 or prefill_choice() == "fla":
+            return None
+        from mrss_provider.model.rwkv7_cuda import FusedDecoder
+        from mrss_provider.model.rwkv7_ragged import RaggedStep
+
+        layers = cast(FusedDecoder, self.fused).layers
+        return RaggedStep(layers, self._embedding, self._ln0, self._ln_out)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether `prefill` reads the tokens of decoding rows in one pass with prompts."""
+        return self.ragged is not None
+
+    @functools.cached_property
+    def _ragged(self) -> RaggedGraphs | None:
+        if self.ragged is None:
+            return None
+        from mrss_provider.model.cuda_graphs import RaggedGraphs
+
+        return RaggedGraphs(self.ragged.forward)
 
     def _forward(self, token_ids: Tensor, step: Step) -> Tensor:
         """Return the residual stream after the last layer [M, C] fp32."""
@@ -302,10 +369,12 @@ class _MakeLinear:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be one of auto, cpu, cuda, got {name!r}", param="device")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if name not in ("cpu", "cuda"):
+        which = "; CUDA_VISIBLE_DEVICES says which card" if name.startswith("cuda:") else ""
+        raise ConfigError(
+            f"device must be one of auto, cpu, cuda, got {name!r}{which}", param="device"
+        )
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device; use cpu", param="device")
     return torch.device(name)
 

@@ -15,10 +15,12 @@ from typing import cast
 import torch
 from mrss_kernels import add_norm_mix as norm_ops
 from mrss_kernels import rows_linear as linear_ops
+from mrss_kernels import sparse_linear as sparse_ops
 from mrss_kernels import time_mix7 as time_ops
 from torch import Tensor
 
 from mrss_provider.model.config import ModelConfig
+from mrss_provider.model.fused_support import fused_obstacle
 from mrss_provider.model.linear import Linear, PlainLinear
 from mrss_provider.model.rwkv7 import Layer7
 from mrss_provider.model.state import StatePool
@@ -41,6 +43,8 @@ class PackedLayer:
         ranks: padded ranks of w, a, g, v; v's is 0 in layer 0.
         up: w2, a2, g2, v2 side by side, padded likewise: [C, sum(ranks)].
         vectors: [8, C] fp32, rows as `mrss_kernels.time_mix7.VECTORS`.
+        ffn_value_t: `ffn_value` once more, transposed, of which few rows are read for a token; or
+            None.
     """
 
     ln1: Norm
@@ -55,28 +59,20 @@ class PackedLayer:
     ffn_mix: Tensor
     ffn_key: Tensor
     ffn_value: Tensor
+    ffn_value_t: Tensor | None
 
 
 def is_supported(config: ModelConfig, device: torch.device) -> bool:
-    """Tell whether the kernels take this model: 16-bit weights, widths that are multiples of 64.
-
-    The device must be CUDA of compute capability 8.0 or more, where tensor cores take both dtypes.
-    """
-    widths = (config.hidden_size, config.ffn_size)
-    size = config.head_size
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and config.version == 7
-        and config.dtype in ("fp16", "bf16")
-        and all(width % linear_ops.GROUP_LEN == 0 for width in widths)
-        and size & (size - 1) == 0
-        and 16 <= size <= 128
-    )
+    """Tell whether the kernels take this model; `fused_obstacle` tells why not."""
+    return fused_obstacle(config, device) is None
 
 
 class FusedDecoder:
-    """The decode step of one RWKV-7 with fp16 or bf16 weights on CUDA."""
+    """The decode step of one RWKV-7 with fp16 or bf16 weights on CUDA.
+
+    Attributes:
+        reads_sparsely: whether steps of few rows skip what the ffn multiplies by zero.
+    """
 
     def __init__(
         self,
@@ -85,6 +81,8 @@ class FusedDecoder:
         ln0: Norm | None,
         ln_out: Norm,
         head: Tensor,
+        *,
+        sparse_ffn: bool = False,
     ) -> None:
         """Pack the layers' weights; their linears are *modified* to views of the packed ones.
 
@@ -94,12 +92,20 @@ class FusedDecoder:
             ln0: norm of looked-up rows, or None.
             ln_out: the last norm.
             head: [V, C], in the weights' dtype.
+            sparse_ffn: keep a transposed copy of each ffn's value, and read of it what is not
+                multiplied by zero, for up to `sparse_linear.MAX_ROWS` rows.
         """
-        self._layers = [pack_layer(layer) for layer in layers]
+        self.reads_sparsely = sparse_ffn
+        self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out
         self._head = head
+
+    @property
+    def layers(self) -> Sequence[PackedLayer]:
+        """The packed weights, for whoever reads them in another way."""
+        return self._layers
 
     def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
         """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
@@ -115,6 +121,7 @@ class FusedDecoder:
         dtype = self._embedding.dtype
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
+        sparse = self.reads_sparsely and rows <= sparse_ops.MAX_ROWS
         x, parts = self._embedding, None
         for i, layer in enumerate(self._layers):
             shift = pool.shift_att[i]
@@ -134,7 +141,11 @@ class FusedDecoder:
             x, mixed = norm_ops.add_norm_mix(
                 x, parts, *layer.ln2, pool.shift_ffn[i], slots, layer.ffn_mix, dtype=dtype
             )
-            parts = _product(_squared_relu(mixed, layer.ffn_key), layer.ffn_value)
+            squared = _squared_relu(mixed, layer.ffn_key)
+            if sparse and layer.ffn_value_t is not None:
+                parts = sparse_ops.sparse_linear(squared[0], layer.ffn_value_t)
+            else:
+                parts = _product(squared, layer.ffn_value)
         return norm_ops.add_norm(x, parts, *self._ln_out)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -142,8 +153,7 @@ class FusedDecoder:
         x = hidden.to(self._head.dtype).contiguous()
         if x.shape[0] > linear_ops.MAX_ROWS:
             return torch.mm(x, self._head.t(), out_dtype=torch.float32)
-        config = linear_ops.choose_config(x.shape[0], *self._head.shape, splittable=False)
-        return linear_ops.rows_linear(x[None], self._head, config=config)[0]
+        return linear_ops.rows_linear(x[None], self._head, one_part=True)[0]
 
     def _time_mix(
         self,
@@ -181,8 +191,9 @@ class FusedDecoder:
         )
 
 
-def pack_layer(layer: Layer7) -> PackedLayer:
+def pack_layer(layer: Layer7, *, sparse_ffn: bool = False) -> PackedLayer:
     """Pack one layer; its linears are *modified* to views of the packed weights."""
+    value = _weight(layer.ffn_value)
     square = [_weight(x) for x in (layer.receptance, layer.key, layer.value)]
     downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
     ups = [layer.w2, layer.a2, layer.g2] + ([layer.v2] if layer.index else [])
@@ -217,7 +228,8 @@ def pack_layer(layer: Layer7) -> PackedLayer:
         output=_weight(layer.output),
         ffn_mix=layer.ffn_mix[None].contiguous(),
         ffn_key=_weight(layer.ffn_key),
-        ffn_value=_weight(layer.ffn_value),
+        ffn_value=value,
+        ffn_value_t=value.t().contiguous() if sparse_ffn else None,
     )
 
 

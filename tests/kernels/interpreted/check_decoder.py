@@ -19,12 +19,13 @@ TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1.5e-1}
 DTYPES = ["fp32", "fp16"] if INTERPRETED else ["fp32", "fp16", "bf16"]
 
 
-def build(tmp_path, dtype, seed=0):
+def build(tmp_path, dtype, seed=0, sparse_ffn=False):
     """Return a model that decodes layer by layer, and the fused decoder of its twin."""
     path = tmp_path / "model.safetensors"
     save_file(checkpoint(7, SHAPE, seed=seed), path)
     plain, twin = (load_model(path, device=DEVICE, dtype=dtype, packed=False) for _ in range(2))
-    fused = FusedDecoder(twin._layers, twin._embedding, twin._ln0, twin._ln_out, twin._head.weight)
+    parts = (twin._layers, twin._embedding, twin._ln0, twin._ln_out, twin._head.weight)
+    fused = FusedDecoder(*parts, sparse_ffn=sparse_ffn)
     return plain, fused, twin
 
 
@@ -54,8 +55,13 @@ def test_time_offsets_are_applied(tmp_path) -> None:
     compare(tmp_path, [4, 0, 1], "fp32", offset=True)
 
 
-def compare(tmp_path, slots, dtype, offset) -> None:
-    plain, fused, twin = build(tmp_path, dtype)
+@pytest.mark.parametrize("slots", [[3], [5, 1, -1, 0, 3, 2]])
+def test_reading_the_ffn_sparsely_changes_nothing(tmp_path, slots) -> None:
+    compare(tmp_path, slots, "fp32", offset=False, sparse_ffn=True)
+
+
+def compare(tmp_path, slots, dtype, offset, sparse_ffn=False) -> None:
+    plain, fused, twin = build(tmp_path, dtype, sparse_ffn=sparse_ffn)
     pools = [model.new_pool(6) for model in (plain, twin)]
     for pool in pools:
         fill(pool, seed=1, offset=offset)
