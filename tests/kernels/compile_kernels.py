@@ -14,8 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import fused6_cases
+import ragged_cases
+import tail_cases
 import triton
-from mrss_kernels import add_norm_mix, rows_linear, time_mix7, wkv6, wkv7
+import wkv_chunk_cases
+from mrss_kernels import add_norm_mix, rows_linear, sparse_linear, time_mix7, wkv6, wkv7
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -90,7 +94,13 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
         cut = {name: min(size, widest) for name, size in BLOCKS.items()} | {"BM": rows, "BN": width}
         label = f"lora_up_kernel {rows}"
         found.append((label, time_mix7.lora_up_kernel, LORA, constants | cut, pdl))
-    return found
+    types = {"p_x": HALF, "p_w": HALF, "p_index": "*i32", "p_y": "*fp32", "B": "i32"}
+    constants = {"K": 8192, "R": 2048, "PART": 1024, "BP": 1024, "BN": 128, "BK": 64, "PDL": True}
+    options = {"num_warps": 8, "launch_pdl": True}
+    kernel = sparse_linear.sparse_linear_kernel
+    found.append(("sparse_linear_kernel", kernel, types, constants, options))
+    found += wkv_chunk_cases.cases()
+    return found + ragged_cases.cases() + fused6_cases.cases() + tail_cases.cases()
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: Any) -> Any:

@@ -16,13 +16,21 @@ import pytest
 CHECKS = Path(__file__).parent / "interpreted"
 
 
-def run_checks(**variables: str) -> None:
+# Two processes, so that each one's time is bounded.
+PREFILL = ("check_ragged.py", "check_ragged_step.py", "check_wkv_chunk.py", "check_fla.py")
+PARTS = {
+    "decode": [p for p in sorted(CHECKS.glob("check_*.py")) if p.name not in PREFILL],
+    "prefill": [CHECKS / name for name in PREFILL],
+}
+
+
+def run_checks(part: str, **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(CHECKS), str(CHECKS.parents[1]), env.get("PYTHONPATH")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(CHECKS)],
+        [sys.executable, "-m", "pytest", *options, *map(str, PARTS[part])],
         env=env | variables,
         capture_output=True,
         text=True,
@@ -32,11 +40,13 @@ def run_checks(**variables: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_kernels_equal_their_reference_in_the_interpreter() -> None:
-    run_checks(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_equal_their_reference_in_the_interpreter(part: str) -> None:
+    run_checks(part, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
-def test_kernels_equal_their_reference_on_a_gpu() -> None:
-    run_checks()
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_equal_their_reference_on_a_gpu(part: str) -> None:
+    run_checks(part)
