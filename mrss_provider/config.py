@@ -38,15 +38,20 @@ class EngineConfig:
         states: folder of tuned states and `mixtures.toml`.
         tokenizer: vocabulary file; None looks beside the model, then takes the World vocabulary.
         template: chat template by name; None takes the model's.
-        device: "auto" takes CUDA when there is one.
+        device: "auto" takes CUDA when there is one; CUDA_VISIBLE_DEVICES says which card.
         dtype: of the weights; "auto" keeps the file's on CUDA, picks the fastest exact-enough
             on CPU.
         state_dtype: of the recurrent wkv state.
+        sparse_ffn: hold a third of the weights twice, so that decoding few rows reads only what is
+            not multiplied by zero (CUDA, RWKV-7; not done where memory is short).
         threads: CPU threads of the engine; 0 is physical cores - 1, at least 1.
         max_rows: recurrent states held at once (slots).
         max_states: states in one request.
         max_queued: requests that wait for slots before new ones get 429.
-        prefill_chunk_len: prompt tokens a row between two decode steps.
+        prefill_chunk_len: prompt tokens, over all rows, read in a step beside decoding rows.
+        prefill_alone_len: prompt tokens that each row reads in a step if none decodes (CUDA).
+        prepare_rows: decode steps of up to so many rows are compiled and captured at the start, not
+            when they are first met (CUDA).
         max_context_len: prompt plus answer, in tokens.
         strict: refuse states that were tuned on other weights of the same shape.
     """
@@ -58,18 +63,22 @@ class EngineConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"
     state_dtype: StateDtype = "fp32"
+    sparse_ffn: bool = True
     threads: int = 0
     max_rows: int = 64
     max_states: int = 16
     max_queued: int = 256
     prefill_chunk_len: int = 128
+    prefill_alone_len: int = 1024
+    prepare_rows: int = 8
     max_context_len: int = 131_072
     strict: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_min(self, threads=0, max_rows=1, max_states=1, max_queued=0)
-        _check_min(self, prefill_chunk_len=1, max_context_len=2)
+        _check_min(self, prefill_chunk_len=1, prefill_alone_len=1)
+        _check_min(self, prepare_rows=0, max_context_len=2)
 
     @classmethod
     def from_env(
@@ -164,8 +173,10 @@ def _check_choices(config: EngineConfig) -> None:
     for name, choices in (("device", Device), ("dtype", Dtype), ("state_dtype", StateDtype)):
         value = getattr(config, name)
         if value not in get_args(choices):
+            which = "; CUDA_VISIBLE_DEVICES says which card" if "cuda:" in str(value) else ""
             raise ConfigError(
-                f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}", param=name
+                f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}{which}",
+                param=name,
             )
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     # leaves, mrss_kernels <- model <- engine <- async_engine <- server
     "mrss_kernels": {"torch", "triton", "fla"},
     "model": LEAVES | {"mrss_kernels", "torch", "numpy", "safetensors"},
-    "engine": LEAVES | {"model", "torch", "numpy"},
+    "engine": LEAVES | {"model", "mrss_kernels", "torch", "numpy"},
     "async_engine": LEAVES | TEXT | {"engine", "model"},
     "server": LEAVES | {"async_engine", "starlette", "uvicorn", "uvloop"},
     # {tune, evaluate, compare} <- cli stand on both

@@ -50,6 +50,7 @@ def load(config: EngineConfig) -> Loaded:
         dtype=config.dtype,
         threads=config.threads,
         state_dtype=config.state_dtype,
+        sparse_ffn=config.sparse_ffn,
     )
     library = StateLibrary(
         config.states,

@@ -6,17 +6,18 @@ No text, no clock, no asyncio. `check` may be called from any thread; nothing el
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.model_runner import ModelRunner
 from mrss_provider.engine.request import EngineRequest, EngineStats, TokenOutput
-from mrss_provider.engine.scheduler import Batch, Choice, Scheduler
+from mrss_provider.engine.scheduler import Batch, Scheduler
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.engine.tail import Pick, Picked, pick_tokens
+from mrss_provider.engine.step_runner import HostRunner, PendingTokens, StepRunner
 from mrss_provider.errors import ContextLengthError, EngineError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Engine:
         library: the states that requests were resolved against.
         config: limits (`max_rows`, `max_queued`, `prefill_chunk_len`, `max_context_len`).
         allowed_ids: token ids that have a vocabulary entry; no other is ever sampled.
+        runner: who carries out the steps; None chooses by the model's device.
     """
 
     def __init__(
@@ -42,19 +44,24 @@ class Engine:
         config: EngineConfig,
         *,
         allowed_ids: Iterable[int],
+        runner: StepRunner | None = None,
     ) -> None:
         self.library = library
         self._config = config
         self._vocab_size = model.config.vocab_size
         self._allowed = frozenset(allowed_ids)
         banned = [i for i in range(self._vocab_size) if i not in self._allowed]
-        self._banned_ids = torch.tensor(banned, dtype=torch.int64, device=model.device)
-        self._runner = ModelRunner(model, config.max_rows)
+        banned_ids = torch.tensor(banned, dtype=torch.int64, device=model.device)
+        self._runner = runner or make_runner(model, config, banned_ids)
+        on_host = model.device.type == "cpu"
         self._scheduler = Scheduler(
             max_rows=config.max_rows,
             max_queued=config.max_queued,
             prefill_chunk_len=config.prefill_chunk_len,
+            prefill_alone_len=config.prefill_chunk_len if on_host else config.prefill_alone_len,
         )
+        # Launched, not committed.
+        self._under_way: deque[tuple[Batch, PendingTokens]] = deque()
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_sampled_tokens = 0
@@ -106,34 +113,53 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Advance every running request: a prompt chunk, or one token for each answer.
 
-        A failure ends the requests that had a part in it, each with an `EngineError`, never the
-        engine.
+        On a GPU the outputs are those of the step before, and the new one is under way. A failure
+        ends the requests that had a part in its step, each with an `EngineError`, never the engine.
         """
+        outputs: list[TokenOutput] = []
         batch = self._scheduler.schedule()
-        if not (batch.decoding or batch.chunks):
-            return []
+        if not batch.is_empty:
+            if self._runner.needs_tokens(batch):
+                outputs += self._commit_all_but(0)
+            outputs += self._launch(batch)
+        return outputs + self._commit_all_but(0 if batch.is_empty else self._runner.max_ahead)
+
+    def _launch(self, batch: Batch) -> list[TokenOutput]:
+        """Begin a step; return the errors of its requests if it cannot."""
         try:
-            picked = self._run(batch)
+            pending = self._runner.launch(batch)
         except Exception as exc:
-            error = EngineError(f"the engine failed in this step: {type(exc).__name__}: {exc}")
-            outputs = self._scheduler.fail(batch, error)
-            log.exception("a step failed and ends %d answers", len(outputs))
-            return outputs
+            return self._fail(batch, exc)
+        self._under_way.append((batch, pending))
         self._num_steps += 1
         self._num_prompt_tokens += sum(chunk.length for chunk in batch.chunks)
-        self._num_sampled_tokens += len(picked)
-        return self._scheduler.commit(batch, picked)
+        return []
 
-    @torch.inference_mode()
-    def _run(self, batch: Batch) -> list[Picked]:
-        logits, rows = self._runner.forward(batch)
-        picks = [_pick(choice, own) for choice, own in zip(batch.sampling, rows, strict=True)]
-        return pick_tokens(logits, picks, self._banned_ids) if picks else []
+    def _commit_all_but(self, num_ahead: int) -> list[TokenOutput]:
+        """Wait for the oldest steps under way until `num_ahead` are left, and commit them."""
+        outputs: list[TokenOutput] = []
+        while len(self._under_way) > num_ahead:
+            batch, pending = self._under_way.popleft()
+            try:
+                picked = pending.picked()
+            except Exception as exc:
+                outputs += self._fail(batch, exc)
+            else:
+                self._num_sampled_tokens += len(picked)
+                outputs += self._scheduler.commit(batch, picked)
+        return outputs
+
+    def _fail(self, batch: Batch, exc: Exception) -> list[TokenOutput]:
+        """End the requests of a step that failed."""
+        error = EngineError(f"the engine failed in this step: {type(exc).__name__}: {exc}")
+        outputs = self._scheduler.fail(batch, error)
+        log.error("a step failed and ends %d answers", len(outputs), exc_info=exc)
+        return outputs
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work
+        return bool(self._scheduler.has_work or self._under_way)
 
     @property
     def num_free_rows(self) -> int:
@@ -162,14 +188,15 @@ class Engine:
                 )
 
 
-def _pick(choice: Choice, rows: range | list[int]) -> Pick:
-    request = choice.owner.request
-    return Pick(
-        rows=rows,
-        mixture=request.mixture,
-        sampling=request.sampling,
-        bias=choice.owner.bias,
-        occurrences=choice.occurrences,
-        choice=choice.index,
-        position=choice.num_sampled,
-    )
+def make_runner(model: Model, config: EngineConfig, banned_ids: Tensor) -> StepRunner:
+    """Return the runner that suits a model: the device's where its decode step is fused."""
+    if model.device.type == "cpu" or model.fused is None:
+        return HostRunner(model, config.max_rows, banned_ids)
+    # Here and not above: a machine without CUDA needs no Triton.
+    from mrss_kernels.tail import launch_tail
+
+    from mrss_provider.engine.device_runner import DeviceRunner
+
+    runner = DeviceRunner(model, config, banned_ids, tail=launch_tail)
+    runner.prepare(config.prepare_rows)
+    return runner

@@ -31,6 +31,11 @@ class Bias:
         self.ids = np.array([token_id for token_id, _ in added], dtype=np.int64)
         self.values = np.array([bias for _, bias in added], dtype=np.float32)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether there is anything to ban or add."""
+        return bool(self.banned) or len(self.ids) > 0
+
 
 class Occurrences:
     """The tokens that one answer has seen, for its penalties.

@@ -65,6 +65,15 @@ def top_tokens(log_probs: Tensor, num_top: int) -> tuple[tuple[int, float], ...]
     return tuple((i, value) for i, value in best if value > -torch.inf)[:num_top]
 
 
+def rank_tokens(log_probs: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+    """Return values and ids [G, M] of the `num_top` largest of `log_probs` [G, V], best first.
+
+    As `top_tokens`, for several rows and without asking the device; -inf is not left out.
+    """
+    values, ids = log_probs.sort(descending=True, stable=True)
+    return values[:, :num_top], ids[:, :num_top]
+
+
 Picker = Callable[[Tensor, Sequence[SamplingParams], Array], list[int]]
 
 

@@ -2,7 +2,8 @@
 
 Requests are admitted strictly in order of arrival, by rows: one that needs many slots waits at the
 head until they are free, and nobody overtakes it, so nobody starves. Between two decode steps all
-prompts together read at most one chunk. `commit` is the only place where an answer finishes.
+prompts together read at most one chunk. `schedule` may run ahead of `commit`: what a step reads is
+known before its tokens are. `commit` is the only place where an answer finishes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Choice:
 
     Attributes:
         slots: one a row of the mixture.
-        last_token: what the rows read next.
-        num_sampled: tokens of the answer so far.
+        last_token: the last one committed: what the rows read next, unless steps are under way.
+        num_sampled: tokens committed.
+        num_planned: tokens committed and those of steps under way.
     """
 
     owner: Running
@@ -39,6 +41,17 @@ class Choice:
     occurrences: Occurrences | None
     last_token: int = EOS_ID
     num_sampled: int = 0
+    num_planned: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the answer has neither finished nor been dropped."""
+        return self in self.owner.choices
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another step may be planned: a length that will be reached ends the answer."""
+        return self.num_planned != self.owner.request.sampling.max_tokens
 
 
 @dataclass(eq=False)
@@ -47,8 +60,9 @@ class Running:
 
     Attributes:
         choices: the answers that have not finished.
-        num_read: prompt tokens that the first answer's rows have read; the other answers' rows
-            are copied from them when it reaches the prompt's length.
+        num_read: prompt tokens that the first answer's rows have read, or will have after the
+            steps under way; the other answers' rows are copied from them when it reaches the
+            prompt's length.
     """
 
     request: EngineRequest
@@ -83,26 +97,47 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step does: a token for each answer of `decoding`, and prompt `chunks`."""
+    """What one step does: a token for each answer of `decoding`, and prompt `chunks`.
+
+    Attributes:
+        sampling: the answers that get a token: those that decode, then those whose prompt ends.
+    """
 
     decoding: list[Choice]
     chunks: list[Chunk]
+    sampling: list[Choice]
 
     @property
-    def sampling(self) -> list[Choice]:
-        """The answers that get a token: those that decode, then those whose prompt ends."""
-        return self.decoding + [
-            choice for chunk in self.chunks if chunk.is_last for choice in chunk.running.choices
-        ]
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.decoding or self.chunks)
 
 
 class Scheduler:
     """Owns the queue, the running requests and their slots."""
 
-    def __init__(self, *, max_rows: int, max_queued: int, prefill_chunk_len: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_queued: int,
+        prefill_chunk_len: int,
+        prefill_alone_len: int | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            max_rows: slots.
+            max_queued: requests that may wait for them.
+            prefill_chunk_len: tokens that all rows of all prompts read together in a step beside
+                decoding rows; at least a block a step whatever it says.
+            prefill_alone_len: tokens that each row reads in a step while nothing decodes; None is
+                `prefill_chunk_len`.
+        """
         self._slots = SlotAllocator(max_rows)
         self._max_queued = max_queued
         self._chunk_len = prefill_chunk_len
+        self._alone_len = prefill_alone_len or prefill_chunk_len
         self._waiting: deque[EngineRequest] = deque()
         self._running: dict[str, Running] = {}
         # Whose turn it is to read: those that have just read go to the end.
@@ -161,24 +196,29 @@ class Scheduler:
         self._admit()
 
     def schedule(self) -> Batch:
-        """Return what the next step does."""
+        """Return what the next step does, and count on it: the step after is planned from there.
+
+        Empty if there is nothing to do before a step under way is committed.
+        """
         decoding = [
             choice
             for running in self._running.values()
             if not running.is_reading
             for choice in running.choices
+            if choice.wants_more
         ]
-        return Batch(decoding, self._deal_chunks(alone=not decoding))
+        chunks = self._deal_chunks(alone=not decoding)
+        ended = [choice for chunk in chunks if chunk.is_last for choice in chunk.running.choices]
+        sampling = decoding + ended
+        for choice in sampling:
+            choice.num_planned += 1
+        return Batch(decoding, chunks, sampling)
 
     def commit(self, batch: Batch, picked: Sequence[Picked]) -> list[TokenOutput]:
         """Take in a step's tokens (one each for `batch.sampling`); finish what is done."""
-        for chunk in batch.chunks:
-            chunk.running.num_read += chunk.length
-            if chunk.is_last:
-                self._reading.remove(chunk.running)
         outputs: list[TokenOutput] = []
         for choice, token in zip(batch.sampling, picked, strict=True):
-            if choice not in choice.owner.choices:
+            if not choice.is_live:
                 continue
             if token.token_id is None:
                 request_id = choice.owner.request.id
@@ -222,17 +262,20 @@ class Scheduler:
         """Deal prompt tokens to those that read: one chunk for all, or each one if `alone`."""
         unread = [len(r.request.prompt) - r.num_read for r in self._reading]
         if alone:
-            lengths = [deal([left], self._chunk_len)[0] for left in unread]
+            lengths = [deal([left], self._alone_len)[0] for left in unread]
         else:
-            lengths = deal(unread, self._chunk_len)
+            rows = [running.request.mixture.rows for running in self._reading]
+            lengths = deal(unread, self._chunk_len, rows)
         chunks = [
             Chunk(running, running.num_read, length)
             for running, length in zip(self._reading, lengths, strict=True)
             if length
         ]
         for chunk in chunks:
+            chunk.running.num_read += chunk.length
             self._reading.remove(chunk.running)
-            self._reading.append(chunk.running)
+            if chunk.running.is_reading:
+                self._reading.append(chunk.running)
         return chunks
 
     def _push(self, choice: Choice, token_id: int, token: Picked) -> TokenOutput:
@@ -275,21 +318,24 @@ class Scheduler:
                 self._reading.remove(running)
 
 
-def deal(unread: Sequence[int], budget: int) -> list[int]:
+def deal(unread: Sequence[int], budget: int, rows: Sequence[int] | None = None) -> list[int]:
     """Deal `budget` tokens to prompts with so many `unread` tokens, block by block in turn.
 
-    A share is a whole number of blocks or all that is left, unless the budget is below a block.
+    A share is a whole number of blocks or all that is left, unless the budget is below a block. A
+    prompt that `rows` rows read costs as many times its share; the first one gets a block even if
+    that is more than the budget.
     """
     lengths = [0] * len(unread)
     block_len = min(PREFILL_BLOCK_LEN, budget)
+    costs = rows or [1] * len(unread)
     dealt = True
     while dealt:
         dealt = False
         for i, left in enumerate(unread):
             share = min(left - lengths[i], block_len)
-            if 0 < share <= budget:
+            if share > 0 and (share * costs[i] <= budget or not any(lengths)):
                 lengths[i] += share
-                budget -= share
+                budget -= share * costs[i]
                 dealt = True
     return lengths
 

@@ -45,6 +45,8 @@ def fake_state(name: str, *, bos: bool = False) -> FakeState:
 
 
 class FakePool:
+    has_offsets = False
+
     def __init__(self, num_slots: int) -> None:
         # NaN until written: a slot that is used without its state gives NaN ids.
         self.hidden = torch.full((num_slots, SIZE), torch.nan)
@@ -65,11 +67,14 @@ class FakeConfig:
 
 
 class FakeModel:
-    """`h = tanh(A h + E[token])`, logits `4 W h`.
+    """`h = tanh(A h + E[token])`, logits `4 W h`. `prefill` takes decoding rows along.
 
     `calls` has one entry a call: ("decode", slots) or ("prefill", lengths). `poison` makes the
     logits of any row NaN that has just read that token; `fail` is raised by the next call.
     """
+
+    fused = None
+    packs_rows = True
 
     def __init__(self, vocab_size: int = VOCAB) -> None:
         generator = torch.Generator().manual_seed(7)

@@ -28,6 +28,7 @@ class Answers(RuleBasedStateMachine):
         self.arrived: list[str] = []
         self.started: list[str] = []
         self.count = 0
+        self.under_way: list[Batch] = []
 
     @rule(
         rows=st.integers(1, 4),
@@ -74,11 +75,19 @@ class Answers(RuleBasedStateMachine):
                 del self.expected[request_id]
 
     @precondition(lambda self: self.scheduler.has_work)
-    @rule(tokens=st.lists(st.sampled_from([0, 5, 6, None]), min_size=16, max_size=16))
-    def step(self, tokens: list[int | None]) -> None:
-        batch = self.scheduler.schedule()
-        assert batch.decoding or batch.chunks
-        self._check_batch(batch)
+    @rule(
+        tokens=st.lists(st.sampled_from([0, 5, 6, None]), min_size=16, max_size=16),
+        ahead=st.integers(0, 2),
+    )
+    def step(self, tokens: list[int | None], ahead: int) -> None:
+        """Plan a step, and commit those before it but for the last `ahead`."""
+        batch = self._schedule()
+        assert self.under_way or not batch.is_empty
+        self.under_way.append(batch)
+        while len(self.under_way) > ahead:
+            self._commit(self.under_way.pop(0), tokens)
+
+    def _commit(self, batch: Batch, tokens: list[int | None]) -> None:
         outputs = self.scheduler.commit(
             batch, [Picked(token) for token, _ in zip(tokens, batch.sampling, strict=False)]
         )
@@ -97,29 +106,35 @@ class Answers(RuleBasedStateMachine):
 
     @rule()
     def fail(self) -> None:
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         failed = {choice.owner.request.id for choice in batch.decoding}
         failed |= {chunk.running.request.id for chunk in batch.chunks}
         outputs = self.scheduler.fail(batch, QueueFullError("no"))
         ended = Counter(output.request_id for output in outputs)
         assert ended == {key: len(self.expected.pop(key)) for key in failed}
 
-    def _check_batch(self, batch: Batch) -> None:
-        length = sum(chunk.length for chunk in batch.chunks)
-        assert length <= CHUNK_LEN or not batch.decoding
+    def _schedule(self) -> Batch:
+        running = self.scheduler._running.values()
+        reading = {r for r in running if r.is_reading}
+        decodes = {
+            (r.request.id, choice.index)
+            for r in running
+            if r not in reading
+            for choice in r.choices
+            if choice.num_planned < r.request.sampling.max_tokens
+        }
+        batch = self.scheduler.schedule()
+        assert {(c.owner.request.id, c.index) for c in batch.decoding} == decodes
+        cost = sum(chunk.length * chunk.running.request.mixture.rows for chunk in batch.chunks)
+        # Rows share the budget, but a block is always read.
+        most = max(CHUNK_LEN, PREFILL_BLOCK_LEN * 4)
+        assert cost <= most or not batch.decoding
         assert all(chunk.length <= CHUNK_LEN for chunk in batch.chunks)
         for chunk in batch.chunks:
             if chunk.is_first:
                 self.started.append(chunk.running.request.id)
             assert chunk.length % PREFILL_BLOCK_LEN == 0 or chunk.is_last
-        decoding = {(c.owner.request.id, c.index) for c in batch.decoding}
-        reading = {r for r in self.scheduler._running.values() if r.is_reading}
-        assert decoding == {
-            (running.request.id, choice.index)
-            for running in self.scheduler._running.values()
-            if running not in reading
-            for choice in running.choices
-        }
+        return batch
 
     @invariant()
     def every_slot_is_held_once_or_free(self) -> None:
@@ -156,6 +171,8 @@ class Answers(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             batch = self.scheduler.schedule()
+            self.under_way.append(batch)
+            batch = self.under_way.pop(0)
             self.scheduler.commit(batch, [Picked(5)] * len(batch.sampling))
         assert not self.scheduler.has_work
         assert self.scheduler.num_free_rows == MAX_ROWS
@@ -179,6 +196,33 @@ def test_deal_gives_whole_blocks_within_the_budget(unread: list[int], budget: in
     for mine in lengths:
         for theirs, left in zip(lengths, unread, strict=True):
             assert theirs == left or mine <= theirs + 2 * PREFILL_BLOCK_LEN
+
+
+def test_rows_share_the_budget_and_somebody_always_reads_a_block() -> None:
+    assert deal([100, 100], 64, [1, 2]) == [32, 16]
+    assert deal([100], 32, [4]) == [16]
+    assert deal([100, 100], 32, [4, 1]) == [16, 0]
+
+
+def test_a_length_that_will_be_reached_is_not_planned_beyond() -> None:
+    scheduler = Scheduler(max_rows=8, max_queued=8, prefill_chunk_len=32)
+    scheduler.add(request("a", [1], MIXTURES[0], max_tokens=2))
+    ahead = [scheduler.schedule(), scheduler.schedule()]
+    assert scheduler.schedule().is_empty
+    reasons = [scheduler.commit(batch, [Picked(5)])[0].finish_reason for batch in ahead]
+    assert reasons == [None, "length"]
+    assert not scheduler.has_work
+
+
+def test_a_step_planned_before_its_answer_ended_gives_nothing() -> None:
+    scheduler = Scheduler(max_rows=2, max_queued=8, prefill_chunk_len=32)
+    scheduler.add(request("a", [1], MIXTURES[1], max_tokens=9, ignore_eos=False))
+    scheduler.add(request("b", [1], MIXTURES[1], max_tokens=9))
+    first, surplus = scheduler.schedule(), scheduler.schedule()
+    assert scheduler.commit(first, [Picked(0)])[0].finish_reason == "stop"
+    # b has the slots; what a's surplus step gives is nobody's.
+    assert [chunk.running.request.id for chunk in scheduler.schedule().chunks] == ["b"]
+    assert scheduler.commit(surplus, [Picked(5)]) == []
 
 
 def test_prompts_share_a_chunk_and_take_turns() -> None:

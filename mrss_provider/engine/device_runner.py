@@ -1,0 +1,263 @@
+"""DeviceRunner: steps that stay on the device, from token ids to token ids, one step ahead.
+
+A decode step is one replay of a CUDA graph: model, head, gate, merge, penalties, draw, and the
+drawn tokens where the next step reads them. The host launches step n + 1 and then looks at the
+tokens of step n, which have been copied to pinned memory. A step that also reads prompts is one
+pass over the weights for all its rows, and the same tail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mrss_kernels.tail_tensors import TailOutputs
+from torch import Tensor
+
+from mrss_provider.config import EngineConfig
+from mrss_provider.engine.model_runner import ModelRunner
+from mrss_provider.engine.sampler import rank_tokens
+from mrss_provider.engine.scheduler import Batch
+from mrss_provider.engine.step_graphs import StepGraphs
+from mrss_provider.engine.step_runner import PendingTokens, ReadyTokens, run_step
+from mrss_provider.engine.tail import Picked
+from mrss_provider.engine.tail_layout import Seat, TailFlags, TailLayout, is_fused
+from mrss_provider.model.cuda_graphs import BUCKETS, row_bucket
+
+if TYPE_CHECKING:
+    from mrss_provider.model import Model
+
+log = logging.getLogger(__name__)
+
+Tail = Callable[..., None]
+"""`mrss_kernels.tail.launch_tail`, or a stand-in with its signature."""
+
+
+@dataclass(frozen=True)
+class _Received:
+    """Host memory that a step's tokens arrive in."""
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class _TopTokens:
+    """The likeliest tokens of the answers that want them: each [n, M], likeliest first."""
+
+    places: list[int]
+    values: Tensor
+    ids: Tensor
+
+
+class DeviceRunner:
+    """Runs batches on the device that the model is on."""
+
+    max_ahead = 1
+
+    def __init__(
+        self, model: Model, config: EngineConfig, banned_ids: Tensor, *, tail: Tail
+    ) -> None:
+        """Allocate states, rows and everything that a step reads or writes.
+
+        Args:
+            model: what computes; its decode step launches kernels only.
+            config: `max_rows` and `max_states` say how much is allocated.
+            banned_ids: int64 [M] on the model's device, ids that no request may get.
+            tail: what turns logits into tokens.
+        """
+        self._model = model
+        self._banned_ids = banned_ids
+        self._tail = tail
+        self._device = model.device
+        self._is_cuda = model.device.type == "cuda"
+        # Not `Model.decode`, which replays graphs of its own.
+        self._advance = model.decode if model.fused is None else model.fused.decode
+        self._rows = ModelRunner(model, config.max_rows)
+        self._layout = TailLayout(
+            config.max_rows, config.max_states + 1, model.config.vocab_size, banned_ids
+        )
+        self._graphs = StepGraphs(model.device, self._layout.all_padding)
+        # One a step under way, and one that is being read.
+        self._received = itertools.cycle(
+            [
+                _Received(
+                    torch.zeros(config.max_rows, dtype=torch.int64, pin_memory=self._is_cuda),
+                    torch.zeros(config.max_rows, pin_memory=self._is_cuda),
+                )
+                for _ in range(self.max_ahead + 2)
+            ]
+        )
+
+    def needs_tokens(self, batch: Batch) -> bool:
+        """Tell whether torch must pick the batch's tokens, or has picked its last ones."""
+        return not (_is_fused(batch) and all(self._layout.knows(c) for c in batch.decoding))
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> PendingTokens:
+        """Begin a step; it is queued behind those under way."""
+        if not _is_fused(batch):
+            self._layout.forget()
+            return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
+        self._rows.begin(batch.chunks)
+        seats, num_rows = _seats(batch)
+        if self._layout.arrange(seats):
+            self._graphs.clear()
+        flags = self._layout.flags
+        if not batch.chunks:
+            self._decode(num_rows, flags)
+        else:
+            hidden = self._read(batch)
+            if not seats:
+                return ReadyTokens([])
+            self._pick(self._model.head(hidden), flags, len(seats))
+        return self._receive(batch)
+
+    def _decode(self, num_rows: int, flags: TailFlags) -> None:
+        """Advance every row by its next token, and pick each answer's next one."""
+        if not self._is_cuda or num_rows > BUCKETS[-1]:
+            _, step = self._step(num_rows, flags)
+            step()
+            return
+        bucket = min(row_bucket(num_rows), len(self._layout.slots))
+        self._graphs.run(*self._step(bucket, flags))
+
+    def _step(self, bucket: int, flags: TailFlags) -> tuple[Hashable, Callable[[], None]]:
+        """Return a decode step of `bucket` rows, and the key of its graph."""
+
+        def step() -> None:
+            token_ids, slots = self._layout.token_ids[:bucket], self._layout.slots[:bucket]
+            hidden = self._advance(token_ids, slots, self._rows.pool)
+            self._pick(self._model.head(hidden), flags, bucket)
+
+        return (bucket, flags, self._rows.pool.has_offsets), step
+
+    @torch.inference_mode()
+    def prepare(self, max_rows: int) -> None:
+        """Compile and capture the steps of up to `max_rows` rows, before anybody waits for them.
+
+        Others are captured when they are first met, which takes from a tenth of a second to some
+        seconds where kernels are not in Triton's cache yet.
+        """
+        alone = TailFlags(truncate=True, mixed=False, gated=False)
+        together = TailFlags(truncate=True, mixed=True, gated=True)
+        wanted = [rows for rows in BUCKETS if rows <= min(max_rows, len(self._layout.slots))]
+        for done, rows in enumerate(wanted):
+            log.info("preparing decode steps: %d of %d", done, len(wanted))
+            for flags in (alone, together) if rows > 1 else (alone,):
+                self._graphs.prepare(*self._step(rows, flags))
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        """Do the last decode step again, for measurements: its answers get one more token."""
+        self._decode(self._layout.num_rows, self._layout.flags)
+
+    def _pick(self, logits: Tensor, flags: TailFlags, num_groups: int) -> None:
+        self._tail(
+            logits,
+            self._layout.inputs,
+            self._layout.outputs,
+            truncate=flags.truncate,
+            mixed=flags.mixed,
+            gated=flags.gated,
+            num_groups=num_groups,
+        )
+
+    def _read(self, batch: Batch) -> Tensor:
+        """Read prompt chunks, and the next token of each decoding row in the same pass.
+
+        Returns:
+            Hidden states of the rows that a token is picked from, in the order of the seats.
+        """
+        slots = [slot for choice in batch.decoding for slot in choice.slots]
+        return self._rows.read_beside(batch.chunks, self._layout.token_ids[: len(slots)], slots)
+
+    def _receive(self, batch: Batch) -> PendingTokens:
+        """Ask for the step's tokens, and mark the moment when they have arrived."""
+        count = len(batch.sampling)
+        outputs = self._layout.outputs
+        received = next(self._received)
+        received.ids[:count].copy_(outputs.ids[:count], non_blocking=True)
+        received.log_probs[:count].copy_(outputs.log_probs[:count], non_blocking=True)
+        top = self._likeliest(batch, outputs)
+        arrived = None
+        if self._is_cuda:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return _PendingStep(batch, received, top, arrived)
+
+    def _likeliest(self, batch: Batch, outputs: TailOutputs) -> _TopTokens | None:
+        """Rank the tokens of the answers that want the likeliest ones reported."""
+        wanted = [choice.owner.request.sampling for choice in batch.sampling]
+        places = [g for g, s in enumerate(wanted) if s.logprobs and s.top_logprobs]
+        if not places:
+            return None
+        most = max(wanted[g].top_logprobs or 0 for g in places)
+        log_probs = outputs.merged[places].log_softmax(-1)
+        values, ids = rank_tokens(log_probs, most)
+        return _TopTokens(places, _to_host(values), _to_host(ids))
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    """A step whose tokens are on their way to the host."""
+
+    batch: Batch
+    received: _Received
+    top: _TopTokens | None
+    arrived: torch.cuda.Event | None
+
+    def picked(self) -> list[Picked]:
+        """Wait for the step; return one for each answer of `Batch.sampling`."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        count = len(self.batch.sampling)
+        ids: list[int] = self.received.ids[:count].tolist()
+        log_probs: list[float] = self.received.log_probs[:count].tolist()
+        picked = [Picked(token if token >= 0 else None) for token in ids]
+        for g, choice in enumerate(self.batch.sampling):
+            if ids[g] >= 0 and choice.owner.request.sampling.logprobs:
+                picked[g] = Picked(ids[g], log_probs[g])
+        if self.top is not None:
+            for n, g in enumerate(self.top.places):
+                if ids[g] >= 0:
+                    picked[g] = Picked(ids[g], log_probs[g], self._top_of(n, g))
+        return picked
+
+    def _top_of(self, n: int, g: int) -> tuple[tuple[int, float], ...]:
+        assert self.top is not None
+        count = self.batch.sampling[g].owner.request.sampling.top_logprobs or 0
+        best = zip(self.top.ids[n].tolist(), self.top.values[n].tolist(), strict=True)
+        return tuple((i, value) for i, value in best if value > -torch.inf)[:count]
+
+
+def _is_fused(batch: Batch) -> bool:
+    """Tell whether the tail's kernels know every merge rule and gate of a batch."""
+    return all(is_fused(choice) for choice in batch.sampling)
+
+
+def _seats(batch: Batch) -> tuple[list[Seat], int]:
+    """Return the answers' places in the step, and its rows of logits."""
+    seats: list[Seat] = []
+    row = 0
+    for choice in batch.decoding:
+        seats.append(Seat(choice, row))
+        row += len(choice.slots)
+    for chunk in batch.chunks:
+        if chunk.is_last:
+            choices = [c for c in batch.sampling if c.owner is chunk.running]
+            seats += [Seat(choice, row) for choice in choices]
+            row += chunk.running.request.mixture.rows
+    return seats, row
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Copy to host memory, not waiting for it on CUDA."""
+    if tensor.device.type == "cpu":
+        return tensor
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return out.copy_(tensor, non_blocking=True)

@@ -1,0 +1,103 @@
+"""StepRunner: who carries out the steps that the scheduler plans; and the plain one, `HostRunner`.
+
+A step is launched, and its tokens are asked for later: a runner on a GPU has the next step under
+way by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from mrss_provider.engine.model_runner import ModelRunner
+from mrss_provider.engine.scheduler import Batch, Choice
+from mrss_provider.engine.tail import Pick, Picked, pick_tokens
+
+if TYPE_CHECKING:
+    from mrss_provider.model import Model
+
+
+class PendingTokens(Protocol):
+    """The tokens of a step that was launched."""
+
+    def picked(self) -> list[Picked]:
+        """Wait for the step; return one for each answer of `Batch.sampling`."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Runs batches on recurrent states by slot.
+
+    Attributes:
+        max_ahead: steps that may be launched before the tokens of an earlier one were asked for.
+    """
+
+    max_ahead: int
+
+    def needs_tokens(self, batch: Batch) -> bool:
+        """Tell whether all steps before must be committed before this batch is launched."""
+        ...
+
+    def launch(self, batch: Batch) -> PendingTokens:
+        """Begin a step; the states of all its rows move on by what they read."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadyTokens:
+    """Tokens that are there already."""
+
+    tokens: list[Picked]
+
+    def picked(self) -> list[Picked]:
+        """Return them."""
+        return self.tokens
+
+
+class HostRunner:
+    """Runs a step to its end: the model on its device, the tail in torch and numpy."""
+
+    max_ahead = 0
+
+    def __init__(self, model: Model, num_slots: int, banned_ids: Tensor) -> None:
+        """Allocate the states of `num_slots` rows.
+
+        Args:
+            model: what computes.
+            num_slots: rows that may be held at once.
+            banned_ids: int64 [M], ids that no request may get.
+        """
+        self._rows = ModelRunner(model, num_slots)
+        self._banned_ids = banned_ids
+
+    def needs_tokens(self, batch: Batch) -> bool:
+        """Return False: nothing is ever under way."""
+        return False
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> ReadyTokens:
+        """Run a step."""
+        return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
+
+
+def run_step(runner: ModelRunner, batch: Batch, banned_ids: Tensor) -> list[Picked]:
+    """Run a step whose answers' last tokens are all committed; return their next ones."""
+    logits, rows = runner.forward(batch)
+    picks = [_pick(choice, own) for choice, own in zip(batch.sampling, rows, strict=True)]
+    return pick_tokens(logits, picks, banned_ids) if picks else []
+
+
+def _pick(choice: Choice, rows: range | list[int]) -> Pick:
+    request = choice.owner.request
+    return Pick(
+        rows=rows,
+        mixture=request.mixture,
+        sampling=request.sampling,
+        bias=choice.owner.bias,
+        occurrences=choice.occurrences,
+        choice=choice.index,
+        position=choice.num_sampled,
+    )

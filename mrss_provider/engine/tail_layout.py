@@ -1,0 +1,333 @@
+"""TailLayout: which answer has which rows of a step, and what the tail's kernels read of it.
+
+Answers keep their places while nobody comes or goes, so that a steady decode uploads nothing. A
+change is one copy from the host: all arrays that the step reads lie in one block of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mrss_kernels.tail_tensors import (
+    FLOAT_FIELDS,
+    GATES,
+    INT_FIELDS,
+    ORDERS,
+    RULES,
+    SAMPLED,
+    SEEN,
+    TailInputs,
+    TailOutputs,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrss_provider.engine.logits_processors import Bias, Occurrences
+from mrss_provider.engine.scheduler import Choice
+
+_ALIGNMENT = 16
+_INT_AT = {name: i for i, name in enumerate(INT_FIELDS)}
+_NUM_STAGED = 3
+
+
+def is_fused(choice: Choice) -> bool:
+    """Tell whether the tail's kernels know this answer's merge rule and gate."""
+    mixture = choice.owner.request.mixture
+    return mixture.rows == 1 or (mixture.merge in RULES and mixture.gate in GATES)
+
+
+@dataclass(frozen=True)
+class TailFlags:
+    """What any request of a step needs of the tail; each that is off saves launches."""
+
+    truncate: bool
+    mixed: bool
+    gated: bool
+
+
+@dataclass(eq=False)
+class _Lane:
+    """What the kernels must know of one answer, whatever its place."""
+
+    choice: Choice
+    ints: NDArray[np.int32]
+    floats: NDArray[np.float32]
+    seed: int
+    named: NDArray[np.float32]
+    flags: TailFlags
+    count_row: int = -1
+    bias_row: int = -1
+
+
+@dataclass(frozen=True)
+class Seat:
+    """An answer's place in a step: the first of its rows of the logits.
+
+    Answers of one request that get their first token share the rows.
+    """
+
+    choice: Choice
+    first_row: int
+
+
+class _Block:
+    """One stretch of memory, and arrays in it by name: one copy moves all."""
+
+    def __init__(self, fields: Sequence[tuple[str, tuple[int, ...], torch.dtype]], **where: Any):
+        sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in fields]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        self.memory = torch.zeros(sum(padded), dtype=torch.uint8, **where)
+        self.tensors: dict[str, Tensor] = {}
+        start = 0
+        for (name, shape, dtype), size, step in zip(fields, sizes, padded, strict=True):
+            self.tensors[name] = self.memory[start : start + size].view(dtype).view(shape)
+            start += step
+
+
+class TailLayout:
+    """The rows of the running answers, on the device.
+
+    Attributes:
+        token_ids: int64 [R], what each row reads next; the tail writes it.
+        slots: int64 [R], each row's state, -1 for padding.
+        inputs: what the tail's kernels read.
+        outputs: what they write.
+        num_rows: rows in use.
+        flags: what the answers of the last `arrange` need.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        max_rows_per_request: int,
+        vocab_size: int,
+        banned_ids: Tensor,
+    ) -> None:
+        """Allocate room for `max_rows` rows (and as many answers) on the device of `banned_ids`."""
+        device = banned_ids.device
+        self._max_rows = max_rows
+        self._is_cuda = device.type == "cuda"
+        fields = [
+            ("seeds", (max_rows,), torch.int64),
+            ("slots", (max_rows,), torch.int64),
+            ("source", (max_rows,), torch.int64),
+            ("tokens", (max_rows,), torch.int64),
+            ("ints", (len(INT_FIELDS), max_rows), torch.int32),
+            ("floats", (len(FLOAT_FIELDS), max_rows), torch.float32),
+            ("named", (max_rows,), torch.float32),
+        ]
+        self._device = _Block(fields, device=device)
+        self._staged = [_Block(fields, pin_memory=self._is_cuda) for _ in range(_NUM_STAGED)]
+        self._turn = 0
+        self.token_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.slots = self._device.tensors["slots"]
+        banned = torch.zeros(vocab_size, dtype=torch.uint8, device=device)
+        banned[banned_ids] = 1
+        empty = torch.zeros(0, vocab_size, device=device)
+        self.inputs = TailInputs(
+            ints=self._device.tensors["ints"],
+            floats=self._device.tensors["floats"],
+            seeds=self._device.tensors["seeds"],
+            named=self._device.tensors["named"],
+            counts=empty,
+            marks=empty.to(torch.uint8),
+            bias=empty,
+            banned=banned,
+        )
+        self.outputs = TailOutputs.allocate(
+            self.token_ids, max_rows, max_rows, vocab_size, max_rows=max_rows_per_request
+        )
+        self.num_rows = 0
+        self.flags = TailFlags(truncate=False, mixed=False, gated=False)
+        self._seats: list[Seat] = []
+        self._lanes: dict[Choice, _Lane] = {}
+        self._row_of: dict[Choice, int] = {}
+        self._free_count_rows: list[int] = []
+        self._free_bias_rows: list[int] = []
+        self._upload()
+
+    def knows(self, choice: Choice) -> bool:
+        """Tell whether the answer's next token is on the device."""
+        return choice in self._row_of
+
+    def forget(self) -> None:
+        """Know no answer any more: their tokens are picked by other means."""
+        for choice in list(self._lanes):
+            self._release(choice)
+        self._seats, self._row_of = [], {}
+
+    def arrange(self, seats: Sequence[Seat]) -> bool:
+        """Give the answers of a step their rows, in this order.
+
+        An answer that was there keeps its next token wherever it moves; for another one it is
+        `Choice.last_token`.
+
+        Returns:
+            Whether the pools of penalties or biases were allocated: whatever holds on to the
+            addresses of `inputs` must be made anew.
+        """
+        if seats == self._seats:
+            return False
+        staying = {seat.choice for seat in seats}
+        for choice in [choice for choice in self._lanes if choice not in staying]:
+            self._release(choice)
+        grown = self._grow_pools([seat.choice for seat in seats])
+        staged = self._next_staged()
+        staged["slots"].fill(-1)
+        staged["ints"].fill(0)
+        row_of: dict[Choice, int] = {}
+        row = 0
+        for g, seat in enumerate(seats):
+            choice = seat.choice
+            lane = self._lanes.get(choice) or self._add_lane(choice)
+            rows = len(choice.slots)
+            ints = staged["ints"][:, g]
+            ints[:] = lane.ints
+            ints[_INT_AT["first_row"]] = seat.first_row
+            ints[_INT_AT["next_row"]] = row
+            # The token of the step to come is not planned yet in the kernels' eyes.
+            ints[_INT_AT["position"]] = choice.num_planned - 1
+            staged["floats"][:, g] = lane.floats
+            staged["seeds"][g] = lane.seed
+            staged["named"][seat.first_row : seat.first_row + rows] = lane.named
+            staged["slots"][row : row + rows] = choice.slots
+            staged["tokens"][row : row + rows] = choice.last_token
+            before = self._row_of.get(choice, -1)
+            staged["source"][row : row + rows] = before
+            row_of[choice] = row
+            row += rows
+        self._upload()
+        source = self._device.tensors["source"][:row]
+        moved = self.token_ids[source.clamp_min(0)]
+        self.token_ids[:row] = torch.where(source < 0, self._device.tensors["tokens"][:row], moved)
+        self._seats, self._row_of, self.num_rows = list(seats), row_of, row
+        lanes = [self._lanes[seat.choice].flags for seat in seats]
+        self.flags = TailFlags(
+            truncate=any(flags.truncate for flags in lanes),
+            mixed=any(flags.mixed for flags in lanes),
+            gated=any(flags.gated for flags in lanes),
+        )
+        return grown
+
+    @contextlib.contextmanager
+    def all_padding(self) -> Iterator[None]:
+        """Let every row be padding for a while: what is launched then moves no state."""
+        kept = self._device.memory.clone()
+        self.slots.fill_(-1)
+        self.inputs.column("num_rows").zero_()
+        yield
+        self._device.memory.copy_(kept)
+
+    def _add_lane(self, choice: Choice) -> _Lane:
+        lane = self._lanes[choice] = _make_lane(choice)
+        if choice.occurrences is not None:
+            lane.count_row = self._free_count_rows.pop()
+            self._write_counts(lane.count_row, choice.occurrences)
+        if choice.owner.bias.is_used:
+            lane.bias_row = self._free_bias_rows.pop()
+            self._write_bias(lane.bias_row, choice.owner.bias)
+        lane.ints[_INT_AT["count_row"]] = lane.count_row
+        lane.ints[_INT_AT["bias_row"]] = lane.bias_row
+        return lane
+
+    def _release(self, choice: Choice) -> None:
+        lane = self._lanes.pop(choice)
+        if lane.count_row >= 0:
+            self._free_count_rows.append(lane.count_row)
+        if lane.bias_row >= 0:
+            self._free_bias_rows.append(lane.bias_row)
+
+    def _grow_pools(self, choices: Sequence[Choice]) -> bool:
+        """Allocate a row of counts and of bias for every answer when the first needs them."""
+        device, vocab_size = self.token_ids.device, self.inputs.banned.shape[0]
+        counts, bias = self.inputs.counts, self.inputs.bias
+        marks = self.inputs.marks
+        if not len(counts) and any(choice.occurrences is not None for choice in choices):
+            counts = torch.zeros(self._max_rows, vocab_size, device=device)
+            marks = torch.zeros(self._max_rows, vocab_size, dtype=torch.uint8, device=device)
+            self._free_count_rows = list(range(self._max_rows))
+        if not len(bias) and any(choice.owner.bias.is_used for choice in choices):
+            bias = torch.zeros(self._max_rows, vocab_size, device=device)
+            self._free_bias_rows = list(range(self._max_rows))
+        if counts is self.inputs.counts and bias is self.inputs.bias:
+            return False
+        old = self.inputs
+        self.inputs = TailInputs(
+            old.ints, old.floats, old.seeds, old.named, counts, marks, bias, old.banned
+        )
+        return True
+
+    def _write_counts(self, row: int, seen: Occurrences) -> None:
+        marks = np.full(len(seen.ids), SEEN, dtype=np.uint8)
+        marks[seen.sampled > 0] |= SAMPLED
+        self.inputs.counts[row].zero_()
+        self.inputs.marks[row].zero_()
+        if len(seen.ids):
+            ids = self._to_device(seen.ids)
+            self.inputs.counts[row, ids] = self._to_device(seen.counts)
+            self.inputs.marks[row, ids] = self._to_device(marks)
+
+    def _write_bias(self, row: int, bias: Bias) -> None:
+        self.inputs.bias[row].zero_()
+        ids = np.concatenate([bias.ids, np.array(bias.banned, dtype=np.int64)])
+        values = np.concatenate([bias.values, np.full(len(bias.banned), -np.inf, np.float32)])
+        self.inputs.bias[row, self._to_device(ids)] = self._to_device(values)
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self.token_ids.device)
+
+    def _next_staged(self) -> dict[str, NDArray[Any]]:
+        """Return the host's arrays that no copy under way reads."""
+        self._turn = (self._turn + 1) % _NUM_STAGED
+        tensors = self._staged[self._turn].tensors
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    def _upload(self) -> None:
+        self._device.memory.copy_(self._staged[self._turn].memory, non_blocking=True)
+
+
+def _make_lane(choice: Choice) -> _Lane:
+    request = choice.owner.request
+    mixture, sampling = request.mixture, request.sampling
+    rows = mixture.rows
+    assert sampling.temperature is not None
+    assert sampling.top_p is not None
+    assert sampling.seed is not None
+    ints = {
+        "num_rows": rows,
+        "rule": RULES.index(mixture.merge) if rows > 1 else 0,
+        "gate": GATES.index(mixture.gate) if rows > 1 else 0,
+        "base_named": int(mixture.base_row is not None and mixture.weights[0] > 0),
+        "keep_merged": int(bool(sampling.logprobs and sampling.top_logprobs)),
+        "top_k": sampling.top_k or 0,
+        "order": ORDERS.index(sampling.sampling_order or "openai"),
+        "choice": choice.index,
+    }
+    floats = {
+        "cut": mixture.cut,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition": sampling.repetition_penalty,
+        "presence": sampling.presence_penalty,
+        "frequency": sampling.frequency_penalty,
+        "decay": sampling.penalty_decay,
+    }
+    return _Lane(
+        choice=choice,
+        ints=np.array([ints.get(name, 0) for name in INT_FIELDS], dtype=np.int32),
+        floats=np.array([floats[name] for name in FLOAT_FIELDS], dtype=np.float32),
+        # A 64-bit word, signed as the kernels take it.
+        seed=(sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63),
+        named=np.array(mixture.weights, dtype=np.float32),
+        flags=TailFlags(
+            truncate=bool(sampling.top_k) or sampling.top_p < 1.0 or sampling.min_p > 0.0,
+            mixed=rows > 1,
+            gated=rows > 1 and mixture.gate == "novelty",
+        ),
+    )
