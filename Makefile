@@ -10,15 +10,16 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 # Stamps: an install that has nothing to do costs nothing.
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_BENCH := $(VENV)/.installed-bench
 
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-BENCH := cpu_decode engine_tail first_token import_time litellm_overhead serve soak
-BENCH_GPU := decode mixture
+BENCH := cpu_decode engine_tail first_token import_time litellm_overhead serve soak state_dtype
+BENCH_GPU := decode mixture prefill serve_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test test-full test-gpu test-wheel bench bench-gpu docs wheel clean
+.PHONY: help install run check test test-full test-gpu test-wheel bench bench-gpu plots docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -53,6 +54,9 @@ bench: $(INSTALLED_TEST)  ## the benchmarks of a CPU; results go to benchmarks/r
 bench-gpu: $(INSTALLED_TEST)  ## those of a CUDA device
 	@for name in $(BENCH_GPU); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
 
+plots: $(INSTALLED_BENCH)  ## draw docs/images from benchmarks/results
+	$(PY) benchmarks/plot.py
+
 docs: $(INSTALLED_TEST)  ## write anew what the documents show: commands, tables
 	PYTHONPATH=tests $(PY) tests/docs_blocks.py
 
@@ -69,6 +73,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 
 $(INSTALLED_TEST): pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(INSTALLED)
+
+$(INSTALLED_BENCH): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[bench]'
 	@touch $@ $(INSTALLED)
 
 # The first Python from 3.11 on; PYTHON=/path/to/python chooses one.

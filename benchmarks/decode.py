@@ -1,26 +1,40 @@
-"""Decode speed of RWKV-7 on CUDA: one graph replay a step, from token ids to fp32 logits.
+"""Decode speed on CUDA: one graph replay a step, from token ids to fp32 logits.
 
 Random weights of the official shapes with the dense FFN; sampling is not part of the step. A
 shape is timed only after its fused step agreed with the layer by layer one in fp32.
 
     python benchmarks/decode.py --models 1.5b --rows 1 4 8
+    python benchmarks/decode.py --dtype fp16 bf16 --state-dtype fp32 fp16
+    python benchmarks/decode.py --models 1.5b --rows 1 --profile
+
+Other engines run beside it in `rivals.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from measure import RESULTS, Machine, capture, machine, time_replays, write_line
+from random_models import SHAPES, Shape, random_model, state_bytes, weight_bytes
 
-from models import SHAPES, Shape, random_model, state_bytes, weight_bytes
 from mrss_provider.model import Model
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64, 128, 256)
+MODELS = ("0.1b", "1.5b", "7.2b")
+# 5 is a mixture of four states with its base.
+ROWS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64, 128, 256, 512)
 GATE_ROWS = (1, 4, 11, 33, 100)
+SCOPE = "token ids to logits, one graph replay"
+# Compiling takes longer than measuring; processes that only compile share it.
+COMPILERS_A_MODEL = 4
+COMPILE_S = 240.0
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -56,6 +70,33 @@ def gate(shape: Shape, dtype: str, state_dtype: str) -> None:
             sys.exit(f"the fused step is wrong at {rows} rows: {errors[0]:.2e}")
 
 
+def steps_limit(shape: Shape, rows: int, dtype: str, state_dtype: str, on: Machine) -> float:
+    """Return the steps per second that reading the weights and moving the states allows."""
+    moved = weight_bytes(shape, dtype) + 2 * rows * state_bytes(shape, state_dtype)
+    return on.read_tb_per_s * 1e12 / moved
+
+
+def decode_fields(
+    name: str, rows: int, ms: float, dtype: str, state_dtype: str, on: Machine
+) -> dict[str, object]:
+    """Return the fields of a line for a step of `rows` rows that takes `ms` milliseconds."""
+    limit = steps_limit(SHAPES[name], rows, dtype, state_dtype, on)
+    steps = 1e3 / ms
+    return {
+        "model": name,
+        "rows": rows,
+        "states": 1,
+        "requests": rows,
+        "tokens_per_s": round(steps * rows, 1),
+        "steps_per_s": round(steps, 1),
+        "limit_per_s": round(limit, 1),
+        "of_limit": round(steps / limit, 3),
+        "median_ms": round(ms, 4),
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+    }
+
+
 def measure(
     name: str, model: Model, rows: int, dtype: str, state_dtype: str, on: Machine, out: Path
 ) -> None:
@@ -70,50 +111,107 @@ def measure(
     times = time_replays(capture(lambda: fused.head(fused.decode(ids, slots, pool))))
     if not pool.wkv.isfinite().all():
         sys.exit("the recurrent state is not finite")
-    moved = weight_bytes(shape, dtype) + 2 * rows * state_bytes(shape, state_dtype)
-    limit = on.read_tb_per_s * 1e12 / moved
-    steps = 1e3 / times.median_ms
-    fields: dict[str, object] = {
-        "model": name,
-        "rows": rows,
-        "states": 1,
-        "requests": rows,
-        "tokens_per_s": round(steps * rows, 1),
-        "steps_per_s": round(steps, 1),
-        "limit_per_s": round(limit, 1),
-        "of_limit": round(steps / limit, 3),
-        "median_ms": round(times.median_ms, 4),
-        "p99_ms": round(times.p99_ms, 4),
-        "dtype": dtype,
-        "state_dtype": state_dtype,
-        "scope": "token ids to logits, one graph replay",
-    }
+    fields = decode_fields(name, rows, times.median_ms, dtype, state_dtype, on)
+    fields |= {"p99_ms": round(times.p99_ms, 4), "engine": "mrss", "scope": SCOPE}
     write_line("decode", fields, on, out)
+
+
+def profile(model: Model, rows: int) -> None:
+    """Print where the time of a step goes: kernels by their share, ten steps of a graph."""
+    fused = model.fused
+    if fused is None:
+        sys.exit("this model has no fused decode step on this device")
+    pool = model.new_pool(rows)
+    ids = torch.randint(model.config.vocab_size, (rows,), device="cuda")
+    slots = torch.randperm(rows, device="cuda")
+    graph = capture(lambda: fused.head(fused.decode(ids, slots, pool)))
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        for _ in range(10):
+            graph.replay()
+        torch.cuda.synchronize()
+    print(f"profile: {rows} rows, ten steps")
+    table = run.key_averages().table(sort_by="self_cuda_time_total", max_name_column_width=40)
+    print(table)
+
+
+def compile_only(shape: Shape, rows: list[int], dtype: str, state_dtype: str) -> None:
+    """Compile the kernels that steps of these row counts need, and leave them in Triton's cache."""
+    model = random_model(
+        dataclasses.replace(shape, num_layers=2), dtype=dtype, state_dtype=state_dtype
+    )
+    fused = model.fused
+    assert fused is not None
+    for count in rows:
+        pool = model.new_pool(count)
+        ids = torch.zeros(count, dtype=torch.int64, device="cuda")
+        fused.head(fused.decode(ids, torch.arange(count, device="cuda"), pool))
+    torch.cuda.synchronize()
+
+
+def compile_in_parallel(args: argparse.Namespace) -> None:
+    """Fill Triton's cache from several processes; what fails shows later, where it is used."""
+    cells = itertools.product(args.models, args.dtype, args.state_dtype)
+    rows = sorted({*args.rows, *GATE_ROWS})
+    started = time.monotonic()
+    children = []
+    for name, dtype, state_dtype in cells:
+        for first in range(COMPILERS_A_MODEL):
+            own = list(map(str, rows[first::COMPILERS_A_MODEL]))
+            options = ["--dtype", dtype, "--state-dtype", state_dtype]
+            command = [sys.executable, __file__, "--compile-only", "--models", name, *options]
+            if own:
+                children.append(subprocess.Popen([*command, "--rows", *own]))
+        # Those of one model at a time where processors are few.
+        if len(children) >= (os.cpu_count() or 1):
+            _wait(children, started)
+    _wait(children, started)
+    print(f"compiled in {time.monotonic() - started:.0f} s")
+
+
+def _wait(children: list[subprocess.Popen[bytes]], started: float) -> None:
+    for child in children:
+        try:
+            child.wait(max(1.0, started + COMPILE_S - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    children.clear()
 
 
 def main() -> None:
     """Parse, print the machine and the limits, gate, measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
-    parser.add_argument("--state-dtype", choices=["fp32", "fp16"], default="fp32")
+    parser.add_argument("--dtype", nargs="+", choices=["fp16", "bf16"], default=["fp16"])
+    parser.add_argument("--state-dtype", nargs="+", choices=["fp32", "fp16"], default=["fp32"])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", action="store_true", help="print kernels, write no line")
+    parser.add_argument("--one-process", action="store_true", help="compile while measuring")
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if args.compile_only:
+        compile_only(SHAPES[args.models[0]], args.rows, args.dtype[0], args.state_dtype[0])
+        return
     on = machine()
     print(on)
-    for name in args.models:
+    if not args.one_process:
+        compile_in_parallel(args)
+    for name, dtype, state_dtype in itertools.product(args.models, args.dtype, args.state_dtype):
         shape = SHAPES[name]
         for rows in args.rows:
-            moved = weight_bytes(shape, args.dtype) + 2 * rows * state_bytes(
-                shape, args.state_dtype
-            )
-            limit = on.read_tb_per_s * 1e12 / moved
+            limit = steps_limit(shape, rows, dtype, state_dtype, on)
             print(f"limit: {name}, {rows} rows: {limit:.0f} steps/s, {limit * rows:.0f} tokens/s")
-        gate(shape, args.dtype, args.state_dtype)
-        model = random_model(shape, dtype=args.dtype, state_dtype=args.state_dtype)
+        gate(shape, dtype, state_dtype)
+        model = random_model(shape, dtype=dtype, state_dtype=state_dtype)
         for rows in args.rows:
-            measure(name, model, rows, args.dtype, args.state_dtype, on, args.out)
+            if args.profile:
+                profile(model, rows)
+            else:
+                measure(name, model, rows, dtype, state_dtype, on, args.out)
         del model
         torch.cuda.empty_cache()
 

@@ -1,8 +1,9 @@
-"""What a mixture of states costs: step rate of K states against one, on CUDA.
+"""What a mixture of states costs on CUDA: the engine's own decode step, K states against one.
 
-A step is one graph replay from token id to token id: fused decode of all rows, head, the engine's
-own gate and merge, one draw at temperature 1, and the token fed back to every row of its request.
-One state is timed the same way, with neither gate nor merge. Random weights of official shapes.
+A step goes from token ids to token ids: every row's next token, head, gate, merge, temperature 1
+with top-p 0.7, one draw, the token fed back. `steps_per_s` is one graph replay after the other
+(device events); `loop_steps_per_s` is `Engine.step` in a loop (wall clock), scheduling included.
+Random weights of official shapes, random tuned states.
 
     python benchmarks/mixture.py --models 1.5b --states 1 4 8
 """
@@ -10,24 +11,34 @@ One state is timed the same way, with neither gate nor merge. Random weights of 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from decode import gate
-from measure import RESULTS, Machine, capture, machine, time_replays, write_line
-from torch import Tensor
+from decode import gate as gate_decode
+from measure import RESULTS, Machine, machine, write_line
+from random_models import SHAPES, Shape, random_model, state_bytes, weight_bytes
 
-from models import SHAPES, random_model, state_bytes, weight_bytes
+from mrss_provider.config import EngineConfig
+from mrss_provider.engine.device_runner import DeviceRunner
+from mrss_provider.engine.engine import Engine
 from mrss_provider.engine.gates import GATES
-from mrss_provider.engine.merge import MERGE_RULES, Rows
+from mrss_provider.engine.merge import MERGE_RULES
+from mrss_provider.engine.request import EngineRequest, ResolvedMixture
+from mrss_provider.engine.step_runner import HostRunner
 from mrss_provider.model import Model
+from mrss_provider.model.tuned_state import TunedState
+from mrss_provider.sampling_params import SamplingParams
 
 STATES = (1, 2, 3, 4, 8)
 REQUESTS = (1, 32)
 KINDS = (("linear", "fixed"), ("delta", "novelty"))
+# Of a step, in the gate: texts part for good at the first tie that falls otherwise.
+GATE_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -47,86 +58,155 @@ class Cell:
         needs_base = GATES[self.gate].needs_base or MERGE_RULES[self.merge].anchored
         return self.num_states + int(needs_base)
 
-
-def make_step(model: Model, cell: Cell) -> Callable[[], Tensor]:
-    """Return a step that reads the last token of each request and draws the next one."""
-    fused = model.fused
-    if fused is None:
-        sys.exit("this model has no fused decode step on this device")
-    width = cell.rows_a_request
-    rows = cell.num_requests * width
-    pool = model.new_pool(rows)
-    # Rows of one request read the same tokens: only their states tell them apart.
-    pool.wkv.normal_(0, 0.3)
-    pool.wkv[:, ::width] = 0
-    slots = torch.randperm(rows, device="cuda").view(cell.num_requests, width).flatten()
-    tokens = torch.randint(1, 65536, (cell.num_requests,), device="cuda")
-    draw = _make_draw(cell)
-
-    def step() -> Tensor:
-        ids = tokens.repeat_interleave(width, output_size=rows)
-        logits = fused.head(fused.decode(ids, slots, pool))
-        tokens.copy_(draw(logits.view(cell.num_requests, width, -1)))
-        return tokens
-
-    return step
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step."""
+        return self.num_requests * self.rows_a_request
 
 
-def _make_draw(cell: Cell) -> Callable[[Tensor], Tensor]:
-    """Return what turns logits [G, K, V] into tokens [G]."""
-    named = None
-    if cell.num_states > 1:
-        ratios, base = MERGE_RULES[cell.merge].scale([1.0] * cell.num_states, 0.0)
-        weights = list(ratios)
-        if cell.rows_a_request > cell.num_states:
-            weights.insert(0, base)
-        named = torch.tensor([weights], device="cuda").expand(cell.num_requests, -1).contiguous()
-    cut = torch.full((cell.num_requests,), 0.1, device="cuda")
-
-    def draw(logits: Tensor) -> Tensor:
-        merged = logits[:, 0]
-        if named is not None:
-            rows = Rows(logits, named, cut)
-            rule = MERGE_RULES[cell.merge]
-            merged = rule.merge(rows, GATES[cell.gate].weights(rows, anchored=rule.anchored))
-        # The largest of logits plus Gumbel noise is one exact draw from their softmax.
-        noise = torch.empty_like(merged).exponential_().log_()
-        return (merged - noise).argmax(-1)
-
-    return draw
+def random_states(shape: Shape, count: int) -> list[TunedState]:
+    """Return tuned states whose rows differ as those of real ones do, and the same each time."""
+    size = (shape.num_layers, shape.num_heads, shape.head_size, shape.head_size)
+    generator = torch.Generator().manual_seed(1)
+    return [TunedState(f"s{i}", torch.randn(size, generator=generator) * 0.3) for i in range(count)]
 
 
-def measure(name: str, model: Model, cell: Cell, on: Machine, out: Path, one: float) -> float:
-    """Time one cell, write its line, return its steps per second."""
-    step = make_step(model, cell)
-    times = time_replays(capture(step))
-    if not (step() >= 0).all():
-        sys.exit("a drawn token is no token")
-    shape = SHAPES[name]
-    rows = cell.num_requests * cell.rows_a_request
-    dtype = model.config.dtype
-    moved = weight_bytes(shape, dtype) + 2 * rows * state_bytes(shape, "fp32")
+def resolve(cell: Cell, states: list[TunedState]) -> ResolvedMixture:
+    """Lay out a mixture's rows as the library does."""
+    own = states[: cell.num_states]
+    if cell.num_states == 1:
+        return ResolvedMixture("s0", tuple(own), (1.0,), "linear", "fixed", 0.0, None, "bench")
+    ratios, base = MERGE_RULES[cell.merge].scale([1.0] * cell.num_states, 0.0)
+    has_base = cell.rows_a_request > cell.num_states
+    return ResolvedMixture(
+        canonical="+".join(state.name for state in own),
+        states=(None, *own) if has_base else tuple(own),
+        weights=(base, *ratios) if has_base else tuple(ratios),
+        merge=cell.merge,
+        gate=cell.gate,
+        cut=0.1 if MERGE_RULES[cell.merge].has_cut else 0.0,
+        base_row=0 if has_base else None,
+        fingerprint="bench",
+    )
+
+
+def ask(cell: Cell, mixture: ResolvedMixture, *, max_tokens: int, greedy: bool = False) -> list:
+    """Return the cell's requests."""
+    return [
+        EngineRequest(
+            f"r{i}",
+            (1 + i, 2, 3),
+            mixture,
+            SamplingParams(
+                temperature=0.0 if greedy else 1.0,
+                top_p=1.0 if greedy else 0.7,
+                seed=i,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                sampling_order="openai",
+            ),
+        )
+        for i in range(cell.num_requests)
+    ]
+
+
+def make_engine(model: Model, num_rows: int, *, on_host: bool = False) -> Engine:
+    """Return an engine with room for so many rows."""
+    config = EngineConfig(max_rows=num_rows, prepare_rows=0)
+    banned = torch.zeros(0, dtype=torch.int64, device=model.device)
+    runner = HostRunner(model, num_rows, banned) if on_host else None
+    allowed = range(model.config.vocab_size)
+    return Engine(model, None, config, allowed_ids=allowed, runner=runner)  # type: ignore[arg-type]
+
+
+def gate(shape: Shape, dtype: str) -> None:
+    """Stop unless the device's steps pick what torch's do, two layers deep, greedily."""
+    small = dataclasses.replace(shape, num_layers=2)
+    states = random_states(small, 4)
+    same = total = 0
+    for kind in KINDS:
+        cell = Cell(4, 8, *kind)
+        texts = []
+        for on_host in (False, True):
+            model = random_model(small, dtype=dtype)
+            engine = make_engine(model, cell.num_rows, on_host=on_host)
+            for request in ask(cell, resolve(cell, states), max_tokens=GATE_TOKENS, greedy=True):
+                engine.add(request)
+            text: dict[tuple[str, int], int | None] = {}
+            while engine.has_work:
+                for output in engine.step():
+                    text[output.request_id, len(text)] = output.token_id
+            texts.append([token for _, token in sorted(text.items())])
+        same += sum(one == other for one, other in zip(*texts, strict=True))
+        total += len(texts[0])
+    print(f"gate: {same} of {total} greedy tokens equal torch's")
+    if same < 0.9 * total:
+        sys.exit("the device's tail picks other tokens")
+
+
+def measure(
+    name: str, model: Model, cell: Cell, states: list[TunedState], on: Machine, out: Path, one: dict
+) -> None:
+    """Time one cell and write its line; `one` has the rates of one state and is filled by it."""
+    engine = make_engine(model, cell.num_rows)
+    for request in ask(cell, resolve(cell, states), max_tokens=100_000):
+        engine.add(request)
+    # Prompts, and the step's capture.
+    for _ in range(8):
+        engine.step()
+    loop = time_loop(engine)
+    replay = time_replay(engine)
+    shape, dtype = SHAPES[name], model.config.dtype
+    moved = weight_bytes(shape, dtype) + 2 * cell.num_rows * state_bytes(shape, "fp32")
     limit = on.read_tb_per_s * 1e12 / moved
-    steps = 1e3 / times.median_ms
+    rates = {"steps_per_s": 1e3 / replay, "loop_steps_per_s": 1e3 / loop}
+    if cell.num_states == 1:
+        one |= rates
     fields: dict[str, object] = {
         "model": name,
-        "rows": rows,
+        "rows": cell.num_rows,
         "states": cell.num_states,
         "requests": cell.num_requests,
         "merge": cell.merge if cell.num_states > 1 else "none",
         "gate": cell.gate if cell.num_states > 1 else "none",
-        "tokens_per_s": round(steps * cell.num_requests, 1),
-        "steps_per_s": round(steps, 1),
+        "tokens_per_s": round(rates["steps_per_s"] * cell.num_requests, 1),
+        **{key: round(rate, 1) for key, rate in rates.items()},
         "limit_per_s": round(limit, 1),
-        "of_one_state": round(steps / (one or steps), 3),
-        "median_ms": round(times.median_ms, 4),
-        "p99_ms": round(times.p99_ms, 4),
+        "of_one_state": round(rates["steps_per_s"] / one["steps_per_s"], 3),
+        "loop_of_one_state": round(rates["loop_steps_per_s"] / one["loop_steps_per_s"], 3),
         "dtype": dtype,
         "state_dtype": "fp32",
-        "scope": "token id to token id, one graph replay",
+        "scope": "token ids to token ids, one graph replay; top-p 0.7",
     }
     write_line("mixture", fields, on, out)
-    return steps
+
+
+def time_loop(engine: Engine, *, count: int = 100) -> float:
+    """Return milliseconds a step of the engine's loop, the median."""
+    torch.cuda.synchronize()
+    marks = [time.perf_counter()]
+    for _ in range(count):
+        outputs = engine.step()
+        marks.append(time.perf_counter())
+        if any(output.error for output in outputs):
+            sys.exit(f"a step failed: {outputs[0].error}")
+    return sorted(1e3 * (b - a) for a, b in itertools.pairwise(marks))[count // 2]
+
+
+def time_replay(engine: Engine, *, count: int = 60) -> float:
+    """Return milliseconds a step on the device, the median."""
+    runner = engine._runner
+    assert isinstance(runner, DeviceRunner)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for _ in range(5):
+        runner.replay()
+    marks[0].record()
+    for mark in marks[1:]:
+        runner.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return times[count // 2]
 
 
 def main() -> None:
@@ -147,13 +227,16 @@ def main() -> None:
         for states in args.states:
             moved = weight_bytes(shape, args.dtype) + 2 * states * state_bytes(shape, "fp32")
             print(f"limit: {name}, {states} rows: {read / moved:.0f} steps/s")
-        gate(shape, args.dtype, "fp32")
+        gate_decode(shape, args.dtype, "fp32")
+        gate(shape, args.dtype)
         model = random_model(shape, dtype=args.dtype)
+        tuned = random_states(shape, max(args.states))
         for requests in args.requests:
-            one = measure(name, model, Cell(1, requests, *KINDS[0]), on, args.out, 0.0)
-            for states in args.states:
-                for kind in KINDS if states > 1 else ():
-                    measure(name, model, Cell(states, requests, *kind), on, args.out, one)
+            one: dict[str, float] = {}
+            for states in sorted({1, *args.states}):
+                for kind in KINDS if states > 1 else KINDS[:1]:
+                    measure(name, model, Cell(states, requests, *kind), tuned, on, args.out, one)
+                    torch.cuda.empty_cache()
         del model
         torch.cuda.empty_cache()
 
