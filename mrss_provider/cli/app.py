@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(states)
 
-_ENGINE_OPTIONS = ("model", "states", "device", "dtype", "threads")
+_ENGINE_OPTIONS = ("model", "states", "device", "dtype", "state_dtype", "threads")
 
 Name = Annotated[
     str, typer.Argument(help="States and weights, such as knowledge+tone:0.5, or a named mixture.")

@@ -6,14 +6,14 @@ import asyncio
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mrss_provider.backend import GenerateRequest, Message
 from mrss_provider.cli.ask import Reply, ask, ignore
 from mrss_provider.cli.output import answer, answer_json, printable, quiet, size
-from mrss_provider.config import EngineConfig
+from mrss_provider.config import Dtype, EngineConfig
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
 
@@ -65,6 +65,7 @@ def _examine(overrides: Mapping[str, Any], proxy_config: Path | None) -> Iterato
     yield _guarded("device", lambda: _device(config))
     yield _guarded("triton", _triton)
     yield _guarded("model", lambda: _model(config))
+    yield _guarded("decode", lambda: _decode(config))
     yield _guarded("vocabulary", lambda: _vocabulary(config))
     yield from _states(config)
     yield from _proxy(proxy_config)
@@ -114,10 +115,17 @@ def _device(config: EngineConfig) -> Finding:
         build = "this torch has no CUDA" if torch.version.cuda is None else "no CUDA device is here"
         why = asked if config.device == "cpu" else build
         return Finding("ok", "device", f"cpu, {why}; {torch.get_num_threads()} threads of torch")
+    count = torch.cuda.device_count()
+    several = f"the first of {count} (CUDA_VISIBLE_DEVICES says which)"
+    here = several if count > 1 else "there is one"
+    why = f"{asked}, {here}" if config.device == "cuda" else here
     properties = torch.cuda.get_device_properties(0)
+    memory = size(properties.total_memory)
+    if torch.version.hip is not None:
+        found = f"cuda, {why}: {properties.name} (ROCm {torch.version.hip}, {memory})"
+        return Finding("warn", "device", found, "ROCm is not tested; --device cpu is")
     name = f"{properties.name} (sm_{properties.major}{properties.minor}"
-    why = asked if config.device == "cuda" else "there is one"
-    return Finding("ok", "device", f"cuda, {why}: {name}, {size(properties.total_memory)})")
+    return Finding("ok", "device", f"cuda, {why}: {name}, {memory})")
 
 
 def _triton() -> Finding:
@@ -144,6 +152,32 @@ def _model(config: EngineConfig) -> Finding:
     file = find_checkpoint(config.model, ModelFileError)
     weights = f"{shape.dtype} weights, vocabulary of {shape.vocab_size}"
     return Finding("ok", "model", f"{file}: {shape.shape_text()}, {weights}")
+
+
+def _decode(config: EngineConfig) -> Finding:
+    """Say which of the two decode steps this model gets on the device that was chosen."""
+    import torch
+
+    from mrss_provider.cli.states import read_config
+    from mrss_provider.model.fused_support import fused_obstacle
+    from mrss_provider.model.linear import pick_backend, pick_dtype
+
+    shape = read_config(config.model)
+    is_cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = cast(Dtype, pick_dtype(device, getattr(torch, shape.dtype)))
+    held = f"{dtype} weights, {config.state_dtype} states"
+    if not is_cuda:
+        backend = pick_backend(device, dtype, packed=True)
+        return Finding("ok", "decode", f"layer by layer on the CPU ({backend}), {held}")
+    obstacle = fused_obstacle(replace(shape, dtype=dtype), device)
+    if obstacle is None:
+        return Finding("ok", "decode", f"fused kernels in CUDA graphs, {held}")
+    found = f"layer by layer, right but slow, {held}: {obstacle}"
+    is_wide = dtype == "fp32" and torch.version.hip is None
+    return Finding("warn", "decode", found, "choose --dtype bf16 or fp16" if is_wide else "")
 
 
 def _vocabulary(config: EngineConfig) -> Finding:

@@ -1,18 +1,30 @@
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import mrss
 from tiny_model import write_model_folder, write_state
 
-from mrss_provider.cli import proxy_config
+from mrss_provider.cli import doctor, proxy_config
 from mrss_provider.cli.output import CommandError
 from mrss_provider.cli.proxy_config import examine
 
 HANDLER = "{provider: mrss, custom_handler: mrss_provider.handler}"
-PARTS = ["python", "litellm", "torch", "device", "triton", "model", "vocabulary", "states"]
+PARTS = [
+    "python",
+    "litellm",
+    "torch",
+    "device",
+    "triton",
+    "model",
+    "decode",
+    "vocabulary",
+    "states",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,72 @@ def test_cuda_that_is_not_here_fails(where: list[object], monkeypatch: pytest.Mo
     assert "FAIL  device: cuda, asked for by device=cuda, is not here" in result.out
 
 
+class Card:
+    """What torch tells of a machine with CUDA devices."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: list[object]) -> None:
+        self._patch = monkeypatch
+        self._where = where
+        self.set(is_available=lambda: True, device_count=lambda: 1)
+        self.set(get_device_capability=lambda device=None: (9, 0))
+        about = SimpleNamespace(name="Card", major=9, minor=0, total_memory=80 << 30)
+        self.set(get_device_properties=lambda index: about)
+
+    def set(self, **functions: object) -> None:
+        for name, function in functions.items():
+            self._patch.setattr(f"torch.cuda.{name}", function)
+
+    def findings(self, **settings: object) -> dict[str, doctor.Finding]:
+        """Return the findings up to the one about decoding."""
+        overrides = {"model": self._where[1], "states": self._where[3], **settings}
+        found = doctor._examine(overrides, None)
+        return {
+            finding.part: finding
+            for finding in itertools.takewhile(lambda x: x.part != "vocabulary", found)
+        }
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, where: list[object]) -> Card:
+    return Card(monkeypatch, where)
+
+
+def test_the_device_that_was_chosen_is_named_with_the_reason(card: Card) -> None:
+    device = card.findings()["device"]
+    assert device.line() == "ok    device: cuda, there is one: Card (sm_90, 85.9 GB)"
+    card.set(device_count=lambda: 2)
+    device = card.findings(device="cuda")["device"]
+    assert "asked for by device=cuda, the first of 2 (CUDA_VISIBLE_DEVICES" in device.found
+
+
+def test_rocm_is_a_warning_and_leaves_the_fused_kernels_out(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    findings = card.findings(dtype="bf16")
+    assert (findings["device"].verdict, findings["decode"].verdict) == ("warn", "warn")
+    assert "ROCm is not tested" in findings["device"].remedy
+    assert "ROCm 6.4" in findings["device"].found
+    assert "never run on ROCm" in findings["decode"].found
+
+
+def test_the_decode_step_that_a_model_gets_is_told_with_the_reason(
+    card: Card, where: list[object]
+) -> None:
+    fused = card.findings(dtype="fp16", state_dtype="fp16")["decode"]
+    assert fused == doctor.Finding(
+        "ok", "decode", "fused kernels in CUDA graphs, fp16 weights, fp16 states"
+    )
+    wide = card.findings(dtype="fp32")["decode"]
+    assert (wide.verdict, wide.remedy) == ("warn", "choose --dtype bf16 or fp16")
+    assert "the weights are fp32" in wide.found
+    card.set(get_device_capability=lambda device=None: (7, 5))
+    old = card.findings(dtype="fp16")["decode"]
+    assert "compute capability 7.5, the fused kernels need 8.0" in old.found
+    cpu = card.findings(device="cpu", dtype="fp32")["decode"]
+    assert cpu.line().startswith("ok    decode: layer by layer on the CPU (")
+
+
 @pytest.mark.usefixtures("_litellm_unimported")
 @pytest.mark.parametrize(
     ("model", "handlers", "words"),
@@ -114,3 +192,10 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(CommandError, match=r"is no YAML|no table at its top"):
         examine(path)
+
+
+@pytest.mark.usefixtures("_litellm_unimported")
+def test_fp16_states_are_taken_from_the_flag_to_the_sentence(where: list[object]) -> None:
+    result = mrss("doctor", *where, "--state-dtype", "fp16")
+    assert "fp16 states" in result.out
+    assert "ok    engine: " in result.out
