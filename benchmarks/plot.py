@@ -55,7 +55,10 @@ def mixture_states(lines: list[Line]) -> Any | None:
     for row, requests in zip(grid, counts, strict=True):
         for axes, model in zip(row, MIXTURE_MODELS, strict=True):
             own = one_card(matching(cells, model=model, requests=requests))
-            _draw_mixture(axes, own, f"{model}, {_requests(requests)}")
+            if own:
+                _draw_mixture(axes, own, f"{model}, {_requests(requests)}")
+            else:
+                axes.set_axis_off()
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -63,7 +63,7 @@ class EngineConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"
     state_dtype: StateDtype = "fp32"
-    sparse_ffn: bool = True
+    sparse_ffn: bool = False
     threads: int = 0
     max_rows: int = 64
     max_states: int = 16

@@ -160,11 +160,21 @@ NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
         (
             {"benchmark": "mixture", "model": size, "states": 4, "requests": 1, "merge": merge}
             | _USUAL,
-            f"the same, a request of 4 states, `{merge}`: {{rows}} rows",
+            f"{size}, a request of 4 states, `{merge}`: {{rows}} rows",
             _MIXED,
         )
         for size in ("1.5b", "7.2b")
         for merge in ("linear", "delta")
+    ),
+    (
+        {"benchmark": "prefill", "model": "1.5b", "cell": "8x1024"} | _USUAL,
+        "1.5b, prompts of 8 x 1,024 tokens",
+        "{tokens_per_s:,.0f} tokens/s (products alone allow {limit_per_s:,.0f})",
+    ),
+    (
+        {"benchmark": "prefill", "model": "1.5b", "cell": "32+128"} | _USUAL,
+        "1.5b, a step of 32 decoding rows and 128 prompt tokens",
+        "{median_ms:.2f} ms, {decode_alone_ms:.2f} without the prompt",
     ),
     ({"benchmark": "cpu_decode", "model": _RWKV_CPU, "rows": 1}, "RWKV-7 0.1B, one row", _MS),
     ({"benchmark": "cpu_decode", "model": _RWKV_CPU, "rows": 4}, "the same, 4 rows", _MIXED_MS),

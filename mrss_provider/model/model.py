@@ -46,7 +46,7 @@ def load_model(
     threads: int = 0,
     state_dtype: str = "fp32",
     packed: bool = True,
-    sparse_ffn: bool = True,
+    sparse_ffn: bool = False,
 ) -> Model:
     """Load an RWKV-6 or RWKV-7 checkpoint.
 

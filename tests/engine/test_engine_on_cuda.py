@@ -23,9 +23,11 @@ MIXTURES = ["base", "knowledge", "knowledge+tone", "knowledge+tone~linear~fixed"
 Outputs = dict[str, list[TokenOutput]]
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16"])
+@pytest.fixture(scope="module", params=["fp16", "bf16", "sparse"])
 def model(request: pytest.FixtureRequest) -> Model:
-    return load_model(DEMO_MODEL, device="cuda", dtype=request.param)
+    sparse = request.param == "sparse"
+    dtype = "fp16" if sparse else request.param
+    return load_model(DEMO_MODEL, device="cuda", dtype=dtype, sparse_ffn=sparse)
 
 
 @pytest.fixture(scope="module")
