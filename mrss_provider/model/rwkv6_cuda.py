@@ -20,6 +20,7 @@ from mrss_kernels import time_mix6 as time_ops
 from torch import Tensor
 
 from mrss_provider.model.linear import Linear, PlainLinear
+from mrss_provider.model.products import head_logits, product, weight_of
 from mrss_provider.model.rwkv6 import Layer6
 from mrss_provider.model.state import StatePool
 
@@ -120,7 +121,7 @@ class FusedDecoder6:
             )
             mixed = time_ops.mix_inputs(h, codes, layer.mix_up, layer.mix, shift, slots)
             y = _time_mix(i, layer, mixed, h, slots, pool)
-            parts = _product(y, layer.output)
+            parts = product(y[None], layer.output)
             scale = layer.scale
             x, mixed = norm_ops.add_norm_mix(
                 x,
@@ -134,15 +135,12 @@ class FusedDecoder6:
                 key_scale=math.sqrt(scale),
             )
             key, gate = _key_receptance(mixed, layer.ffn_in, layer.ffn_value.shape[1])
-            parts = _product(key, layer.ffn_value)
+            parts = product(key[None], layer.ffn_value)
         return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [M, V] fp32 of hidden states [M, C]."""
-        x = hidden.to(self._head.dtype).contiguous()
-        if x.shape[0] > linear_ops.MAX_ROWS:
-            return torch.mm(x, self._head.t(), out_dtype=torch.float32)
-        return linear_ops.rows_linear(x[None], self._head, one_part=True)[0]
+        return head_logits(hidden, self._head)
 
 
 def pack_layer(layer: Layer6) -> PackedLayer:
@@ -155,24 +153,24 @@ def pack_layer(layer: Layer6) -> PackedLayer:
         for source, length in zip([1, 2, 3, 4, 0], lengths, strict=True)
         for _ in range(length // linear_ops.GROUP_LEN)
     ]
-    mix_up = torch.stack([_weight(w2) for w2 in layer.mix_w2])
+    mix_up = torch.stack([weight_of(w2) for w2 in layer.mix_w2])
     for w2, weight in zip(layer.mix_w2, mix_up, strict=True):
         cast(PlainLinear, w2).weight = weight
     return PackedLayer(
         ln1=layer.ln1,
         ln2=layer.ln2,
         mix_x=layer.mix_x,
-        mix_down=_weight(layer.mix_w1),
+        mix_down=weight_of(layer.mix_w1),
         mix_up=mix_up,
         mix=layer.mix[:, 0].contiguous(),
         project=project,
         groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
-        decay_up=_weight(layer.decay_w2),
+        decay_up=weight_of(layer.decay_w2),
         vectors=torch.stack([layer.decay, layer.bonus.flatten(), *layer.ln_x]).contiguous(),
-        output=_weight(layer.output),
+        output=weight_of(layer.output),
         ffn_mix=torch.stack([layer.ffn_mix_k, layer.ffn_mix_r]).contiguous(),
         ffn_in=_pack([layer.ffn_key, layer.ffn_receptance])[0],
-        ffn_value=_weight(layer.ffn_value),
+        ffn_value=weight_of(layer.ffn_value),
         scale=layer.scale,
     )
 
@@ -183,18 +181,16 @@ def _pack(linears: Sequence[Linear]) -> tuple[Tensor, list[int]]:
     Returns:
         The packed weight, and how many of its rows each linear has.
     """
-    lengths = [-(-len(_weight(x)) // linear_ops.GROUP_LEN) * linear_ops.GROUP_LEN for x in linears]
-    first = _weight(linears[0])
+    lengths = [
+        -(-len(weight_of(x)) // linear_ops.GROUP_LEN) * linear_ops.GROUP_LEN for x in linears
+    ]
+    first = weight_of(linears[0])
     packed = first.new_zeros((sum(lengths), first.shape[1]))
     for linear, rows in zip(linears, torch.split(packed, lengths), strict=True):
-        weight = _weight(linear)
+        weight = weight_of(linear)
         view = rows[: len(weight)]
         cast(PlainLinear, linear).weight = view.copy_(weight)
     return packed, lengths
-
-
-def _weight(linear: Linear) -> Tensor:
-    return cast(PlainLinear, linear).weight
 
 
 def _time_mix(
@@ -224,13 +220,6 @@ def _time_mix(
         low=low,
         out_scale=layer.scale,
     )
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the parts [P, B, R] of x [B, K] @ weight^T."""
-    if x.shape[0] <= linear_ops.MAX_ROWS:
-        return linear_ops.rows_linear(x[None], weight)
-    return torch.mm(x, weight.t())[None]
 
 
 def _key_receptance(x: Tensor, weight: Tensor, ffn_size: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mrss_provider.model.config import ModelConfig
 from mrss_provider.model.fused_support import fused_obstacle
-from mrss_provider.model.linear import Linear, PlainLinear
+from mrss_provider.model.linear import PlainLinear
+from mrss_provider.model.products import head_logits, product, weight_of
 from mrss_provider.model.rwkv7 import Layer7
 from mrss_provider.model.state import StatePool
 
@@ -137,7 +138,7 @@ class FusedDecoder:
                 norm0=self._ln0 if i == 0 else None,
             )
             y = self._time_mix(i, layer, mixed, v_first, slots, pool)
-            parts = _product(y[None], layer.output)
+            parts = product(y[None], layer.output)
             x, mixed = norm_ops.add_norm_mix(
                 x, parts, *layer.ln2, pool.shift_ffn[i], slots, layer.ffn_mix, dtype=dtype
             )
@@ -145,15 +146,12 @@ class FusedDecoder:
             if sparse and layer.ffn_value_t is not None:
                 parts = sparse_ops.sparse_linear(squared[0], layer.ffn_value_t)
             else:
-                parts = _product(squared, layer.ffn_value)
+                parts = product(squared, layer.ffn_value)
         return norm_ops.add_norm(x, parts, *self._ln_out)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [M, V] fp32 of hidden states [M, C]."""
-        x = hidden.to(self._head.dtype).contiguous()
-        if x.shape[0] > linear_ops.MAX_ROWS:
-            return torch.mm(x, self._head.t(), out_dtype=torch.float32)
-        return linear_ops.rows_linear(x[None], self._head, one_part=True)[0]
+        return head_logits(hidden, self._head)
 
     def _time_mix(
         self,
@@ -193,11 +191,11 @@ class FusedDecoder:
 
 def pack_layer(layer: Layer7, *, sparse_ffn: bool = False) -> PackedLayer:
     """Pack one layer; its linears are *modified* to views of the packed weights."""
-    value = _weight(layer.ffn_value)
-    square = [_weight(x) for x in (layer.receptance, layer.key, layer.value)]
+    value = weight_of(layer.ffn_value)
+    square = [weight_of(x) for x in (layer.receptance, layer.key, layer.value)]
     downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
     ups = [layer.w2, layer.a2, layer.g2] + ([layer.v2] if layer.index else [])
-    padded = [_pad(_weight(x), 0) for x in downs]
+    padded = [_pad(weight_of(x), 0) for x in downs]
     project = torch.cat(square + padded)
     lengths = [len(x) for x in square + padded]
     # Of r, k, v, w, a, g, v's LoRA: the row of `mix` that it reads.
@@ -223,11 +221,11 @@ def pack_layer(layer: Layer7, *, sparse_ffn: bool = False) -> PackedLayer:
         project=project,
         groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
         ranks=(rank_w, rank_a, rank_g, rank_v),
-        up=torch.cat([_pad(_weight(x), 1) for x in ups], 1).contiguous(),
+        up=torch.cat([_pad(weight_of(x), 1) for x in ups], 1).contiguous(),
         vectors=_vectors(layer),
-        output=_weight(layer.output),
+        output=weight_of(layer.output),
         ffn_mix=layer.ffn_mix[None].contiguous(),
-        ffn_key=_weight(layer.ffn_key),
+        ffn_key=weight_of(layer.ffn_key),
         ffn_value=value,
         ffn_value_t=value.t().contiguous() if sparse_ffn else None,
     )
@@ -242,23 +240,12 @@ def _vectors(layer: Layer7) -> Tensor:
     return torch.stack(rows).contiguous()
 
 
-def _weight(linear: Linear) -> Tensor:
-    return cast(PlainLinear, linear).weight
-
-
 def _pad(weight: Tensor, dim: int) -> Tensor:
     """Append zeros along `dim` up to a multiple of 64."""
     missing = -weight.shape[dim] % linear_ops.GROUP_LEN
     shape = list(weight.shape)
     shape[dim] = missing
     return torch.cat((weight, weight.new_zeros(shape)), dim)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the parts [P, B, R] of x [1, B, K] @ weight^T."""
-    if x.shape[1] <= linear_ops.MAX_ROWS:
-        return linear_ops.rows_linear(x, weight)
-    return torch.mm(x[0], weight.t())[None]
 
 
 def _squared_relu(x: Tensor, weight: Tensor) -> Tensor:

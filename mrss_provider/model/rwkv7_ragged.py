@@ -19,6 +19,7 @@ from mrss_kernels import wkv7_chunk as wkv_ops
 from mrss_kernels.ragged_mix7 import TimeInputs
 from torch import Tensor
 
+from mrss_provider.model.products import product
 from mrss_provider.model.rwkv7_cuda import Norm, PackedLayer
 from mrss_provider.model.state import StatePool
 
@@ -135,7 +136,7 @@ class RaggedStep:
                 offsets,
                 activated=not is_grouped,
             )
-            parts = _product(y, layer.output)
+            parts = product(y[None], layer.output)
             x, mixed = ragged_ops.ragged_norm_mix(
                 x,
                 parts,
@@ -204,10 +205,3 @@ class RaggedStep:
             hidden = linear_ops.square_relu_(torch.mm(x[chunk], layer.ffn_key.t()))
             torch.mm(hidden, layer.ffn_value.t(), out=out[chunk])
         return out[None]
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the parts [P, T, R] of x [T, K] @ weight^T."""
-    if x.shape[0] <= linear_ops.MAX_ROWS:
-        return linear_ops.rows_linear(x[None], weight)
-    return torch.mm(x, weight.t())[None]
