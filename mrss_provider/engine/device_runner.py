@@ -112,9 +112,8 @@ class DeviceRunner:
             self._decode(num_rows, flags)
         else:
             hidden = self._read(batch)
-            if not seats:
-                return ReadyTokens([])
-            self._pick(self._model.head(hidden), flags, len(seats))
+            if seats:
+                self._pick(self._model.head(hidden), flags, len(seats))
         return self._receive(batch)
 
     def _decode(self, num_rows: int, flags: TailFlags) -> None:
@@ -180,10 +179,11 @@ class DeviceRunner:
         """Ask for the step's tokens, and mark the moment when they have arrived."""
         count = len(batch.sampling)
         outputs = self._layout.outputs
+        # First, as it may fail: a step that does takes no memory from those under way.
+        top = self._likeliest(batch, outputs)
         received = next(self._received)
         received.ids[:count].copy_(outputs.ids[:count], non_blocking=True)
         received.log_probs[:count].copy_(outputs.log_probs[:count], non_blocking=True)
-        top = self._likeliest(batch, outputs)
         arrived = None
         if self._is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -197,7 +197,8 @@ class DeviceRunner:
         if not places:
             return None
         most = max(wanted[g].top_logprobs or 0 for g in places)
-        log_probs = outputs.merged[places].log_softmax(-1)
+        index = torch.tensor(places, pin_memory=self._is_cuda).to(self._device, non_blocking=True)
+        log_probs = outputs.merged.index_select(0, index).log_softmax(-1)
         values, ids = rank_tokens(log_probs, most)
         return _TopTokens(places, _to_host(values), _to_host(ids))
 

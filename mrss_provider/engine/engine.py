@@ -145,7 +145,8 @@ class Engine:
             except Exception as exc:
                 outputs += self._fail(batch, exc)
             else:
-                self._num_sampled_tokens += len(picked)
+                # An answer may have ended since the step was launched: nobody gets its token.
+                self._num_sampled_tokens += sum(choice.is_live for choice in batch.sampling)
                 outputs += self._scheduler.commit(batch, picked)
         return outputs
 

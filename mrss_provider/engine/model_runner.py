@@ -176,7 +176,10 @@ class ModelRunner:
                     self.pool.copy(slot, [choice.slots[k] for choice in choices[1:]])
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)
+        # From pinned memory: the host does not wait for the steps under way.
+        pin = self._model.device.type == "cuda"
+        tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=pin)
+        return tensor.to(self._model.device, non_blocking=True)
 
 
 def _sequences(

@@ -17,9 +17,9 @@ from mrss_provider.model.cuda_graphs import SharedMemory
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 64
-"""Graphs that are kept, the last used ones. All share one pool of memory, and each has some 10 MB
-of launches besides."""
+MAX_GRAPHS = 96
+"""Graphs that are kept, the last used ones: two for every bucket, and some more. All share one pool
+of memory, and each has some 10 MB of launches besides."""
 
 
 class StepGraphs:

@@ -33,6 +33,8 @@ from mrss_provider.engine.scheduler import Choice
 _ALIGNMENT = 16
 _INT_AT = {name: i for i, name in enumerate(INT_FIELDS)}
 _NUM_STAGED = 3
+# Less of it than any distribution's likeliest token has; a smaller one could be 0 in fp32.
+_MIN_TOP_P = 1e-30
 
 
 def is_fused(choice: Choice) -> bool:
@@ -149,6 +151,7 @@ class TailLayout:
         self._row_of: dict[Choice, int] = {}
         self._free_count_rows: list[int] = []
         self._free_bias_rows: list[int] = []
+        self._has_grown = False
         self._upload()
 
     def knows(self, choice: Choice) -> bool:
@@ -176,7 +179,8 @@ class TailLayout:
         staying = {seat.choice for seat in seats}
         for choice in [choice for choice in self._lanes if choice not in staying]:
             self._release(choice)
-        grown = self._grow_pools([seat.choice for seat in seats])
+        # Kept until it is said: what follows may fail.
+        self._has_grown |= self._grow_pools([seat.choice for seat in seats])
         staged = self._next_staged()
         staged["slots"].fill(-1)
         staged["ints"].fill(0)
@@ -212,6 +216,7 @@ class TailLayout:
             mixed=any(flags.mixed for flags in lanes),
             gated=any(flags.gated for flags in lanes),
         )
+        grown, self._has_grown = self._has_grown, False
         return grown
 
     @contextlib.contextmanager
@@ -279,7 +284,10 @@ class TailLayout:
         self.inputs.bias[row, self._to_device(ids)] = self._to_device(values)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.copy()).to(self.token_ids.device)
+        tensor = torch.from_numpy(array.copy())
+        if self._is_cuda:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.token_ids.device, non_blocking=True)
 
     def _next_staged(self) -> dict[str, NDArray[Any]]:
         """Return the host's arrays that no copy under way reads."""
@@ -311,7 +319,7 @@ def _make_lane(choice: Choice) -> _Lane:
     floats = {
         "cut": mixture.cut,
         "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
+        "top_p": max(sampling.top_p, _MIN_TOP_P),
         "min_p": sampling.min_p,
         "repetition": sampling.repetition_penalty,
         "presence": sampling.presence_penalty,

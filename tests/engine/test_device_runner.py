@@ -213,3 +213,55 @@ def test_an_abort_gives_no_more_outputs_and_its_neighbours_the_same() -> None:
         seen += outputs
     alone = run(host_engine(FakeModel()), {0: [request("b", [2], DELTA, max_tokens=12, seed=2)]})
     assert [o.token_id for o in seen if o.request_id == "b"] == [o.token_id for o in alone["b", 0]]
+
+
+def test_a_step_that_fails_leaves_the_tokens_of_those_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = device_engine(FakeModel())
+    engine.add(request("a", [1], PLAIN, max_tokens=2, seed=1))
+    outputs = engine.step() + engine.step()
+    monkeypatch.setattr(engine._runner, "_likeliest", fail)
+    for n in range(3):
+        engine.add(request(f"failing {n}", [5 + n], PLAIN, seed=9 + n))
+        outputs += engine.step()
+    while engine.has_work:
+        outputs += engine.step()
+    alone = run(host_engine(FakeModel()), {0: [request("a", [1], PLAIN, max_tokens=2, seed=1)]})
+    got = [o.token_id for o in outputs if o.request_id == "a"]
+    assert got == [o.token_id for o in alone["a", 0]]
+
+
+def test_graphs_are_dropped_when_pools_grew_in_a_step_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = device_engine(FakeModel())
+    runner = engine._runner
+    dropped = []
+    monkeypatch.setattr(runner._graphs, "clear", lambda: dropped.append(1))  # type: ignore[attr-defined]
+    with monkeypatch.context() as patched:
+        patched.setattr(runner._layout, "_write_counts", fail)  # type: ignore[attr-defined]
+        engine.add(request("fails", [1], PLAIN, presence_penalty=0.5))
+        assert engine.step()[0].error is not None
+    for name in "ab":
+        run(engine, {0: [request(name, [1], PLAIN, presence_penalty=0.5)]})
+    assert dropped == [1]
+
+
+def test_a_token_beyond_the_end_of_an_answer_is_not_counted() -> None:
+    engine = device_engine(FakeModel())
+    wanted = request("a", [1], PLAIN, max_tokens=60, ignore_eos=False, logit_bias={0: 3.0})
+    outputs = run(engine, {0: [wanted]})["a", 0]
+    assert outputs[-1].finish_reason == "stop"
+    assert engine.stats().num_sampled_tokens == len(outputs)
+
+
+def test_a_top_p_that_fp32_cannot_hold_leaves_the_likeliest_token() -> None:
+    wanted = {0: [request("a", [1], PLAIN, top_p=1e-46)]}
+    assert_same(run(device_engine(FakeModel()), wanted), run(host_engine(FakeModel()), wanted))
