@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before torch, litellm or huggingface_hub are imported: they read these once.
 for _name in [name for name in os.environ if name.startswith("MRSS_")]:
     del os.environ[_name]
@@ -15,3 +17,8 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1,localhost",
     "COLUMNS": "80",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the kernels, whose files take longest: the workers then end together."""
+    items.sort(key=lambda item: "kernels" not in item.path.parts)

@@ -128,9 +128,16 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compile the cases whose name holds the first argument; all of them without one."""
+    """Compile the cases whose name holds the first argument; all of them without one.
+
+    `--one-each` compiles the first case of each kernel.
+    """
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    for name, kernel, types, constants, options in cases():
+    found = cases()
+    if wanted == "--one-each":
+        found = list({case[0].split()[0]: case for case in reversed(found)}.values())
+        wanted = ""
+    for name, kernel, types, constants, options in found:
         if wanted in name:
             compiled = compile_one(kernel, types, constants, options)
             cubin = compiled.asm["cubin"]

@@ -15,7 +15,6 @@ import pytest
 
 CHECKS = Path(__file__).parent / "interpreted"
 
-
 # Two processes, so that each one's time is bounded.
 PREFILL = ("check_ragged.py", "check_ragged_step.py", "check_wkv_chunk.py", "check_fla.py")
 PARTS = {
@@ -24,17 +23,18 @@ PARTS = {
 }
 
 
-def run_checks(part: str, **variables: str) -> None:
+def run_checks(part: str, *, everything: bool, **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(CHECKS), str(CHECKS.parents[1]), env.get("PYTHONPATH")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    options += ["-m", ""] if everything else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *map(str, PARTS[part])],
         env=env | variables,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580 if everything else 280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -42,11 +42,18 @@ def run_checks(part: str, **variables: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_equal_their_reference_in_the_interpreter(part: str) -> None:
-    run_checks(part, TRITON_INTERPRET="1")
+    run_checks(part, everything=False, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_check_passes_in_the_interpreter(part: str) -> None:
+    run_checks(part, everything=True, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_equal_their_reference_on_a_gpu(part: str) -> None:
-    run_checks(part)
+    run_checks(part, everything=True)

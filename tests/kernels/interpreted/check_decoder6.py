@@ -81,6 +81,7 @@ def test_time_offsets_are_applied(tmp_path) -> None:
     compare(tmp_path, [4, 0, 1], "fp32", offset=True)
 
 
+@pytest.mark.slow
 def test_more_rows_than_the_products_take_equal_the_layer_by_layer_ones(tmp_path) -> None:
     shape = Shape(num_layers=1, hidden_size=64, vocab_size=77, head_size=32, ffn_size=64)
     compare(tmp_path, list(range(65)), "fp32", shape=shape, num_slots=65)

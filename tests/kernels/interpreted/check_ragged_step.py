@@ -102,6 +102,7 @@ def test_time_offsets_are_applied(tmp_path, grouped_tokens) -> None:
     compare(tmp_path, [5, 1], [4, 0], "fp32", offset=True, grouped_tokens=grouped_tokens)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_two_calls_equals_one(tmp_path) -> None:
     cut = 9
     _, fused, twin = build(tmp_path, "fp32")
@@ -115,6 +116,7 @@ def test_a_prompt_in_two_calls_equals_one(tmp_path) -> None:
     compare_pools(pools[1], pools[0], "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16"] if INTERPRETED else DTYPES)
 def test_a_prompt_token_by_token_equals_one_call(tmp_path, dtype) -> None:
     _, fused, twin = build(tmp_path, dtype)
@@ -127,6 +129,7 @@ def test_a_prompt_token_by_token_equals_one_call(tmp_path, dtype) -> None:
     compare_pools(pools[1], pools[0], dtype, slots=[3])
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_whatever_is_packed_with_it(tmp_path) -> None:
     _, fused, twin = build(tmp_path, "fp32")
     step = ragged(fused, twin)

@@ -309,6 +309,7 @@ class TestDraw:
             batch.launch()
             assert_same(batch, picked)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("vocab", [SMALL, LARGE])
     def test_draws_from_many_candidates_equal_the_engines(self, vocab, monkeypatch):
         """Bins, undecided candidates and a search, tile after tile, in place of all with all."""
@@ -320,6 +321,7 @@ class TestDraw:
         batch.launch(mixed=False)
         assert_same(batch, picked)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scale", [0.1, 1.0])
     def test_flat_distributions_draw_what_the_plain_form_draws(self, scale):
         """Thousands of candidates, of which hundreds or thousands are kept."""
@@ -330,6 +332,7 @@ class TestDraw:
         assert batch.ids == twin.ids
         assert_nothing_is_left(batch)
 
+    @pytest.mark.slow
     def test_how_the_work_is_shared_does_not_change_a_token(self, monkeypatch):
         """All compared with all, or few; a program a block, or one for all of a request's."""
         seen = []
@@ -343,6 +346,7 @@ class TestDraw:
             seen.append(batch.ids)
         assert all(ids == seen[0] for ids in seen)
 
+    @pytest.mark.slow
     def test_thousands_of_equals_keep_their_lowest_ids(self):
         """Ties at both boundaries, in the midst of the scores and at a floor that most are on."""
         steps = randn(4096, seed=11, scale=2.0).round() / 4
