@@ -13,10 +13,10 @@ INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
 
 # Files of tests run in one worker each, so that a file's session fixtures start once.
-PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BENCH := cpu_decode engine_tail first_token import_time litellm_overhead serve soak state_dtype
-BENCH_GPU := decode mixture prefill serve_gpu
+BENCH_GPU := decode mixture prefill sparse_ffn tail serve_gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install run check test test-full test-gpu test-wheel bench bench-gpu plots docs wheel clean
