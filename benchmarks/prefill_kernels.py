@@ -59,21 +59,18 @@ TIME_CUTS = (
     TimeCut(128, 8, 3),
 )
 FORMS = (
-    Form("fp16", True, 64, 4, 3, 1),
-    Form("fp16", True, 64, 4, 3, 2),
-    Form("fp16", True, 64, 4, 3, 4),
-    Form("fp16", True, 64, 4, 2, 1),
-    Form("fp16", True, 64, 4, 4, 1),
-    Form("fp16", True, 32, 2, 3, 1),
-    Form("fp16", False, 64, 4, 1),
-    Form("fp16", False, 32, 4, 2),
+    Form("fp16", 64, 4, 3, 1),
+    Form("fp16", 64, 4, 3, 2),
+    Form("fp16", 64, 4, 3, 4),
+    Form("fp16", 64, 4, 2, 1),
+    Form("fp16", 64, 4, 4, 1),
+    Form("fp16", 32, 2, 3, 1),
 )
 BF16_FORMS = (
-    Form("bf16x3", True, 64, 4, 2, 2),
-    Form("bf16x3", True, 64, 4, 3, 2),
-    Form("bf16x3", True, 64, 4, 2, 4),
-    Form("bf16x3", True, 16, 1, 3, 2),
-    Form("bf16x3", False, 32, 4, 2),
+    Form("bf16x3", 64, 4, 2, 2),
+    Form("bf16x3", 64, 4, 3, 2),
+    Form("bf16x3", 64, 4, 2, 4),
+    Form("bf16x3", 16, 1, 3, 2),
 )
 FFN_CHUNKS = (1024, 2048, 4096, 8192)
 COMPILERS = 12

@@ -35,18 +35,14 @@ SHAPES = (
     "1x128+31x1x32",
 )
 FORMS = {
-    "apart fp16 64/4 terms 1": Form("fp16", True, 64, 4, 3, 1),
-    "apart fp16 64/4 terms 2": Form("fp16", True, 64, 4, 3, 2),
-    "apart fp16 64/4 terms 4": Form("fp16", True, 64, 4, 3, 4),
-    "apart fp16 64/4 stages 2": Form("fp16", True, 64, 4, 2, 2),
-    "apart fp16 32/2 terms 2": Form("fp16", True, 32, 2, 3, 2),
-    "apart bf16x3 64/4 terms 2": Form("bf16x3", True, 64, 4, 2, 2),
-    "apart bf16x3 64/4 terms 4": Form("bf16x3", True, 64, 4, 2, 4),
-    "apart bf16x3 16/1 terms 2": Form("bf16x3", True, 16, 1, 3, 2),
-    "whole fp16 64/4 stages 1": Form("fp16", False, 64, 4, 1),
-    "whole fp16 64/4": Form("fp16", False, 64, 4, 2),
-    "whole fp16 32/4": Form("fp16", False, 32, 4, 2),
-    "whole bf16x3 32/4": Form("bf16x3", False, 32, 4, 2),
+    "fp16 64/4 terms 1": Form("fp16", 64, 4, 3, 1),
+    "fp16 64/4 terms 2": Form("fp16", 64, 4, 3, 2),
+    "fp16 64/4 terms 4": Form("fp16", 64, 4, 3, 4),
+    "fp16 64/4 stages 2": Form("fp16", 64, 4, 2, 2),
+    "fp16 32/2 terms 2": Form("fp16", 32, 2, 3, 2),
+    "bf16x3 64/4 terms 2": Form("bf16x3", 64, 4, 2, 2),
+    "bf16x3 64/4 terms 4": Form("bf16x3", 64, 4, 2, 4),
+    "bf16x3 16/1 terms 2": Form("bf16x3", 16, 1, 3, 2),
 }
 GATE_LENGTHS = (1, 63, 130)
 GATE_HEADS = 32
@@ -193,7 +189,7 @@ def main() -> None:
     forms = {name: form for name, form in FORMS.items() if args.forms in name}
     for name, form in forms.items():
         gate(name, partial(Call.blocks, form=form), form.precision, half)
-    exact = {"apart fp32 16/2": Form("fp32", True, 16, 2, 3, 2)}
+    exact = {"fp32 16/2": Form("fp32", 16, 2, 3, 2)}
     for name, form in exact.items():
         gate(name, partial(Call.blocks, form=form), form.precision, single)
     gate("loop", Call.loop, "fp32", half)

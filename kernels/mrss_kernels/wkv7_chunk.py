@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """RWKV-7's recurrence over whole sequences in blocks of tokens, in place in the pool.
 
-What does not depend on the state is computed for `BLOCK_LEN` tokens at once; then one product reads
-the state and one writes it. Derivation: kernels/README.md. Oracle: `mrss_kernels.reference`.
+What does not depend on the state is prepared for all blocks of `BLOCK_LEN` tokens at once; then, a
+block after the other, one product reads the state and one writes it. Derivation: kernels/README.md.
+Oracle: `mrss_kernels.reference`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ class Form(NamedTuple):
     precision: Precision
     """What products round their factors to: `fp32` and `bf16x3` (16 bits) multiply them in two
     parts, three passes in all; `fp16` in one. It wants a state and 128 |r|, 128 |k| below 65504."""
-    apart: bool
-    """Whether what does not depend on the state has a kernel of its own, parallel over blocks."""
     block_v: int
     num_warps: int
     num_stages: int
@@ -180,13 +179,6 @@ def _beside(left, right):
 
 
 @triton.jit
-def _below(top, bottom):
-    """Return top [BT, N] over bottom [BT, N]."""
-    both = tl.permute(tl.join(top, bottom), [2, 0, 1])
-    return tl.reshape(both, [2 * top.shape[0], top.shape[1]])
-
-
-@triton.jit
 def _advance(
     s, v, q_high, q_low, k_high, k_low, x_high, x_low, decay, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -229,64 +221,6 @@ def _one_token(
     )
     tl.store(p_y + at + o_v, y.to(p_y.dtype.element_ty))
     return s
-
-
-@triton.jit
-def wkv7_chunk_kernel(
-    p_r,
-    p_w,
-    p_k,
-    p_v,
-    p_kk,
-    p_a,
-    p_y,
-    p_pool,
-    p_slots,
-    p_cu_seqlens,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid (N / BV, H, n). Prepares and applies one block of tokens after the other."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    i_h = tl.program_id(1)
-    # Decoding rows stand before prompts: what takes longest starts first.
-    i_n = tl.num_programs(2) - 1 - tl.program_id(2)
-    o_n = tl.arange(0, N)
-    o_v = tl.program_id(0) * BV + tl.arange(0, BV)
-    o_t = tl.arange(0, BT)
-    slot = tl.load(p_slots + i_n).to(tl.int64)
-    start = tl.load(p_cu_seqlens + i_n).to(tl.int64)
-    length = (tl.load(p_cu_seqlens + i_n + 1) - start).to(tl.int32)
-    if (slot >= 0) & (length > 0):
-        p_s = p_pool + (slot * H + i_h) * N * N + o_v[:, None] * N + o_n[None, :]
-        s = tl.load(p_s).to(tl.float32)
-        at = (start * H + i_h) * N
-        o_y = o_t[:, None] * (H * N) + o_v[None, :]
-        # A single token at the end is cheaper alone, and a sequence may be no more than that.
-        for i in tl.range(0, (length + BT - 2) // BT, num_stages=STAGES):
-            m_t = i * BT + o_t < length
-            at_i = at + i * (BT * H * N)
-            r = _load_block(p_r, at_i, m_t, H, N, BT)
-            w = _load_block(p_w, at_i, m_t, H, N, BT)
-            k = _load_block(p_k, at_i, m_t, H, N, BT)
-            kk = _load_block(p_kk, at_i, m_t, H, N, BT)
-            a = _load_block(p_a, at_i, m_t, H, N, BT)
-            v = tl.load(p_v + at_i + o_y, mask=m_t[:, None], other=0.0)
-            rh, rl, qh, ql, kh, kl, bh, bl, xh, xl, d = _block_terms(r, w, k, kk, a, BT, PRECISION)
-            qh, ql, kh, kl = _below(rh, qh), _below(rl, ql), _below(kh, bh), _below(kl, bl)
-            s, y = _advance(s, v, qh, ql, kh, kl, xh, xl, d, PRECISION)
-            tl.store(p_y + at_i + o_y, y.to(p_y.dtype.element_ty), mask=m_t[:, None])
-        if length % BT == 1:
-            at += (length - 1).to(tl.int64) * (H * N)
-            s = _one_token(s, p_r, p_w, p_k, p_v, p_kk, p_a, p_y, at, BV, N)
-        tl.store(p_s, s.to(p_pool.dtype.element_ty))
 
 
 @triton.jit
@@ -490,11 +424,6 @@ def wkv7_prefill(
     pdl = dependent_launch(pool.device)
     shape = {"H": heads, "N": size, "BT": BLOCK_LEN, "PRECISION": form.precision}
     cut = {"BV": form.block_v, "STAGES": form.num_stages, "num_warps": form.num_warps}
-    if not form.apart:
-        wkv7_chunk_kernel[grid](
-            r, w, k, v, kk, a, y, pool, slots, offsets, **shape, **cut, **pdl
-        )  # fmt: skip
-        return y
     num_blocks = tokens // BLOCK_LEN + num_seqs
     length = terms_size(size, form.precision)
     terms = r.new_empty((num_blocks, heads, length), dtype=SCRATCH[form.precision])
@@ -519,9 +448,6 @@ def terms_size(size: int, precision: Precision) -> int:
 def choose_form(num_states: int, size: int, dtype: torch.dtype) -> Form | None:
     """Return how to read `num_states` = sequences x heads, or None: token by token.
 
-    Blocks are prepared apart whatever the batch is: a program that prepares its own has one block
-    after the other to wait for, and a long sequence beside many short ones has few programs.
-
     Args:
         num_states: sequences x heads.
         size: N.
@@ -530,7 +456,7 @@ def choose_form(num_states: int, size: int, dtype: torch.dtype) -> Form | None:
     if size > MAX_SIZE:
         return None
     if dtype == torch.float32:
-        return Form("fp32", True, 16, 2, 3) if num_states <= FEW_STATES else None
+        return Form("fp32", 16, 2, 3) if num_states <= FEW_STATES else None
     if dtype == torch.float16:
-        return Form("fp16", True, size, 4, 3)
-    return Form("bf16x3", True, size, 4, 2)
+        return Form("fp16", size, 4, 3)
+    return Form("bf16x3", size, 4, 2)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 SLOTS = 9
 BOUND = -0.6065306597126334
-APART = {"fp32": Form("fp32", True, 16, 1, 2), "bf16x3": Form("bf16x3", True, 16, 1, 3)}
-APART["fp16"] = Form("fp16", True, 16, 1, 3)
-WHOLE = {"bf16x3": Form("bf16x3", False, 32, 4, 2), "fp16": Form("fp16", False, 32, 4, 2)}
+FORMS = {
+    "fp32": Form("fp32", 16, 1, 2),
+    "bf16x3": Form("bf16x3", 16, 1, 3),
+    "fp16": Form("fp16", 16, 1, 3),
+}
 # What a precision's products cost, next to the fp32 arithmetic of the reference.
 COSTS = {"fp32": torch.float32, "bf16x3": torch.float16, "fp16": torch.float16}
 
@@ -83,15 +85,14 @@ def compare(inputs, lengths, form, *, pool_dtype=torch.float32, on_host=True, pa
 
 @pytest.mark.parametrize("lengths", [[1], [2], [15], [16], [17], [63], [100], [1, 33, 2, 17, 48]])
 def test_lengths_equal_reference(lengths) -> None:
-    compare(vectors(sum(lengths), torch.float32), lengths, APART["fp32"])
+    compare(vectors(sum(lengths), torch.float32), lengths, FORMS["fp32"])
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("precision", ["bf16x3", "fp16"])
-@pytest.mark.parametrize("forms", [APART, WHOLE], ids=["apart", "whole"])
-def test_half_precision_equals_reference(forms, precision, pool_dtype) -> None:
+def test_half_precision_equals_reference(precision, pool_dtype) -> None:
     compare(
-        vectors(36, torch.float16, heads=1), [17, 1, 18], forms[precision], pool_dtype=pool_dtype
+        vectors(36, torch.float16, heads=1), [17, 1, 18], FORMS[precision], pool_dtype=pool_dtype
     )
 
 
@@ -103,7 +104,7 @@ def test_every_chosen_form_equals_reference(few, dtype, size) -> None:
     compare(vectors(18, dtype, heads=1, size=size), [18], form, on_host=not few)
 
 
-@pytest.mark.parametrize("form", [APART["fp32"], WHOLE["fp16"]], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("form", [FORMS["fp32"], FORMS["fp16"]], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", ["fastest decay", "no decay", "one key", "orthogonal keys"])
 def test_extremes_equal_reference(case, form) -> None:
     r, w, k, v, kk, a = vectors(33, torch.float32, heads=1)
@@ -116,7 +117,7 @@ def test_extremes_equal_reference(case, form) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [APART["fp32"], WHOLE["bf16x3"], None], ids=["apart", "whole", "loop"]
+    "form", [FORMS["fp32"], FORMS["bf16x3"], None], ids=["fp32", "bf16x3", "loop"]
 )
 def test_padding_and_empty_sequences_touch_nothing(form) -> None:
     inputs = vectors(36, torch.float32, heads=1, size=128 if form is None else 32)
@@ -134,7 +135,7 @@ def test_padding_and_empty_sequences_touch_nothing(form) -> None:
     assert changed.tolist() == [1]
 
 
-@pytest.mark.parametrize("form", [*APART.values(), *WHOLE.values()])
+@pytest.mark.parametrize("form", FORMS.values())
 def test_parts_of_whole_blocks_and_company_give_the_same_bits(form) -> None:
     inputs = vectors(54, torch.float16, heads=1)
     pool, _ = guarded_pool(torch.float32, heads=1)
