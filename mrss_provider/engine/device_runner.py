@@ -139,8 +139,8 @@ class DeviceRunner:
     def prepare(self, max_rows: int) -> None:
         """Compile and capture the steps of up to `max_rows` rows, before anybody waits for them.
 
-        Others are captured when they are first met, which takes from a tenth of a second to some
-        seconds where kernels are not in Triton's cache yet.
+        Others are captured when they are first met, which takes seconds where their kernels are not
+        in Triton's cache yet.
         """
         alone = TailFlags(truncate=True, mixed=False, gated=False)
         together = TailFlags(truncate=True, mixed=True, gated=True)

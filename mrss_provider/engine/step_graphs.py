@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 96
 """Graphs that are kept, the last used ones: two for every bucket, and some more. All share one pool
-of memory, and each has some 10 MB of launches besides."""
+of memory; each has its launches besides."""
 
 
 class StepGraphs:

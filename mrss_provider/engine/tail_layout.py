@@ -194,7 +194,7 @@ class TailLayout:
             ints[:] = lane.ints
             ints[_INT_AT["first_row"]] = seat.first_row
             ints[_INT_AT["next_row"]] = row
-            # The token of the step to come is not planned yet in the kernels' eyes.
+            # `num_planned` counts the step to come; its random number does not.
             ints[_INT_AT["position"]] = choice.num_planned - 1
             staged["floats"][:, g] = lane.floats
             staged["seeds"][g] = lane.seed
@@ -225,8 +225,10 @@ class TailLayout:
         kept = self._device.memory.clone()
         self.slots.fill_(-1)
         self.inputs.column("num_rows").zero_()
-        yield
-        self._device.memory.copy_(kept)
+        try:
+            yield
+        finally:
+            self._device.memory.copy_(kept)
 
     def _add_lane(self, choice: Choice) -> _Lane:
         lane = self._lanes[choice] = _make_lane(choice)

@@ -43,7 +43,7 @@ SEQUENCE_BUCKETS: tuple[int, ...] = tuple(1 << i for i in range(10))
 
 MAX_TOKEN_GRAPHS = 64
 """Graphs of packed tokens that are kept for a pool; the one not used for longest makes room. They
-share their activations' memory, so a graph more costs its launches only, about 2 MB."""
+share their activations' memory, so a graph more costs its launches only."""
 
 Step = Callable[[Tensor, Tensor, StatePool], Tensor]
 

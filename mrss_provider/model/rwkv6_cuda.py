@@ -197,9 +197,6 @@ def _time_mix(
     index: int, layer: PackedLayer, mixed: Tensor, h: Tensor, slots: Tensor, pool: StatePool
 ) -> Tensor:
     """Return the output projection's input [B, C] from the five mixed inputs [5, B, C]."""
-    offsets = None
-    if pool.has_offsets and pool.time_offset is not None:
-        offsets = pool.time_offset[index]
     low = None
     if mixed.shape[1] <= linear_ops.MAX_ROWS:
         projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
@@ -216,7 +213,7 @@ def _time_mix(
         pool.shift_att[index],
         pool.wkv[index],
         slots,
-        offsets,
+        pool.layer_offsets(index),
         low=low,
         out_scale=layer.scale,
     )

@@ -163,9 +163,6 @@ class FusedDecoder:
         pool: StatePool,
     ) -> Tensor:
         """Return the output projection's input [B, C] from the six mixed inputs [6, B, C]."""
-        offsets = None
-        if pool.has_offsets and pool.time_offset is not None:
-            offsets = pool.time_offset[index]
         low = None
         if mixed.shape[1] <= linear_ops.MAX_ROWS:
             projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
@@ -184,7 +181,7 @@ class FusedDecoder:
             v_first,
             pool.wkv[index],
             slots,
-            offsets,
+            pool.layer_offsets(index),
             low=low,
         )
 

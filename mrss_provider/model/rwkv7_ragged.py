@@ -122,9 +122,6 @@ class RaggedStep:
                 rows, index = ragged_index.ragged_tail(cu_seqlens, slots)
                 x, y, low = x[rows], y[rows], low[:, rows]
                 inputs = inputs._replace(v=inputs.v[rows], bonus=inputs.bonus[rows])
-            offsets = None
-            if pool.has_offsets and pool.time_offset is not None:
-                offsets = pool.time_offset[i]
             y = time_ops.time_output7(
                 y,
                 inputs,
@@ -133,7 +130,7 @@ class RaggedStep:
                 layer.vectors,
                 layer.ranks,
                 index,
-                offsets,
+                pool.layer_offsets(i),
                 activated=not is_grouped,
             )
             parts = product(y[None], layer.output)

@@ -111,6 +111,12 @@ class StatePool:
         """Whether any slot holds a state with a time offset."""
         return bool(self._with_offset)
 
+    def layer_offsets(self, layer: int) -> Tensor | None:
+        """Return a layer's time offsets by slot [S + 1, C], or None while no slot has one."""
+        if not self._with_offset or self.time_offset is None:
+            return None
+        return self.time_offset[layer]
+
     def write(self, slot: int, state: RowState | None) -> None:
         """Set everything that a slot holds; None sets the base state."""
         state = self._base if state is None else state

@@ -64,9 +64,8 @@ class DecodeStep:
         return wkv6_decode(r, w, k, v, u, self._pool.wkv[layer], self._slots)
 
     def offset(self, layer: int) -> Tensor | None:
-        if not self._pool.has_offsets or self._pool.time_offset is None:
-            return None
-        return self._pool.time_offset[layer][self._index]
+        offsets = self._pool.layer_offsets(layer)
+        return None if offsets is None else offsets[self._index]
 
 
 class PrefillStep:
@@ -97,9 +96,10 @@ class PrefillStep:
         return wkv6_prefill(r, w, k, v, u, self._pool.wkv[layer], self._slots, self._cu_seqlens)
 
     def offset(self, layer: int) -> Tensor | None:
-        if not self._pool.has_offsets or self._pool.time_offset is None:
+        offsets = self._pool.layer_offsets(layer)
+        if offsets is None:
             return None
-        rows = self._pool.time_offset[layer][self._slots]
+        rows = offsets[self._slots]
         lengths = self.lasts - self._starts + 1
         return rows.repeat_interleave(lengths, dim=0)
 
