@@ -3,7 +3,8 @@
 A cell is timed as a CUDA graph of 20 tails, one after the other, as they follow each other's
 kernels in a decode step; logits are Zipf-like and stay where the head would have left them. A
 truncated cell draws under top-p 0.7, the engine's default; `flat` cells draw under top-p 0.9 from
-logits that hardly differ, where every token is a candidate. Nothing is timed before the kernels
+logits that hardly differ, where every token is a candidate. Where there is a mixture the rule is
+`delta` and the gate `novelty`, unless a cell says otherwise. Nothing is timed before the kernels
 picked what the plain form picks.
 
     python benchmarks/tail.py
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from measure import RESULTS, Machine, capture, machine, time_replays, write_line
 from mrss_kernels import reference_tail
+from mrss_kernels.reference_merge import STRENGTHS
 from mrss_kernels.tail import launch_tail
 from mrss_kernels.tail_tensors import GATES, RULES, TailInputs, TailOutputs
 from torch import Tensor
@@ -35,11 +37,18 @@ class Cell:
     rows: int
     truncate: bool
     flat: bool = False
+    rule: str = "delta"
+    gate: str = "novelty"
 
     @property
     def mixed(self) -> bool:
         """Whether there is anything to merge."""
         return self.rows > 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether the gate looks at the rows."""
+        return self.mixed and self.gate != "fixed"
 
     def limit_bytes(self, vocab: int) -> int:
         """Return what must move at least: each row read once, merged rows written."""
@@ -52,6 +61,20 @@ CELLS = [
     for requests, rows in ((1, 1), (1, 4), (1, 5), (32, 1), (32, 5), (51, 5), (64, 4), (256, 1))
     for truncate in (False, True)
 ] + [Cell(1, 1, True, flat=True), Cell(64, 1, True, flat=True)]
+METHODS = (
+    ("delta", "fixed"),
+    ("linear", "fixed"),
+    ("product", "fixed"),
+    ("power", "fixed"),
+    ("linear", "novelty"),
+    ("route", "novelty"),
+    ("linear", "confidence"),
+    ("linear", "learned"),
+    ("delta", "learned"),
+)
+CELLS += [
+    Cell(requests, 5, True, rule=rule, gate=gate) for requests in (1, 51) for rule, gate in METHODS
+]
 
 
 def make_logits(cell: Cell, vocab: int) -> Tensor:
@@ -67,9 +90,9 @@ def make_logits(cell: Cell, vocab: int) -> Tensor:
 
 
 def make_tail(cell: Cell, vocab: int) -> tuple[TailInputs, TailOutputs]:
-    """Return the tensors of a cell: `delta` with `novelty` where there is a mixture."""
+    """Return the tensors of a cell: a base that is not named, and states of equal weights."""
     num_rows = cell.requests * cell.rows
-    inputs = TailInputs.allocate(cell.requests, num_rows, vocab)
+    inputs = TailInputs.allocate(cell.requests, num_rows, vocab, num_gate_rows=1)
     column = inputs.column
     column("first_row").copy_(torch.arange(cell.requests) * cell.rows)
     column("next_row").copy_(column("first_row"))
@@ -78,13 +101,23 @@ def make_tail(cell: Cell, vocab: int) -> tuple[TailInputs, TailOutputs]:
     if cell.truncate:
         column("top_p").fill_(0.9 if cell.flat else 0.7)
     if cell.mixed:
-        column("rule").fill_(RULES.index("delta"))
-        column("gate").fill_(GATES.index("novelty"))
+        column("rule").fill_(RULES.index(cell.rule))
+        column("gate").fill_(GATES.index(cell.gate))
         column("cut").fill_(0.1)
-        inputs.named.fill_(1.0)
+        column("exponent").fill_(0.5)
+        column("tau").fill_(0.3)
+        inputs.named.fill_(1.0 if cell.rule in STRENGTHS else 1 / (cell.rows - 1))
         inputs.named[:: cell.rows] = 0.0
+        generator = torch.Generator("cuda").manual_seed(3)
+        inputs.gates.normal_(0.0, 0.3, generator=generator)
     token_ids = torch.zeros(num_rows, dtype=torch.int64, device="cuda")
     return inputs, TailOutputs.allocate(token_ids, cell.requests, num_rows, vocab)
+
+
+def launch_cell(cell: Cell, logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> None:
+    """Launch the tail with the flags that an engine would set."""
+    flags = {"truncate": cell.truncate, "mixed": cell.mixed, "gated": cell.gated}
+    launch_tail(logits, inputs, outputs, **flags)
 
 
 def gate(cell: Cell, vocab: int) -> None:
@@ -98,7 +131,7 @@ def gate(cell: Cell, vocab: int) -> None:
     twin_inputs, twin_outputs = make_tail(cell, vocab)
     different = 0
     for _ in range(GATE_STEPS):
-        launch_tail(logits, inputs, outputs, truncate=cell.truncate, mixed=cell.mixed)
+        launch_cell(cell, logits, inputs, outputs)
         reference_tail.tail(logits.clone(), twin_inputs, twin_outputs)
         same = outputs.ids == twin_outputs.ids
         different += int((~same).sum())
@@ -118,7 +151,7 @@ def measure(cell: Cell, vocab: int, on: Machine, out: Path) -> None:
 
     def tails() -> None:
         for _ in range(TAILS):
-            launch_tail(logits, inputs, outputs, truncate=cell.truncate, mixed=cell.mixed)
+            launch_cell(cell, logits, inputs, outputs)
 
     times = time_replays(capture(tails))
     if bool((outputs.ids < 0).any()):
@@ -131,6 +164,8 @@ def measure(cell: Cell, vocab: int, on: Machine, out: Path) -> None:
         "rows": cell.requests * cell.rows,
         "truncate": cell.truncate,
         "flat": cell.flat,
+        "rule": cell.rule if cell.mixed else None,
+        "gate": cell.gate if cell.mixed else None,
         "median_us": round(times.median_ms * 1e3 / TAILS, 2),
         "p99_us": round(times.p99_ms * 1e3 / TAILS, 2),
         "limit_us": round(limit_us, 2),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mrss_kernels.merge_rows import (
+from mrss_kernels.tail_common import (
     BIAS_ROW,
     BINS,
     CHOICE,

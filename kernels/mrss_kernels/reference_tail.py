@@ -6,11 +6,11 @@ Same arguments as `tail.launch_tail`, any device, with a sort and host synchroni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mrss_kernels.reference_merge import Mixing, merge
 from mrss_kernels.tail_tensors import (
     GATES,
     ORDERS,
@@ -21,10 +21,6 @@ from mrss_kernels.tail_tensors import (
     TailOutputs,
 )
 
-LOG_PROB_FLOOR = -30.0
-NOVELTY_TEMPERATURE = 0.3
-MAX_DIVERGENCE = 8.0
-MIN_DIVERGENCE = 1e-4
 MIN_TEMPERATURE = 1e-30
 
 
@@ -39,22 +35,23 @@ def tail(logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> None:
             _pick(g, logits, inputs, outputs)
 
 
-def merge(
-    logits: Tensor, named: Tensor, rule: str, gate: str, cut: float, *, base_named: bool
-) -> Tensor:
-    """Merge rows [K, V] with the weights that the names say [K] into one [V].
+def mixing_of(g: int, inputs: TailInputs) -> Mixing:
+    """Return how request g's rows become one."""
 
-    One row comes back as it is. The formulas are those of MRSS's merge rules and gates: each
-    returns canonical logits, on the scale of the rows' weighted log-mass.
-    """
-    if len(logits) == 1:
-        return logits[0]
-    log_probs = logits.log_softmax(-1)
-    log_mass = logits.logsumexp(-1)
-    weights = named
-    if gate == "novelty":
-        weights = _novelty(log_probs, named, anchored=rule == "delta")
-    return _MERGES[rule](logits, log_probs, log_mass, weights, cut, base_named)
+    def number(name: str) -> float:
+        return float(inputs.column(name)[g])
+
+    gate = GATES[int(inputs.column("gate")[g])]
+    return Mixing(
+        rule=RULES[int(inputs.column("rule")[g])],
+        gate=gate,
+        cut=number("cut"),
+        base_named=bool(inputs.column("base_named")[g]),
+        exponent=number("exponent"),
+        tau=number("tau"),
+        sharpness=number("sharpness"),
+        network=inputs.gates[int(inputs.column("gate_row")[g])] if gate == "learned" else None,
+    )
 
 
 def penalise(merged: Tensor, g: int, inputs: TailInputs) -> Tensor:
@@ -133,14 +130,8 @@ def _pick(g: int, logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> N
     if bias_row >= 0:
         banned = banned | (inputs.bias[bias_row] == -torch.inf)
     logits[rows] = logits[rows].masked_fill(banned, -torch.inf)
-    merged = merge(
-        logits[rows].double(),
-        inputs.named[rows].double(),
-        RULES[int(column("rule")[g])],
-        GATES[int(column("gate")[g])],
-        float(column("cut")[g]),
-        base_named=bool(column("base_named")[g]),
-    )
+    named = inputs.named[rows].double()
+    merged = merge(logits[rows].double(), named, mixing_of(g, inputs))
     outputs.merged[g] = merged
     scores = penalise(merged, g, inputs)
     token = 0
@@ -158,46 +149,3 @@ def _pick(g: int, logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> N
     next_row = int(column("next_row")[g])
     if next_row >= 0:
         outputs.token_ids[next_row : next_row + count] = token
-
-
-def _novelty(log_probs: Tensor, named: Tensor, *, anchored: bool) -> Tensor:
-    floored = log_probs.clamp_min(LOG_PROB_FLOOR)
-    divergence = (log_probs.exp() * (floored - floored[:1])).sum(-1).clamp_min(0.0)
-    if not anchored:
-        clipped = divergence.clamp_max(MAX_DIVERGENCE)
-        return (named.log() + clipped / NOVELTY_TEMPERATURE).softmax(-1)
-    if divergence.amax() < MIN_DIVERGENCE:
-        return named / named.sum()
-    return named * divergence / divergence.amax()
-
-
-Merge = Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], Tensor]
-
-
-def _linear(
-    logits: Tensor, log_probs: Tensor, log_mass: Tensor, weights: Tensor, cut: float, based: bool
-) -> Tensor:
-    terms = log_probs + weights.log().unsqueeze(-1)
-    return terms.logsumexp(0) + (weights * log_mass).sum()
-
-
-def _geometric(
-    logits: Tensor, log_probs: Tensor, log_mass: Tensor, weights: Tensor, cut: float, based: bool
-) -> Tensor:
-    # 0 * -inf is no number, and a row without weight has no veto.
-    heard = torch.where(weights.unsqueeze(-1) > 0, logits, 0.0)
-    return (weights.unsqueeze(-1) * heard).sum(0)
-
-
-def _delta(
-    logits: Tensor, log_probs: Tensor, log_mass: Tensor, weights: Tensor, cut: float, based: bool
-) -> Tensor:
-    shares = torch.cat((1.0 - weights[1:].sum(0, keepdim=True), weights[1:]))
-    floored = log_probs.clamp_min(LOG_PROB_FLOOR)
-    merged = (shares.unsqueeze(-1) * floored).sum(0) + (shares * log_mass).sum()
-    best = log_probs[0 if based else 1 :].amax(0)
-    least = best.amax() + (math.log(cut) if cut > 0 else -math.inf)
-    return merged.masked_fill(~((best >= least) & (best > -torch.inf)), -torch.inf)
-
-
-_MERGES: dict[str, Merge] = {"linear": _linear, "geometric": _geometric, "delta": _delta}

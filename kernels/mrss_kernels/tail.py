@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrss_kernels import draw_token, merge_rows
+from mrss_kernels import draw_token, gate_rows, merge_rows
 from mrss_kernels._checks import (
     expect_contiguous,
     expect_device,
@@ -20,6 +20,7 @@ from mrss_kernels._checks import (
 from mrss_kernels._launch import dependent_launch, next_power_of_2
 from mrss_kernels.tail_tensors import (
     FLOAT_FIELDS,
+    GATE_SIZE,
     INT_FIELDS,
     MAX_VOCAB_SIZE,
     TailInputs,
@@ -61,7 +62,7 @@ def launch_tail(
         outputs: *written*.
         truncate: whether any request has top_k, a top_p below 1 or a min_p above 0.
         mixed: whether any request has more than one row.
-        gated: whether any request has the gate `novelty`; not looked at unless `mixed`.
+        gated: whether any request has another gate than `fixed`; not looked at unless `mixed`.
         num_groups: only the first so many requests are looked at; None is all of them.
 
     Raises:
@@ -80,12 +81,12 @@ def launch_tail(
     # Without contraction an expression has the same bits in every variant of a kernel.
     sizes |= {"enable_fp_fusion": False} | dependent_launch(logits.device)
     padded = {"NBP": next_power_of_2(blocks)}
-    # Rows of a tile: as many as the registers hold beside what is done with them.
     most = next_power_of_2(s.max_rows)
-    rows = {"KT": min(most, 8 if s.block <= 1024 else 4)}
     if mixed:
-        gate_rows = {"KB": most}
-        merge_rows.row_stats_kernel[grid](
+        # Rows of a tile: as many as the registers hold beside what is done with them.
+        tile = min(most, 8 if s.block <= 1024 else 4)
+        rows = {"KT": tile, "KB": most}
+        gate_rows.row_stats_kernel[grid](
             logits,
             inputs.ints,
             inputs.named,
@@ -98,28 +99,32 @@ def launch_tail(
             s.row_mass,
             s.row_log_mass,
             s.row_weight,
+            s.rule,
             stride,
             **sizes,
             **padded,
             **rows,
-            **gate_rows,
         )
         if gated:
-            merge_rows.divergence_kernel[grid](
+            gate_rows.gate_kernel[grid](
                 logits,
                 inputs.ints,
+                inputs.floats,
                 inputs.named,
+                inputs.gates,
                 s.row_max,
                 s.row_mass,
                 s.row_log_mass,
-                s.part_mass,
+                s.part_max,
+                s.parts,
                 s.arrived,
                 s.row_weight,
+                s.rule,
                 stride,
+                KL=max(1, tile // 2),
                 **sizes,
                 **padded,
                 **rows,
-                **gate_rows,
             )
     if not mixed:
         # One row alone needs few registers: more of its programs fit with fewer warps each.
@@ -128,6 +133,7 @@ def launch_tail(
         logits,
         inputs.ints,
         inputs.floats,
+        inputs.named,
         inputs.bias,
         inputs.banned,
         inputs.counts,
@@ -136,6 +142,7 @@ def launch_tail(
         s.row_mass,
         s.row_log_mass,
         s.row_weight,
+        s.rule,
         outputs.merged,
         s.scores,
         s.top,
@@ -254,6 +261,7 @@ def _check(logits: Tensor, inputs: TailInputs, outputs: TailOutputs, num_groups:
         ("marks", inputs.marks, pools, torch.uint8),
         ("bias", inputs.bias, (inputs.bias.shape[0], vocab), torch.float32),
         ("banned", inputs.banned, (vocab,), torch.uint8),
+        ("gates", inputs.gates, (inputs.gates.shape[0], GATE_SIZE), torch.float32),
         ("token_ids", outputs.token_ids, (outputs.token_ids.shape[0],), torch.int64),
         ("ids", outputs.ids, (max(num_groups, outputs.ids.shape[0]),), torch.int64),
         ("log_probs", outputs.log_probs, outputs.ids.shape, torch.float32),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mrss_kernels._launch import next_power_of_2
 
-RULES = ("linear", "geometric", "delta")
+RULES = ("linear", "geometric", "product", "power", "delta", "contrast", "route")
 """Merge rules; a request has the index of its own."""
 
-GATES = ("fixed", "novelty")
-"""Gates; a request has the index of its own."""
+GATES = ("fixed", "novelty", "confidence", "learned", "posterior-novelty")
+"""Gates, by what they do with the rows of a token; a request has the index of its own."""
 
 ORDERS = ("openai", "rwkv")
 """Sampling orders; a request has the index of its own."""
@@ -35,6 +35,7 @@ INT_FIELDS = (
     "position",
     "count_row",
     "bias_row",
+    "gate_row",
 )
 """Rows of `p_ints [len, G]`."""
 
@@ -47,6 +48,9 @@ FLOAT_FIELDS = (
     "presence",
     "frequency",
     "decay",
+    "exponent",
+    "tau",
+    "sharpness",
 )
 """Rows of `p_floats [len, G]`."""
 
@@ -55,6 +59,15 @@ NUM_LEVELS = 8
 
 NUM_BINS = 2048
 """Bins of the scores of a request that has too many candidates to compare all with all."""
+
+NUM_FEATURES, NUM_UNITS = 5, 16
+"""What a learned gate sees of each row, and the units of its network."""
+
+GATE_SIZE = 2 * NUM_FEATURES * NUM_UNITS + 2 * NUM_UNITS
+"""Numbers of a learned gate: weights of the units, by unit; their biases; how they add up."""
+
+NUM_PARTS = 4
+"""What each block says of a row to a gate: entropy, two divergences, the second largest logit."""
 
 MAX_VOCAB_SIZE = 1 << 18
 """Integer masses of more tokens could overflow."""
@@ -77,10 +90,14 @@ class TailInputs:
 
     - first_row, num_rows: the request's rows of the logits, neighbours, its base first if it has
       one; num_rows 0 is a padding request, all else of which is ignored. Requests may share rows
-      if their rows have the same bans and named weights.
+      if their bans, rules, gates and named weights are the same.
     - next_row: first of as many rows of `TailOutputs.token_ids` that get the token; -1 none.
     - rule, gate, order: index in `RULES`, `GATES`, `ORDERS`.
-    - base_named: 1 if row 0 is a base that the name contains. cut: in [0, 1).
+    - base_named: 1 if row 0 is a base that the name contains. cut: in [0, 1), for `delta` and
+      `contrast`. exponent: of `power`.
+    - tau: above 0, of all gates but `fixed` and `learned`. sharpness: at least 0, the power of the
+      relative divergence in `novelty`, where weights are strengths; 1 for `posterior-novelty`.
+      gate_row: row of `gates` of a `learned` gate.
     - keep_merged: 1 if `TailOutputs.merged` is wanted. It is also written, wanted or not, where
       there is more than one row, a penalty or a bias; otherwise it is the row of the logits.
     - temperature: below 1e-30 greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
@@ -94,12 +111,14 @@ class TailInputs:
         floats: fp32 [len(FLOAT_FIELDS), G].
         seeds: int64 [G].
         named: weights that the names say, by row of the logits, fp32 [B]; 0 for a base that is not
-            named. They sum to 1, or are strengths for `delta`.
+            named. They sum to 1, or are strengths for `product`, `delta` and `contrast`; only the
+            last one's may be negative. At least one of a request is not 0.
         counts: occurrences in the answer, decayed, fp32 [P, V], *modified*.
         marks: bits `SEEN` and `SAMPLED`, uint8 [P, V], *modified*.
         bias: fp32 [P2, V]; -inf bans a token before gate and merge, 0 is nothing, other values are
             added after the penalties.
         banned: uint8 [V], 1 for ids that no request may get.
+        gates: learned gates, fp32 [P3, GATE_SIZE].
     """
 
     ints: Tensor
@@ -110,6 +129,7 @@ class TailInputs:
     marks: Tensor
     bias: Tensor
     banned: Tensor
+    gates: Tensor
 
     @classmethod
     def allocate(
@@ -120,6 +140,7 @@ class TailInputs:
         *,
         num_count_rows: int = 0,
         num_bias_rows: int = 0,
+        num_gate_rows: int = 0,
         device: torch.device | str = "cuda",
     ) -> TailInputs:
         """Return inputs of padding requests without penalties, bias, bans or truncation."""
@@ -127,7 +148,7 @@ class TailInputs:
         floats = torch.zeros(len(FLOAT_FIELDS), num_groups, device=device)
         for name in ("next_row", "count_row", "bias_row"):
             ints[INT_FIELDS.index(name)] = -1
-        for name in ("temperature", "top_p", "repetition", "decay"):
+        for name in ("temperature", "top_p", "repetition", "decay", "exponent", "tau", "sharpness"):
             floats[FLOAT_FIELDS.index(name)] = 1.0
         marks = torch.zeros(num_count_rows, vocab_size, dtype=torch.uint8, device=device)
         return cls(
@@ -139,6 +160,7 @@ class TailInputs:
             marks=marks,
             bias=torch.zeros(num_bias_rows, vocab_size, device=device),
             banned=torch.zeros(vocab_size, dtype=torch.uint8, device=device),
+            gates=torch.zeros(num_gate_rows, GATE_SIZE, device=device),
         )
 
     @property
@@ -215,7 +237,7 @@ class TailOutputs:
 
 @dataclass(frozen=True)
 class TailScratch:
-    """Parts of blocks: [B, NB] of rows, [G, NB] of merged requests, and their sums.
+    """Parts of blocks: [B, NB] or [B, NUM_PARTS, NB] of rows, [G, NB] of requests, their sums.
 
     `arrived`, `num_undecided` and `bins` are 0 between steps: who reads them puts them back.
     """
@@ -224,10 +246,12 @@ class TailScratch:
     block: int
     part_max: Tensor
     part_mass: Tensor
+    parts: Tensor
     row_max: Tensor
     row_mass: Tensor
     row_log_mass: Tensor
     row_weight: Tensor
+    rule: Tensor
     scores: Tensor
     top: Tensor
     best_id: Tensor
@@ -277,10 +301,12 @@ class TailScratch:
             block=block,
             part_max=floats(num_rows, blocks),
             part_mass=floats(num_rows, blocks),
+            parts=floats(num_rows, NUM_PARTS, blocks),
             row_max=floats(num_rows),
             row_mass=floats(num_rows),
             row_log_mass=floats(num_rows),
             row_weight=floats(num_rows),
+            rule=ints(num_groups),
             scores=floats(num_groups, vocab_size),
             top=floats(num_groups, blocks),
             best_id=ints(num_groups, blocks),

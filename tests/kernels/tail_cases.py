@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrss_kernels import draw_token, merge_rows
+from mrss_kernels import draw_token, gate_rows, merge_rows
 
 FLOATS = (
-    "p_logits p_floats p_named p_bias p_counts p_part p_part_max p_part_mass p_row_max p_row_mass "
-    "p_row_log_mass p_row_weight p_merged p_scores p_top p_mass p_merged_top p_merged_mass "
-    "p_low p_plan p_candidates p_log_probs"
+    "p_logits p_floats p_named p_gates p_bias p_counts p_part_max p_part_mass p_parts p_row_max "
+    "p_row_mass p_row_log_mass p_row_weight p_merged p_scores p_top p_mass p_merged_top "
+    "p_merged_mass p_low p_plan p_candidates p_log_probs"
 )
 INTS = (
-    "p_ints p_arrived p_best_id p_cell p_level_mass p_level_count p_least_cell p_offset p_count "
-    "p_num_candidates p_candidate_ids p_bracket p_num_undecided"
+    "p_ints p_rule p_arrived p_best_id p_cell p_level_mass p_level_count p_least_cell p_offset "
+    "p_count p_num_candidates p_candidate_ids p_bracket p_num_undecided"
 )
 TYPES = dict.fromkeys(FLOATS.split(), "*fp32")
 TYPES |= dict.fromkeys(INTS.split(), "*i32")
@@ -37,11 +37,11 @@ def _cases(
     pick = {**padded, "PAIRS": 256, "FEW": 64, "WIDTH": 8, "TILE": 1024}
     find = {**sizes, "PAIRS": 256, "CHUNK": 1024}
     warps = block // 128
-    stats, divergence = merge_rows.row_stats_kernel, merge_rows.divergence_kernel
+    stats, gates = gate_rows.row_stats_kernel, gate_rows.gate_kernel
     merge, draw = merge_rows.merge_rows_kernel, draw_token.draw_token_kernel
     found: list[tuple[str, Any, dict[str, Any], int]] = [
         ("row_stats_kernel", stats, gate, warps),
-        ("divergence_kernel", divergence, gate, warps),
+        ("gate_kernel", gates, gate | {"KL": 4096 // block}, warps),
         ("find_candidates_kernel", draw_token.find_candidates_kernel, find, 4),
     ]
     for truncate in (True, False):
@@ -59,7 +59,7 @@ def _cases(
                 )
             )
     # Other sizes: the variants that need most registers are enough.
-    largest = ("row_stats", "divergence", "merge_rows_kernel truncated mixed", "draw", "find")
+    largest = ("row_stats", "gate", "merge_rows_kernel truncated mixed", "draw", "find")
     if vocab != SIZES[0][0]:
         found = [one for one in found if one[0].startswith(largest) and "whole" not in one[0]]
     return [

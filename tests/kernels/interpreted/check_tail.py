@@ -9,198 +9,28 @@ from collections import Counter
 
 import pytest
 import torch
-from mrss_kernels import merge_rows as kernels
 from mrss_kernels import reference_tail as plain
 from mrss_kernels import tail as tail_ops
-from mrss_kernels.tail_tensors import GATES, ORDERS, RULES, TailInputs, TailOutputs, choose_block
-from oracle import DEVICE, assert_as_good_as_reference, randn
+from mrss_kernels import tail_common as kernels
+from mrss_kernels.tail_tensors import choose_block
+from oracle import DEVICE, randn
+from tail_batch import (
+    LARGE,
+    MIXTURES,
+    SAMPLINGS,
+    SMALL,
+    Batch,
+    assert_same,
+    batch_of,
+    pick_of,
+    sampling,
+)
 
-from mrss_provider.engine import gates, merge, sampler
-from mrss_provider.engine.logits_processors import Bias, Occurrences
+from mrss_provider.engine import sampler
 from mrss_provider.engine.philox import uniform
-from mrss_provider.engine.request import ResolvedMixture
-from mrss_provider.engine.tail import Pick, merge_rows, pick_tokens
-from mrss_provider.sampling_params import SamplingParams
 
 # In the interpreter numpy warns of log 0 and -inf - -inf, which the kernels know how to take.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-SMALL = 77
-LARGE = 1447
-BLOCK = 256
-
-
-def mixture(*weights, merge="linear", gate="fixed", cut=0.0, base=False):
-    """Return a mixture of as many rows as weights; `base`: row 0 is the base."""
-    return ResolvedMixture(
-        canonical="check",
-        states=(None,) * len(weights),
-        weights=weights,
-        merge=merge,
-        gate=gate,
-        cut=cut,
-        base_row=0 if base else None,
-        fingerprint="fp_check",
-    )
-
-
-MIXTURES = [
-    mixture(1.0),
-    mixture(0.3, 0.7),
-    mixture(0.1, 0.2, 0.3, 0.4),
-    mixture(0.2, 0.3, 0.5, merge="geometric"),
-    mixture(0.0, 0.25, 0.25, 0.5, gate="novelty", base=True),
-    mixture(0.5, 0.25, 0.25, merge="geometric", gate="novelty", base=True),
-    mixture(0.0, 1.0, 0.5, merge="delta", base=True, cut=0.2),
-    mixture(0.0, 1.0, 1.0, 1.0, 0.5, merge="delta", gate="novelty", base=True, cut=0.1),
-    mixture(0.2, 0.4, 0.4, merge="delta", gate="novelty", base=True, cut=0.1),
-    mixture(0.0, 1.5, merge="delta", base=True),
-]
-NAMES = [f"{m.merge}-{m.gate}-{m.rows}-{m.weights[0]}" for m in MIXTURES]
-
-
-def sampling(**values):
-    return SamplingParams(**({"temperature": 1.0, "top_p": 1.0, "seed": 5} | values))
-
-
-SAMPLINGS = [
-    sampling(temperature=0.0),
-    sampling(seed=-3, logit_bias={5: 3.0, 6: -100}),
-    sampling(seed=2**63 + 11, temperature=0.7, top_p=0.8),
-    sampling(temperature=1.3, top_p=0.9, sampling_order="rwkv", min_p=0.01),
-    sampling(top_k=4),
-    sampling(temperature=2.0, top_k=30, top_p=0.6),
-    sampling(temperature=0.5, top_k=30, top_p=0.9, sampling_order="rwkv"),
-    sampling(temperature=1.7, min_p=0.05),
-    sampling(temperature=3.0, top_p=0.97),
-    sampling(top_k=10_000),
-    sampling(temperature=1e-9, top_p=0.5),
-    sampling(top_p=0.9, frequency_penalty=0.5, presence_penalty=0.3, repetition_penalty=1.4),
-]
-
-
-class Batch:
-    """Requests as the engine has them, and the same in the kernels' tensors."""
-
-    def __init__(self, logits, picks, *, capacity=None, banned=(), block=BLOCK, max_rows=8):
-        rows, vocab = logits.shape
-        size = capacity or len(picks)
-        self.picks = picks
-        self.logits = logits
-        self.banned = torch.tensor(banned, dtype=torch.int64)
-        self.inputs = TailInputs.allocate(
-            size, rows, vocab, num_count_rows=size, num_bias_rows=size, device=DEVICE
-        )
-        self.inputs.banned[list(banned)] = 1
-        self.token_ids, self.check_guard = guarded_ids(rows)
-        self.outputs = TailOutputs.allocate(
-            self.token_ids, size, rows, vocab, max_rows=max_rows, block=block
-        )
-        for g, pick in enumerate(picks):
-            fill(self.inputs, g, pick)
-
-    def expected(self):
-        """Return what the engine picks, and the merged logits; counts move on."""
-        logits = self.logits.cpu().clone()
-        picked = pick_tokens(logits, self.picks, self.banned)
-        merged = merge_rows(logits, [(pick.rows, pick.mixture) for pick in self.picks])
-        for pick, one in zip(self.picks, picked, strict=True):
-            if pick.occurrences is not None and one.token_id is not None:
-                pick.occurrences.push(one.token_id)
-        self.picks = [dataclasses.replace(pick, position=pick.position + 1) for pick in self.picks]
-        return picked, merged
-
-    def launch(self, **flags):
-        tail_ops.launch_tail(self.logits.clone(), self.inputs, self.outputs, **flags)
-        self.check_guard()
-
-    @property
-    def ids(self):
-        return self.outputs.ids.tolist()
-
-
-def guarded_ids(rows):
-    room = torch.full((rows + 16,), 7, dtype=torch.int64, device=DEVICE)
-    room[8 : 8 + rows] = -5
-
-    def check():
-        assert (room[:8] == 7).all()
-        assert (room[8 + rows :] == 7).all()
-
-    return room[8 : 8 + rows], check
-
-
-def fill(inputs, g, pick):
-    """Write one request into the tensors, as an engine would."""
-    params, mixed = pick.sampling, pick.mixture
-    first = pick.rows[0]
-    values = {
-        "first_row": first,
-        "num_rows": len(pick.rows),
-        "next_row": first,
-        "rule": RULES.index(mixed.merge),
-        "gate": GATES.index(mixed.gate),
-        "base_named": int(mixed.base_row is not None and mixed.weights[0] > 0),
-        "keep_merged": 1,
-        "top_k": params.top_k,
-        "order": ORDERS.index(params.sampling_order or "openai"),
-        "choice": pick.choice,
-        "position": pick.position,
-        "cut": mixed.cut,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "min_p": params.min_p,
-    }
-    seed = params.seed % 2**64
-    inputs.seeds[g] = seed - 2**64 if seed >= 2**63 else seed
-    inputs.named[first : first + len(pick.rows)] = torch.tensor(mixed.weights)
-    if pick.occurrences is not None:
-        values |= {
-            "count_row": g,
-            "repetition": params.repetition_penalty,
-            "presence": params.presence_penalty,
-            "frequency": params.frequency_penalty,
-            "decay": params.penalty_decay,
-        }
-        inputs.counts[g] = 0
-        inputs.marks[g] = 0
-        ids = torch.from_numpy(pick.occurrences.ids).to(DEVICE)
-        inputs.counts[g, ids] = torch.from_numpy(pick.occurrences.counts).to(DEVICE)
-        sampled = torch.from_numpy(pick.occurrences.sampled).to(DEVICE)
-        inputs.marks[g, ids] = 1 + 2 * sampled.to(torch.uint8)
-    if params.logit_bias:
-        values["bias_row"] = g
-        inputs.bias[g] = 0
-        for i in pick.bias.banned:
-            inputs.bias[g, i] = -torch.inf
-        inputs.bias[g, torch.from_numpy(pick.bias.ids)] = torch.from_numpy(pick.bias.values).to(
-            DEVICE
-        )
-    for name, value in values.items():
-        inputs.column(name)[g] = value
-
-
-def pick_of(rows, mixed, params, *, prompt=(), choice=0, position=0):
-    params = dataclasses.replace(params, logprobs=True)
-    seen = Occurrences(prompt, params) if params.has_penalties else None
-    return Pick(rows, mixed, params, Bias(params), seen, choice, position)
-
-
-def batch_of(mixtures, samplings, vocab, *, seed=0, scale=3.0, **options):
-    """Return a batch of one request a pair, each with rows of its own."""
-    picks, rows = [], 0
-    for g, (mixed, params) in enumerate(zip(mixtures, samplings, strict=True)):
-        own = range(rows, rows + mixed.rows)
-        picks.append(pick_of(own, mixed, params, prompt=(1, 2), choice=g % 3, position=10 * g))
-        rows += mixed.rows
-    return Batch(randn(rows, vocab, seed=seed, scale=scale), picks, **options)
-
-
-def assert_same(batch, picked):
-    assert batch.ids[: len(picked)] == [-1 if p.token_id is None else p.token_id for p in picked]
-    for g, one in enumerate(picked):
-        if one.token_id is not None:
-            assert float(batch.outputs.log_probs[g]) == pytest.approx(one.logprob, abs=2e-4)
 
 
 def flat_batch(scale, vocab=4096, block=1024):
@@ -226,25 +56,7 @@ def assert_nothing_is_left(batch):
         assert not left.any()
 
 
-class TestMerge:
-    @pytest.mark.parametrize("vocab", [SMALL, LARGE])
-    def test_every_rule_and_gate_is_as_good_as_the_engines(self, vocab):
-        batch = batch_of(MIXTURES, [sampling()] * len(MIXTURES), vocab)
-        _, same = batch.expected()
-        batch.launch(truncate=False)
-        for g, pick in enumerate(batch.picks):
-            rows, mixed = batch.logits[list(pick.rows)], pick.mixture
-            named = torch.tensor(mixed.weights, dtype=torch.float64, device=DEVICE)
-            based = mixed.base_row is not None and mixed.weights[0] > 0
-            exact = plain.merge(
-                rows.double(), named, mixed.merge, mixed.gate, mixed.cut, base_named=based
-            )
-            got = batch.outputs.merged[g]
-            there = exact > -torch.inf
-            assert there.equal(got > -torch.inf), NAMES[g]
-            reference = same[g].to(DEVICE)
-            assert_as_good_as_reference(got[there], reference[there], exact[there], torch.float32)
-
+class TestOneRow:
     def test_one_row_comes_back_bit_for_bit_with_and_without_a_copy(self):
         batch = batch_of([MIXTURES[0]] * 2, [sampling(seed=1), sampling(seed=2)], LARGE)
         picked, _ = batch.expected()
@@ -255,46 +67,7 @@ class TestMerge:
         assert (batch.outputs.merged[1] == -7).all()
         assert_same(batch, picked)
 
-    def test_more_rows_than_a_tile_are_merged(self):
-        mixed = mixture(*[1 / 19] * 19)
-        batch = batch_of([mixed], [sampling()], SMALL, max_rows=32)
-        picked, same = batch.expected()
-        batch.launch()
-        torch.testing.assert_close(batch.outputs.merged.cpu(), same, atol=2e-5, rtol=1e-5)
-        assert_same(batch, picked)
-
-    def test_impossible_tokens_are_what_they_are_in_the_engine(self):
-        """-inf in one row, in all rows, in the base only, and rows of nothing but one token."""
-        batch = batch_of(MIXTURES, [sampling()] * len(MIXTURES), SMALL)
-        for pick in batch.picks:
-            first, last = pick.rows[0], pick.rows[-1]
-            batch.logits[first, 3:20] = -torch.inf
-            batch.logits[last, 10:30] = -torch.inf
-            batch.logits[first : last + 1, 40] = -torch.inf
-        batch.logits[batch.picks[2].rows[1]] = -torch.inf
-        batch.logits[batch.picks[2].rows[1], 50] = 1.0
-        picked, same = batch.expected()
-        batch.launch()
-        torch.testing.assert_close(batch.outputs.merged.cpu(), same, atol=1e-4, rtol=1e-4)
-        assert_same(batch, picked)
-
-    def test_agreeing_states_weigh_what_the_name_says(self):
-        """Anchored novelty below the least divergence; rows that are the same and a tie of all."""
-        mixed = MIXTURES[7]
-        batch = batch_of([mixed, mixed], [sampling()] * 2, SMALL)
-        batch.logits[:5] = batch.logits[0]
-        batch.logits[5:] = 1.5
-        picked, same = batch.expected()
-        batch.launch()
-        torch.testing.assert_close(batch.outputs.merged.cpu(), same, atol=2e-5, rtol=1e-5)
-        assert_same(batch, picked)
-
-    def test_constants_and_tables_are_the_engines(self):
-        assert tuple(merge.MERGE_RULES) == RULES
-        assert tuple(gates.GATES) == GATES
-        assert kernels.LOG_PROB_FLOOR.value == plain.LOG_PROB_FLOOR == merge.LOG_PROB_FLOOR
-        for name in ("NOVELTY_TEMPERATURE", "MAX_DIVERGENCE", "MIN_DIVERGENCE"):
-            assert getattr(kernels, name).value == getattr(plain, name) == getattr(gates, name)
+    def test_constants_are_the_engines(self):
         assert kernels.MIN_TEMPERATURE.value == sampler._MIN_TEMPERATURE == plain.MIN_TEMPERATURE
 
 
@@ -561,7 +334,7 @@ class TestRequests:
             alone.launch(
                 truncate=truncate,
                 mixed=len(pick.rows) > 1,
-                gated=pick.mixture.gate == "novelty",
+                gated=pick.mixture.gate.name != "fixed",
                 num_groups=1,
             )
             assert alone.ids == together.ids[g : g + 1]

@@ -11,7 +11,12 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 GUARD = 64
-FLOOR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+# A GPU's exp2 and log2 are off by a last bit more than the host's.
+FLOOR = {
+    torch.float32: 5e-7 if INTERPRETED else 1e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3,
+}
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
