@@ -2,13 +2,14 @@
 
     [story]
     terms = "knowledge+tone:0.4"    # names and weights, as in a typed name
-    merge = "delta"                 # optional, as the rest
-    gate = "novelty"
+    merge = "delta"                 # as after `~` in a name; optional, as the rest
+    gate = {name = "novelty", tau = 0.1}    # or "novelty:0.1"
     cut = 0.1
     temperature = 0.9
     top_p = 0.7
     sampling_order = "openai"
     description = "Facts, told warmly"
+    display_name = "Story teller"   # for people, who may ask for it by this name too
 
 Keys are strict. A bad table spoils only its own name.
 """
@@ -21,16 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrss_provider.engine.gates import GATES
-from mrss_provider.engine.merge import MERGE_RULES
+from mrss_provider.engine.merges import make_merge
 from mrss_provider.errors import ConfigError, InvalidRequestError
-from mrss_provider.mixture import DEFAULT_MERGE, Term, check_name, parse_mixture
+from mrss_provider.mixture import (
+    DEFAULT_MERGE,
+    Kind,
+    Method,
+    Term,
+    check_name,
+    check_signs,
+    parse_method,
+    parse_mixture,
+)
 from mrss_provider.sampling_params import SamplingOrder, SamplingParams
 
 MIXTURES_FILE = "mixtures.toml"
 
 _SAMPLING_KEYS = ("temperature", "top_p", "sampling_order")
-_KEYS = ("terms", "merge", "gate", "cut", *_SAMPLING_KEYS, "description")
+_KEYS = ("terms", "merge", "gate", "cut", *_SAMPLING_KEYS, "description", "display_name")
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,14 @@ class NamedMixture:
     """One table of the file. None is "not said": the default of the request takes its place."""
 
     terms: tuple[Term, ...]
-    merge: str | None = None
-    gate: str | None = None
+    merge: Method | None = None
+    gate: Method | None = None
     cut: float | None = None
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
     description: str = ""
+    display_name: str = ""
 
 
 def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, ConfigError]]:
@@ -65,7 +75,7 @@ def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, Config
     for name, table in tables.items():
         try:
             check_name(name, "mixture")
-            good[name] = _parse_table(table)
+            good[name] = parse_table(table)
         except (ConfigError, InvalidRequestError) as exc:
             bad[name] = ConfigError(f"{path.name}, [{name}]: {exc.message}", param=exc.param)
     return good, bad
@@ -83,27 +93,31 @@ def check_cut(value: object, where: str) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _parse_table(table: object) -> NamedMixture:
+def parse_table(table: object) -> NamedMixture:
+    """Read one table.
+
+    Raises:
+        ConfigError: a key or a value that it cannot have.
+        InvalidRequestError: the same, of terms, merge, gate and sampling.
+    """
     if not isinstance(table, dict):
         raise ConfigError(f"a mixture is a table with the key 'terms', got {table!r:.40}")
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"unknown key {key!r}, the keys are {', '.join(_KEYS)}", param=key)
-    for key, rules in (("merge", MERGE_RULES), ("gate", GATES)):
-        if key in table and table[key] not in list(rules):
-            raise ConfigError(
-                f"{key} must be one of {', '.join(rules)}, got {table[key]!r:.40}", param=key
-            )
+    terms, merge = _parse_terms(table), _parse_method(table, "merge")
+    check_signs(terms, merge or DEFAULT_MERGE, "terms")
     sampling = SamplingParams(**{key: table[key] for key in _SAMPLING_KEYS if key in table})
     return NamedMixture(
-        terms=_parse_terms(table),
-        merge=table.get("merge"),
-        gate=table.get("gate"),
-        cut=_parse_cut(table),
+        terms=terms,
+        merge=merge,
+        gate=_parse_method(table, "gate"),
+        cut=_parse_cut(table, merge or DEFAULT_MERGE),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         sampling_order=sampling.sampling_order,
         description=_text(table, "description", ""),
+        display_name=_text(table, "display_name", ""),
     )
 
 
@@ -119,13 +133,16 @@ def _parse_terms(table: Mapping[str, Any]) -> tuple[Term, ...]:
     return mixture.terms
 
 
-def _parse_cut(table: Mapping[str, Any]) -> float | None:
+def _parse_method(table: Mapping[str, Any], key: Kind) -> Method | None:
+    return parse_method(table[key], key, key) if key in table else None
+
+
+def _parse_cut(table: Mapping[str, Any], merge: Method) -> float | None:
     if "cut" not in table:
         return None
     cut = check_cut(table["cut"], "cut")
-    merge = table.get("merge", DEFAULT_MERGE)
-    if cut > 0 and not MERGE_RULES[merge].has_cut:
-        raise ConfigError(f"the merge rule {merge!r} has no cut, remove it", param="cut")
+    if cut > 0 and not make_merge(merge).has_cut:
+        raise ConfigError(f"the merge rule {merge.text!r} has no cut, remove it", param="cut")
     return cut
 
 

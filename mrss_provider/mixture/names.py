@@ -1,7 +1,7 @@
-"""The name of a mixture: `<terms>[@model][~merge][~gate]`, parsed and in canonical form.
+"""The grammar of names: `<terms>[@model][~merge][~gate]`, parsed and in canonical form.
 
-A leaf: standard library only, so that clients can check a name without an engine. Which states
-exist is not known here: `engine.state_library` resolves a parsed name against what is loaded.
+Which states exist is not known here: `engine.state_library` resolves a parsed name against what
+is loaded.
 
     >>> parse_mixture("tone:3+knowledge:7").canonical()
     'knowledge+tone:0.4286'
@@ -10,28 +10,25 @@ exist is not known here: `engine.state_library` resolves a parsed name against w
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
 
+from mrss_provider.backend import AGREED
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.mixture.methods import (
+    DEFAULT_GATE,
+    DEFAULT_MERGE,
+    GATES,
+    MERGES,
+    Method,
+    read_method,
+)
+from mrss_provider.mixture.scanner import NAME_PATTERN, Scanner
 
 BASE = "base"
 """The untuned model: the checkpoint's own initial state."""
 
-MERGES = ("linear", "geometric", "delta")
-"""Merge rules by name; `engine.merge` has one implementation for each (a test compares them)."""
-
-GATES = ("fixed", "novelty")
-"""Gates by name; `engine.gates` has one implementation for each (a test compares them)."""
-
-DEFAULT_MERGE = "delta"
-DEFAULT_GATE = "novelty"
 DEFAULT_CUT = 0.1
-
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_WEIGHT_PATTERN = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 # LiteLLM's dispatch looks at these substrings before it asks a custom provider, so a state with
 # such a name would send the prompt to another company's API.
@@ -65,8 +62,8 @@ class Mixture:
 
     terms: tuple[Term, ...]
     model: str | None = None
-    merge: str | None = None
-    gate: str | None = None
+    merge: Method | None = None
+    gate: Method | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,9 +73,9 @@ class Mixture:
     def canonical(self) -> str:
         """Return the one spelling of this mixture: it parses back to itself and keys caches.
 
-        Equal names are added up, terms sorted, weights divided by the largest and written with
-        4 significant digits (1 is left out). What changes nothing is left out: a term of weight
-        0, the default merge and gate, and both of them where a single state remains.
+        Equal names are added up, terms sorted, weights divided by the largest in absolute value
+        and written with 4 significant digits (1 is left out). What changes nothing is left out: a
+        term of weight 0, defaults of merge and gate, and both of them for a single state.
         """
         totals = canonical_weights(self.terms)
         terms = "+".join(
@@ -88,8 +85,8 @@ class Mixture:
         model = f"@{self.model}" if self.model else ""
         if len(totals) == 1:
             return terms + model
-        merge = f"~{self.merge}" if self.merge and self.merge != DEFAULT_MERGE else ""
-        gate = f"~{self.gate}" if self.gate and self.gate != DEFAULT_GATE else ""
+        merge = f"~{self.merge.text}" if self.merge not in (None, DEFAULT_MERGE) else ""
+        gate = f"~{self.gate.text}" if self.gate not in (None, DEFAULT_GATE) else ""
         return terms + model + merge + gate
 
     def with_weights(self, weights: Mapping[str, float]) -> Mixture:
@@ -118,10 +115,38 @@ class Mixture:
 def parse_mixture(text: str) -> Mixture:
     """Parse `<terms>[@model][~merge][~gate]`, e.g. `knowledge:0.7+tone:0.3~linear~fixed`.
 
+    Whether weights may be negative is known once the merge rule is (`check_signs`); a name that
+    says the rule is checked here.
+
     Raises:
         InvalidRequestError: with the position (from 0) of the fault in `text`.
     """
-    return _Parser(text).parse()
+    scanner = Scanner(text, what="mixture name", param="model")
+    terms = [_read_term(scanner)]
+    while scanner.take("+"):
+        terms.append(_read_term(scanner))
+    model = scanner.match(NAME_PATTERN, "a model name") if scanner.take("@") else None
+    merge: Method | None = None
+    gate: Method | None = None
+    while scanner.take("~"):
+        start = scanner.at
+        word = scanner.match(NAME_PATTERN, "a merge rule or gate")
+        scanner.at = start
+        if word in MERGES and merge is None and gate is None:
+            merge = read_method(scanner, "merge")
+        elif word in GATES and gate is None:
+            gate = read_method(scanner, "gate")
+        else:
+            scanner.fail(
+                start,
+                f"{word!r} is no merge rule or gate here; after '~' comes one of "
+                f"{', '.join(MERGES)}, then '~' and one of {', '.join(GATES)}",
+            )
+    scanner.end("between states comes '+'")
+    check_terms(terms, "model")
+    if merge is not None:
+        check_signs(terms, merge, "model")
+    return Mixture(tuple(terms), model, merge, gate)
 
 
 def check_name(name: str, kind: str = "state") -> str:
@@ -141,6 +166,12 @@ def check_name(name: str, kind: str = "state") -> str:
         raise InvalidRequestError(
             f"{BASE!r} is the untuned model, no {kind} may take that name", param="name"
         )
+    if name == AGREED:
+        raise InvalidRequestError(
+            f"{AGREED!r} is what traces call a token that all states agree on, no {kind} may take "
+            "that name",
+            param="name",
+        )
     for taken in HIJACKED_SUBSTRINGS:
         if taken in name.lower():
             raise InvalidRequestError(
@@ -152,10 +183,10 @@ def check_name(name: str, kind: str = "state") -> str:
 
 
 def check_weight(value: object, where: str) -> float:
-    """Return `value` as a finite weight >= 0.
+    """Return `value` as a finite weight; `check_signs` says whether it may be negative.
 
     Raises:
-        InvalidRequestError: not a number, negative, infinite or NaN.
+        InvalidRequestError: not a number, infinite or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequestError(f"{where}: a weight is a number, got {value!r}", param=where)
@@ -163,105 +194,71 @@ def check_weight(value: object, where: str) -> float:
         weight = float(value)
     except OverflowError:
         weight = math.inf
-    if not math.isfinite(weight) or weight < 0:
+    if not math.isfinite(weight):
         raise InvalidRequestError(
-            f"{where}: a weight must be finite and >= 0, got {value!r:.40}", param=where
+            f"{where}: a weight must be finite, got {value!r:.40}", param=where
         )
     return weight
 
 
 def check_terms(terms: Sequence[Term], where: str) -> None:
-    """Refuse an empty mixture and one whose weights are all zero.
+    """Refuse an empty mixture and one without a weight above zero.
 
     Raises:
         InvalidRequestError: as said.
     """
-    if not terms or not any(term.weight > 0 for term in terms):
+    if not any(total > 0 for total in _totals(terms).values()):
         raise InvalidRequestError(f"{where}: at least one weight must be above 0", param=where)
 
 
-def canonical_weights(terms: Sequence[Term]) -> dict[str, float]:
-    """Return name -> weight: equal names added, zeros dropped, the largest weight made 1.
+def check_signs(terms: Sequence[Term], merge: Method, where: str) -> None:
+    """Refuse negative weights where the merge rule has no meaning for them.
 
-    At least one weight is above 0 (`check_terms`).
+    Raises:
+        InvalidRequestError: as said.
     """
+    for term in terms:
+        if term.weight < 0 and merge.name != "contrast":
+            raise InvalidRequestError(
+                f"{where}: the weight {_weight_text(term.weight)} of {term.name!r} is below 0, "
+                f"which only the merge rule 'contrast' understands, got {merge.text!r}",
+                param=where,
+            )
+        if term.weight < 0 and term.name == BASE:
+            raise InvalidRequestError(
+                f"{where}: states are pushed away from, {BASE!r} is not; its weight must be "
+                f">= 0, got {_weight_text(term.weight)}",
+                param=where,
+            )
+
+
+def canonical_weights(terms: Sequence[Term]) -> dict[str, float]:
+    """Return name -> weight: equal names added, zeros dropped, the largest made 1.
+
+    The largest is that in absolute value. At least one weight is above 0 (`check_terms`).
+    """
+    totals = _totals(terms)
+    largest = max(abs(total) for total in totals.values())
+    ratios = {name: float(_weight_text(total / largest)) for name, total in totals.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio != 0}
+
+
+def _totals(terms: Sequence[Term]) -> dict[str, float]:
+    """Add up equal names, on a scale on which the largest weight is 1 or all are 0."""
     # Dividing before adding keeps the sum finite whatever was typed.
-    peak = max(term.weight for term in terms)
+    peak = max((abs(term.weight) for term in terms), default=0.0) or 1.0
     totals: dict[str, float] = {}
     for term in terms:
         totals[term.name] = totals.get(term.name, 0.0) + term.weight / peak
-    largest = max(totals.values())
-    ratios = {name: float(_weight_text(total / largest)) for name, total in totals.items()}
-    return {name: ratio for name, ratio in ratios.items() if ratio > 0}
+    return totals
+
+
+def _read_term(scanner: Scanner) -> Term:
+    start = scanner.at
+    name = scanner.match(NAME_PATTERN, "a state name")
+    weight = scanner.number("a weight such as 0.7 after ':'") if scanner.take(":") else 1.0
+    return Term(name, weight, start)
 
 
 def _weight_text(weight: float) -> str:
     return f"{weight:.4g}"
-
-
-class _Parser:
-    """A hand-written scanner: the grammar is tiny and the error must carry its position."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-
-    def parse(self) -> Mixture:
-        terms = [self._term()]
-        while self._take("+"):
-            terms.append(self._term())
-        model = self._name("a model name") if self._take("@") else None
-        merge: str | None = None
-        gate: str | None = None
-        while self._take("~"):
-            start = self.at
-            word = self._name("a merge rule or gate")
-            if word in MERGES and merge is None and gate is None:
-                merge = word
-            elif word in GATES and gate is None:
-                gate = word
-            else:
-                self._fail(
-                    start,
-                    f"{word!r} is no merge rule or gate here; after '~' comes one of "
-                    f"{', '.join(MERGES)}, then '~' and one of {', '.join(GATES)}",
-                )
-        if self.at < len(self.text):
-            self._fail(self.at, f"unexpected {self.text[self.at]!r}; between states comes '+'")
-        mixture = Mixture(tuple(terms), model, merge, gate)
-        check_terms(mixture.terms, "model")
-        return mixture
-
-    def _term(self) -> Term:
-        start = self.at
-        name = self._name("a state name")
-        return Term(name, self._weight() if self._take(":") else 1.0, start)
-
-    def _name(self, what: str) -> str:
-        match = NAME_PATTERN.match(self.text, self.at)
-        if match is None:
-            got = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
-            self._fail(self.at, f"expected {what}, got {got}")
-        self.at = match.end()
-        return match.group()
-
-    def _weight(self) -> float:
-        match = _WEIGHT_PATTERN.match(self.text, self.at)
-        if match is None:
-            self._fail(self.at, "expected a weight such as 0.7 after ':'")
-        weight = float(match.group())
-        if math.isinf(weight):
-            self._fail(self.at, f"the weight {match.group():.20} is too large")
-        self.at = match.end()
-        return weight
-
-    def _take(self, char: str) -> bool:
-        if not self.text.startswith(char, self.at):
-            return False
-        self.at += 1
-        return True
-
-    def _fail(self, position: int, why: str) -> NoReturn:
-        raise InvalidRequestError(
-            f"bad mixture name {self.text!r} at position {position}: {why}", param="model"
-        )
