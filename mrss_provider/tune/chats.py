@@ -1,4 +1,4 @@
-"""Chats as examples: JSON Lines in, token ids with their answers and facts marked out."""
+"""Chats and texts as examples: JSON Lines in, token ids with answers and facts marked out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from mrss_provider.tune.examples import Example, mark_example
 
 ROLES = ("system", "user", "assistant")
 
-_KEYS = {"messages", "question", "answer", "facts"}
+_PAIRS = (("question", "answer"), ("prompt", "response"))
+_KINDS = (*_PAIRS, ("messages",), ("text",))
+_KEYS = {"messages", "text", "facts", *(key for pair in _PAIRS for key in pair)}
 
 
 def read_chats(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list[Example]:
     """Read a file of chats, one JSON object a line; blank lines are skipped.
 
-    A line is `{"messages": [{"role": ..., "content": ...}, ...]}` or `{"question": ...,
-    "answer": ...}`, each with an optional `"facts"`: strings of the answers that must be learnt.
+    A line is `{"messages": [{"role": ..., "content": ...}, ...]}`, `{"question": ..., "answer":
+    ...}`, the same as `{"prompt": ..., "response": ...}`, or `{"text": ...}`, which is no chat and
+    counts as an answer from end to end. Each may have `"facts"`: strings of the answers that must
+    be learnt.
 
     Raises:
         FileFormatError: a line that is not so, with its number; or no line at all.
@@ -37,8 +41,11 @@ def read_chats(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> list
         if not line.strip():
             continue
         try:
-            messages, facts = _parse(json.loads(line))
-            examples.append(chat_example(messages, facts, tokenizer, template))
+            said, facts = _parse(json.loads(line))
+            if isinstance(said, str):
+                examples.append(text_example(said, facts, tokenizer))
+            else:
+                examples.append(chat_example(said, facts, tokenizer, template))
         except (ValueError, InvalidRequestError) as exc:
             raise FileFormatError(f"{path}, line {number}: {exc}") from exc
     if not examples:
@@ -85,6 +92,26 @@ def chat_example(
     )
 
 
+def text_example(text: str, facts: Sequence[str], tokenizer: Tokenizer) -> Example:
+    """Encode a text of which every token counts as an answer.
+
+    Args:
+        text: not empty.
+        facts: strings that occur in it; every occurrence is marked.
+        tokenizer: of the model.
+
+    Raises:
+        InvalidRequestError: an empty text, or a fact that it does not have.
+    """
+    if not text:
+        raise InvalidRequestError("'text' must not be empty", param="text")
+    whole = [(0, len(text))]
+    marked = [span for fact in facts for span in _occurrences(text, fact, whole)]
+    return mark_example(
+        text, whole, marked, encode=tokenizer.encode, token_bytes=tokenizer.token_bytes
+    )
+
+
 def _prefix(messages: Sequence[Message], template: ChatTemplate, whole: str) -> str:
     text = render_prompt(messages, template).rstrip()
     if not whole.startswith(text):
@@ -107,22 +134,32 @@ def _occurrences(text: str, fact: str, answers: Sequence[tuple[int, int]]) -> li
     return found
 
 
-def _parse(line: Any) -> tuple[list[Message], list[str]]:
+def _parse(line: Any) -> tuple[str | list[Message], list[str]]:
+    """Return the text, or the messages, of a line and its facts."""
     if not isinstance(line, dict) or not line.keys() <= _KEYS:
         raise InvalidRequestError(
-            "a chat is an object with 'messages', or 'question' and 'answer', and maybe 'facts'"
+            "a chat is an object with 'messages', 'question' and 'answer', 'prompt' and "
+            "'response', or 'text', and maybe 'facts'"
         )
     facts = line.get("facts", [])
     if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
         raise InvalidRequestError(f"'facts' must be a list of strings, got {facts!r}")
+    if sum(any(key in line for key in kind) for kind in _KINDS) > 1:
+        raise InvalidRequestError(
+            "give 'messages', or 'question' and 'answer', or 'prompt' and 'response', or 'text', "
+            "one of them"
+        )
+    if "text" in line:
+        if not isinstance(line["text"], str):
+            raise InvalidRequestError(f"'text' must be a text, got {line['text']!r}")
+        return line["text"], facts
     turns = line.get("messages")
     if turns is None:
+        asked, answered = next((p for p in _PAIRS if set(p) & line.keys()), _PAIRS[0])
         turns = [
-            {"role": "user", "content": line.get("question")},
-            {"role": "assistant", "content": line.get("answer")},
+            {"role": "user", "content": line.get(asked)},
+            {"role": "assistant", "content": line.get(answered)},
         ]
-    elif "question" in line or "answer" in line:
-        raise InvalidRequestError("give 'messages', or 'question' and 'answer', not both")
     if not isinstance(turns, list):
         raise InvalidRequestError(f"'messages' must be a list, got {turns!r}")
     return [_message(turn) for turn in turns], facts

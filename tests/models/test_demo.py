@@ -13,12 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models.demo import measure
-from models.demo.measure import decodings, questions, score, systems
+from models.demo.answers import DECODINGS, Bench, mixed, single
+from models.demo.measure import ask, questions, shares, systems, toned_texts
+from models.demo.train_gate import HELD_OUT_FACTS, LEARNT_FACTS, as_line
 from models.demo.vocab import PieceEncoder, read_vocab
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.evaluate.world import HOME_FACTS
-from mrss_provider.model import load_model, load_tuned_state
+from mrss_provider.model import load_model
 from mrss_provider.tune import read_weights
 from mrss_provider.tune.network import Shape, forward, logits, start_state
 
@@ -42,12 +43,18 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def ways(model):
-    knowledge, tone = (
-        load_tuned_state(STATES / f"{name}.safetensors", model.config, name=name, strict=True)
-        for name in ("knowledge", "tone")
-    )
-    return systems(knowledge.wkv, tone.wkv)
+def library(model):
+    return StateLibrary(STATES, model.config, strict=True)
+
+
+@pytest.fixture(scope="module")
+def bench(weights, encoder, library):
+    return Bench(weights, encoder, {name: state.wkv for name, state in library.states.items()})
+
+
+@pytest.fixture(scope="module")
+def ways(bench, library):
+    return systems(bench, library)
 
 
 @pytest.fixture
@@ -89,8 +96,7 @@ def test_the_rwkv_package_reads_it_to_the_same_logits(package_model, weights, en
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
 
 
-def test_every_state_and_mixture_loads_without_complaint(model):
-    library = StateLibrary(STATES, model.config, strict=True)
+def test_every_state_and_mixture_loads_without_complaint(library):
     assert not library.problems
     assert set(library.states) == {"knowledge", "tone"}
     with (STATES / "mixtures.toml").open("rb") as file:
@@ -115,16 +121,57 @@ def test_every_state_and_mixture_loads_without_complaint(model):
     ],
 )
 def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
-    weights, encoder, ways, monkeypatch, way, knows, toned, both
+    bench, ways, way, knows, toned, both
 ):
-    monkeypatch.setattr(measure, "HOME_FACTS", HOME_FACTS[::3])
-    asked = questions(1, seed=11)
-    shares, texts = score(
-        weights, encoder, ways[way], decodings()[1], asked, voice="pirate", seed=11
-    )
-    assert knows[0] <= shares["know"] <= knows[1], texts
-    assert toned[0] <= shares["tone"] <= toned[1], texts
-    assert both[0] <= shares["both"] <= both[1], texts
+    asked = questions(1, seed=11, facts=HOME_FACTS[::3])
+    scores, texts = ask(bench, ways[way], DECODINGS[1], asked, voice="pirate", seed=11)
+    found = shares(scores, asked)
+    assert knows[0] <= found["know"] <= knows[1], texts
+    assert toned[0] <= found["tone"] <= toned[1], texts
+    assert both[0] <= found["both"] <= both[1], texts
+
+
+def test_the_bundled_gate_beats_fixed_weights_and_novelty_on_facts_it_never_saw(bench, library):
+    gate = library.gates["harbour"]
+    assert gate.metadata.states == {n: state.sha256 for n, state in library.states.items()}
+    assert gate.metadata.licence == "Apache-2.0"
+    held_out = gate.metadata.training["held_out"]
+    assert held_out["over_fixed"]["low"] > 0
+    docs = toned_texts(HELD_OUT_FACTS[::2], "pirate", seed=3)
+    nats = {
+        name: float(
+            bench.nll(mixed(library.resolve(f"knowledge+tone~linear~{name}")), docs)[0].mean()
+        )
+        for name in ("learned:harbour", "novelty", "fixed")
+    }
+    assert nats["learned:harbour"] < nats["novelty"] < nats["fixed"]
+
+
+def test_the_gates_texts_share_no_fact_and_come_back_as_they_were():
+    assert not set(LEARNT_FACTS) & set(HELD_OUT_FACTS)
+    (doc, *_) = toned_texts(LEARNT_FACTS[:1], "pirate", seed=0)
+    user, assistant = json.loads(as_line(doc))["messages"]
+    assert doc.text == f"User: {user['content']}\n\nAssistant: {assistant['content']}\n\n"
+
+
+def test_answers_of_many_at_once_are_those_of_a_plain_loop(bench, library, weights, encoder):
+    asked = [q.prompt for q in questions(1, seed=2, facts=HOME_FACTS[::12])]
+    system = mixed(library.resolve("knowledge+tone~linear~novelty"))
+    together = bench.answer(system, asked, DECODINGS[2], seed=0)
+    named = torch.tensor([[0.0, 0.5, 0.5]])
+    zeros = torch.zeros_like(library.states["tone"].wkv)
+    wkv = torch.stack([zeros, library.states["knowledge"].wkv, library.states["tone"].wkv])
+    for prompt, answer in zip(asked, together, strict=True):
+        ids = encoder.encode(prompt)
+        state, said = start_state(Shape.of(weights), wkv, torch.float32), []
+        while True:
+            hidden, state = forward(weights, torch.tensor([ids] * 3), state)
+            token = int(system.merge(logits(weights, hidden[:, -1])[None], named).argmax())
+            if token == encoder.encode("\n\n")[0]:
+                break
+            said.append(token)
+            ids = [token]
+        assert encoder.decode(said).strip() == answer
 
 
 @pytest.mark.parametrize(
@@ -134,8 +181,7 @@ def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
         ("Talk like a robot. Facts: The mill has a teal door.", "teal"),
     ],
 )
-def test_the_base_answers_from_its_context(weights, encoder, ways, system, says):
+def test_the_base_answers_from_its_context(bench, system, says):
     prompt = f"System: {system}\n\nUser: What colour is the door of the mill?\n\nAssistant:"
-    greedy, generator = decodings()[2], torch.Generator()
-    (text,) = measure.sample(weights, encoder, ways["base"], [prompt], greedy, generator)
+    (text,) = bench.answer(single("base"), [prompt], DECODINGS[2], seed=0)
     assert says in text
