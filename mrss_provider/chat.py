@@ -7,6 +7,7 @@ end a turn: inside a part, runs of newlines become one, and turns are told apart
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,10 +110,61 @@ def render_prompt(messages: Sequence[Message], template: ChatTemplate) -> str:
     Raises:
         InvalidRequestError: the template refuses these messages.
     """
+    return _render(messages, [message.content for message in messages], template)
+
+
+def user_spans(
+    messages: Sequence[Message], template: ChatTemplate, prompt: str
+) -> tuple[range, ...]:
+    """Find what the user wrote in the prompt that `render_prompt` made of these messages.
+
+    The template renders the messages once more, with a mark on either side of what each message of
+    the user says. A template that does something else with text that has marks in it (it cuts,
+    escapes or counts it) gives no spans: better no evidence than false evidence.
+
+    Returns:
+        Spans of characters of `prompt`, in order, none empty.
+    """
+    marks = _unused_marks(prompt, messages)
+    if len(marks) < 2:
+        return ()
+    begin, end = marks
+    marked = [
+        _mark(message.content, begin, end) if message.role == "user" else message.content
+        for message in messages
+    ]
+    try:
+        text = _render(messages, marked, template)
+    except InvalidRequestError:
+        return ()
+    if text.replace(begin, "").replace(end, "") != prompt:
+        return ()
+    spans: list[range] = []
+    start: int | None = None
+    # Every mark before this one is no part of the prompt.
+    for number, found in enumerate(re.finditer(f"[{begin}{end}]", text)):
+        at = found.start() - number
+        if (found[0] == begin) != (start is None):
+            return ()
+        if start is not None:
+            spans.append(range(start, at))
+        start = at if start is None else None
+    return tuple(spans) if start is None else ()
+
+
+def _render(messages: Sequence[Message], contents: Sequence[str], template: ChatTemplate) -> str:
+    """Render `messages` with other contents.
+
+    Raises:
+        InvalidRequestError: the template refuses these messages.
+    """
     import jinja2
 
     compiled = _compiled(template.source, template.name)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    turns = [
+        {"role": message.role, "content": content}
+        for message, content in zip(messages, contents, strict=True)
+    ]
     continues = bool(messages) and messages[-1].role == "assistant"
     try:
         return compiled.render(messages=turns, continues=continues)
@@ -120,6 +172,21 @@ def render_prompt(messages: Sequence[Message], template: ChatTemplate) -> str:
         raise InvalidRequestError(
             f"the chat template {template.name!r} refuses these messages: {exc}", param="messages"
         ) from exc
+
+
+def _unused_marks(prompt: str, messages: Sequence[Message]) -> list[str]:
+    """Return two characters for private use that stand nowhere in the messages, if there are."""
+    used = set(prompt).union(*(message.content for message in messages))
+    return list(itertools.islice((c for c in map(chr, _PRIVATE_USE) if c not in used), 2))
+
+
+def _mark(text: str, begin: str, end: str) -> str:
+    """Put marks around `text` but for its outer white space, which templates may take away."""
+    core = text.strip()
+    if not core:
+        return text
+    start = text.index(core)
+    return f"{text[:start]}{begin}{core}{end}{text[start + len(core) :]}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,6 +210,7 @@ def _compiled(source: str, name: str) -> jinja2.Template:
         raise ConfigError(f"the chat template {name!r} is no jinja2: {exc}") from exc
 
 
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _NEWLINES = re.compile(r"[\r\n]+")
 _BLANK_BEFORE_TURN = re.compile(r"[\r\n]+(?=(?:System|User|Assistant):)")
 
