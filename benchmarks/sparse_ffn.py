@@ -60,7 +60,7 @@ def logits_after(model: Model, rows: int, sparse: bool | None) -> Tensor:
 def _fused(model: Model, sparse: bool) -> FusedDecoder:
     if not isinstance(model.fused, FusedDecoder):
         sys.exit("this model has no fused decode step with a sparse form on this device")
-    model.fused.reads_sparsely = sparse
+    model.fused.sparse_rows = max(ROWS) if sparse else 0
     return model.fused
 
 

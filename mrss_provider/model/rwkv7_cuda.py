@@ -31,6 +31,9 @@ Norm = tuple[Tensor, Tensor]
 # In one part: whoever reads the LoRAs' first halves of many rows reads them over and over.
 _LOW_RANK = linear_ops.LinearConfig(32, 64, 1, 4, 4)
 
+SPARSE_ROWS = 1
+"""Rows up to which reading the ffn's useful rows gains (kernels/README.md, measured)."""
+
 
 @dataclass(frozen=True)
 class PackedLayer:
@@ -72,7 +75,7 @@ class FusedDecoder:
     """The decode step of one RWKV-7 with fp16 or bf16 weights on CUDA.
 
     Attributes:
-        reads_sparsely: whether steps of few rows skip what the ffn multiplies by zero.
+        sparse_rows: steps of up to so many rows skip what the ffn multiplies by zero.
     """
 
     def __init__(
@@ -94,9 +97,9 @@ class FusedDecoder:
             ln_out: the last norm.
             head: [V, C], in the weights' dtype.
             sparse_ffn: keep a transposed copy of each ffn's value, and read of it what is not
-                multiplied by zero, for up to `sparse_linear.MAX_ROWS` rows.
+                multiplied by zero, for up to `SPARSE_ROWS` rows.
         """
-        self.reads_sparsely = sparse_ffn
+        self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
         self._embedding = embedding
         self._ln0 = ln0
@@ -122,7 +125,7 @@ class FusedDecoder:
         dtype = self._embedding.dtype
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
-        sparse = self.reads_sparsely and rows <= sparse_ops.MAX_ROWS
+        sparse = rows <= self.sparse_rows
         x, parts = self._embedding, None
         for i, layer in enumerate(self._layers):
             shift = pool.shift_att[i]
