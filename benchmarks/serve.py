@@ -118,14 +118,15 @@ def served(kind: str) -> Iterator[tuple[str, int]]:
         path = Path(folder) / "s"
         child = subprocess.Popen([sys.executable, __file__, "--serve", kind, str(path)])
         try:
-            asyncio.run(_wait_ready(f"unix://{path}", child))
+            asyncio.run(wait_ready(f"unix://{path}", child))
             yield f"unix://{path}", child.pid
         finally:
             child.terminate()
             child.wait()
 
 
-async def _wait_ready(address: str, child: subprocess.Popen[bytes]) -> None:
+async def wait_ready(address: str, child: subprocess.Popen[bytes]) -> None:
+    """Wait for a server process to take requests."""
     while await Client(address).probe() != "ready":
         if child.poll() is not None:
             sys.exit("the server did not start")
@@ -218,16 +219,8 @@ def main() -> None:
     if args.serve:
         serve(*args.serve)
         return
-    names = ("mrss-provider", "starlette", "uvicorn", "httpx")
-    about = {
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        # Others' work on the machine shows here; costs are CPU time, but a busy cache is slower.
-        "load": round(os.getloadavg()[0], 1),
-        "versions": {name: _version(name) for name in names},
-        "commit": _commit(),
-    }
-    print(json.dumps(about))
+    machine = about()
+    print(json.dumps(machine))
     lines = []
     with served("tick") as (address, server):
         for streams in args.streams:
@@ -241,8 +234,21 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         for line in lines:
-            file.write(json.dumps(line | about) + "\n")
-            print(json.dumps(line | about))
+            file.write(json.dumps(line | machine) + "\n")
+            print(json.dumps(line | machine))
+
+
+def about() -> dict[str, Any]:
+    """Return what a result must say of the machine and the versions."""
+    names = ("mrss-provider", "starlette", "uvicorn", "httpx")
+    return {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        # Others' work on the machine shows here; costs are CPU time, but a busy cache is slower.
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: _version(name) for name in names},
+        "commit": _commit(),
+    }
 
 
 def _version(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -18,14 +19,22 @@ class StopMatcher:
         # What may begin a stop string, by length.
         self._beginnings = frozenset(stop[:i] for stop in self._stops for i in range(1, len(stop)))
         self._max_held = max(map(len, self._stops), default=1) - 1
+        # Most pieces have no character that a stop string begins with.
+        self._first = re.compile("|".join({re.escape(stop[0]) for stop in self._stops}) or r"(?!)")
         self._held = ""
         self.matched: str | None = None
+
+    def finds(self, text: str) -> bool:
+        """Tell whether this piece would complete a stop string; nothing is taken."""
+        if not self._held and self._first.search(text) is None:
+            return False
+        return any(stop in self._held + text for stop in self._stops)
 
     def push(self, text: str) -> str:
         """Take a piece; return what may be shown. After a match nothing comes any more."""
         if self.matched is not None:
             return ""
-        if not self._stops:
+        if not self._held and self._first.search(text) is None:
             return text
         text = self._held + text
         start = self._match(text)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,10 @@ class Tokenizer:
         """Return a token's bytes; None for 0 and for ids without an entry."""
         return self._table.get(token_id)
 
+    def entries(self) -> Mapping[int, bytes]:
+        """Return the vocabulary: id -> bytes, not to be modified."""
+        return self._table
+
     def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
         """Return the tokens' bytes joined; ids without bytes (0 too) add nothing."""
         return b"".join(self._table.get(token_id, b"") for token_id in token_ids)
@@ -123,15 +127,24 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Token by token to text; a character comes out when its last byte is in."""
+    """Tokens to text, some at a time; a character comes out when its last byte is in."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_id: int) -> str:
-        """Add a token; return the characters that it completes, maybe none."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id) or b"")
+    @property
+    def state(self) -> tuple[bytes, int]:
+        """The unfinished character, to be set again: what was pushed since is forgotten."""
+        return self._decoder.getstate()
+
+    @state.setter
+    def state(self, state: tuple[bytes, int]) -> None:
+        self._decoder.setstate(state)
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Add tokens; return the characters that they complete, maybe none."""
+        return self._decoder.decode(b"".join([self._token_bytes(i) or b"" for i in token_ids]))
 
     def flush(self) -> str:
         """End the text; return U+FFFD if an unfinished character is left, else nothing."""
@@ -195,7 +208,13 @@ def _world_encoder(path: Path) -> Callable[[str], list[int]]:
     # Encoding only: its decode panics on incomplete characters and on ids without an entry.
     from pyrwkv_tokenizer import RWKVTokenizer
 
-    encode: Callable[[str], list[int]] = RWKVTokenizer(vocab_filepath=str(path)).encode
+    try:
+        encode: Callable[[str], list[int]] = RWKVTokenizer(vocab_filepath=str(path)).encode
+    except BaseException as exc:
+        # It panics at a literal that Python takes and it does not.
+        if type(exc).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"the encoder cannot read the vocabulary {path}: {exc}") from exc
     return encode
 
 

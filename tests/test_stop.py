@@ -27,12 +27,14 @@ def test_any_split_gives_the_text_before_the_first_complete_stop(text, stops, cu
     pieces = [text[a:b] for a, b in pairwise(edges)]
     shown = ""
     for at, piece in zip(edges[1:], pieces, strict=True):
+        is_open, finds = matcher.matched is None, matcher.finds(piece)
         shown += matcher.push(piece)
         so_far, matched = cut(text[:at], stops)
         # Nothing that could still be part of a stop string was shown, and nothing else is held.
         held = so_far[len(shown) :]
         assert so_far.startswith(shown)
         assert matcher.matched == matched
+        assert not is_open or finds == (matched is not None)
         assert not held or (matched is None and any(s.startswith(held) for s in stops))
     shown += matcher.flush()
     assert (shown, matcher.matched) == cut(text, stops)

@@ -108,7 +108,7 @@ def test_ids_without_an_entry_have_no_bytes(world):
 @given(ids=st.lists(st.integers(0, 65535) | st.integers(1, 256), max_size=40))
 def test_streaming_any_ids_equals_decoding_them_at_once(world, ids):
     decoder = world.stream_decoder()
-    pieces = [decoder.push(token_id) for token_id in ids]
+    pieces = [decoder.push([token_id]) for token_id in ids]
     assert "".join([*pieces, decoder.flush()]) == world.decode(ids)
 
 
@@ -116,7 +116,7 @@ def test_streaming_any_ids_equals_decoding_them_at_once(world, ids):
 @given(text=TEXTS.filter(lambda text: "\ufffd" not in text))
 def test_streaming_never_shows_half_a_character(tiny, text):
     decoder = StreamDecoder(tiny)
-    pieces = [decoder.push(token_id) for token_id in tiny.encode(text)]
+    pieces = [decoder.push([token_id]) for token_id in tiny.encode(text)]
     assert all("\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) == text
     assert decoder.flush() == ""
@@ -124,7 +124,7 @@ def test_streaming_never_shows_half_a_character(tiny, text):
 
 def test_an_unfinished_character_shows_only_at_the_end(tiny):
     decoder = tiny.stream_decoder()
-    assert [decoder.push(byte + 1) for byte in "😀".encode()[:3]] == ["", "", ""]
+    assert [decoder.push([byte + 1]) for byte in "😀".encode()[:3]] == ["", "", ""]
     assert decoder.flush() == "\ufffd"
 
 
@@ -141,7 +141,7 @@ def test_a_huggingface_vocabulary_round_trips(huggingface_file, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     decoder = tokenizer.stream_decoder()
-    assert "".join([*map(decoder.push, ids), decoder.flush()]) == text
+    assert "".join([*(decoder.push([i]) for i in ids), decoder.flush()]) == text
 
 
 def test_a_huggingface_vocabularys_ids_and_end(huggingface_file):

@@ -8,20 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mrss_provider.backend import (
-    Delta,
-    FinishReason,
-    StreamInfo,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
-from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
+from mrss_provider.async_engine.choice import Choice
+from mrss_provider.backend import Delta, StreamInfo, Usage
+from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.errors import MRSSError, RequestTimeoutError
-from mrss_provider.stop import StopMatcher
-from mrss_provider.tokenizer import StreamDecoder, Tokenizer
+from mrss_provider.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# Tokens that may wait for a reader before they are looked at: how late a stop string is found.
+_MOST_WAITING = 8
 
 
 class Aborter(Protocol):
@@ -32,62 +28,12 @@ class Aborter(Protocol):
         ...
 
 
-class _Choice:
-    """One answer: its decoder, its stops, and what nobody has read yet."""
-
-    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str], lead: str) -> None:
-        self.index = index
-        self._lead = lead
-        self.finish_reason: FinishReason | None = None
-        self._decoder = StreamDecoder(tokenizer)
-        self._matcher = StopMatcher(stops)
-        self._texts: list[str] = []
-        self._num_tokens = 0
-        self._logprobs: list[TokenLogprob] = []
-
-    def push(self, output: TokenOutput, logprob: TokenLogprob | None) -> bool:
-        """Take a token; return whether something to read came of it."""
-        assert output.token_id is not None
-        self._num_tokens += 1
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        is_end = output.finish_reason is not None
-        if not (is_end and output.finish_reason == "stop"):
-            self._texts.append(self._matcher.push(self._decode(output.token_id)))
-        if is_end:
-            self._texts.append(self._matcher.push(self._decoder.flush()))
-        self.finish_reason = output.finish_reason
-        if self._matcher.matched is not None:
-            self.finish_reason = "stop"
-        elif is_end:
-            self._texts.append(self._matcher.flush())
-        return self.finish_reason is not None or logprob is not None or bool(self._texts[-1])
-
-    def _decode(self, token_id: int) -> str:
-        text = self._decoder.push(token_id)
-        if text and self._lead:
-            text = text.removeprefix(self._lead)
-            self._lead = ""
-        return text
-
-    def take(self) -> Delta:
-        """Return everything since the last time."""
-        delta = Delta(
-            index=self.index,
-            text="".join(self._texts),
-            num_tokens=self._num_tokens,
-            logprobs=tuple(self._logprobs),
-            finish_reason=self.finish_reason,
-        )
-        self._texts, self._num_tokens, self._logprobs = [], 0, []
-        return delta
-
-
 class TextStream:
     """A `DeltaStream`. Built on the loop that reads it; every method runs there.
 
     A reader that comes late gets everything that has come for a choice as one delta, so what
-    waits is bounded by the request's `max_tokens`.
+    waits is bounded by the request's `max_tokens`. Tokens become text when somebody waits for it or
+    asks, or when a few have come: together they cost little more than one.
 
     Args:
         request: as the engine has it.
@@ -110,12 +56,12 @@ class TextStream:
         self.info = info
         self.loop = asyncio.get_running_loop()
         self._request = request
-        self._tokenizer = tokenizer
         self._aborter = aborter
-        self._choices = [_Choice(i, tokenizer, stops, lead) for i in range(request.n)]
+        self._choices = [Choice(request, i, tokenizer, stops, lead) for i in range(request.n)]
         self._num_unfinished = request.n
+        self._num_cached = 0
+        # Choices with something to take, in the order in which it came.
         self._unread: dict[int, None] = {}
-        self._num_tokens = 0
         self._error: MRSSError | None = None
         self._has_ended = False
         self._has_told_usage = False
@@ -154,14 +100,16 @@ class TextStream:
         if self._num_unfinished or self._has_told_usage:
             raise StopAsyncIteration
         self._has_told_usage = True
-        return Delta(usage=Usage(self.info.prompt_tokens, self._num_tokens))
+        return Delta(usage=Usage(self.info.prompt_tokens, self._num_tokens, self._num_cached))
 
     def ready(self) -> bool:
         """Whether the next delta, or the end, is already here."""
+        self._read_all()
         return bool(self._unread) or self._has_ended
 
     async def aclose(self) -> None:
         """Abort what still runs; idempotent."""
+        self._read_all()
         self._unread.clear()
         if not self._has_ended:
             self._aborter.abort(self._request.id)
@@ -176,33 +124,53 @@ class TextStream:
             self._aborter.abort(self._request.id)
             self.on_failure(output.error)
             return
+        self._num_cached = output.num_cached
         choice = self._choices[output.index]
         if choice.finish_reason is not None:
             # Sampled before the engine learned of the stop string.
             return
-        self._num_tokens += 1
         if self._first_token is None:
             self._first_token = time.monotonic()
-        if choice.push(output, self._logprob(output)):
-            self._unread[output.index] = None
-            self._wake()
-        if choice.finish_reason is not None:
-            self._finish(choice, is_running=output.finish_reason is None)
+        choice.add(output)
+        is_due = not choice.is_running or choice.num_waiting == _MOST_WAITING
+        if self._waiter is not None or is_due:
+            self._read(choice)
 
     def on_failure(self, error: MRSSError) -> None:
         """End with `error`, after what has already come."""
+        self._read_all()
         if not self._has_ended:
             self._error = error
             self._end(error.code)
 
-    def _finish(self, choice: _Choice, *, is_running: bool) -> None:
-        if is_running:
+    @property
+    def _num_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self._choices)
+
+    def _read_all(self) -> None:
+        # Whoever ended the stream has read what had come.
+        for choice in self._choices if not self._has_ended else ():
+            if choice.num_waiting:
+                self._read(choice)
+
+    def _read(self, choice: Choice) -> None:
+        if choice.read():
+            self._unread[choice.index] = None
+            self._wake()
+        if choice.finish_reason is not None:
+            self._finish(choice)
+
+    def _finish(self, choice: Choice) -> None:
+        if choice.is_running:
             self._aborter.abort(self._request.id, choice.index)
         self._num_unfinished -= 1
         if not self._num_unfinished:
             self._end(",".join(str(c.finish_reason) for c in self._choices))
 
     def _expire(self, timeout_s: float) -> None:
+        self._read_all()
+        if self._has_ended:
+            return
         self._aborter.abort(self._request.id)
         self.on_failure(
             RequestTimeoutError(
@@ -222,20 +190,6 @@ class TextStream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _logprob(self, output: TokenOutput) -> TokenLogprob | None:
-        if output.logprob is None:
-            return None
-        assert output.token_id is not None
-        return TokenLogprob(
-            output.token_id,
-            self._bytes(output.token_id),
-            output.logprob,
-            tuple(TopLogprob(i, self._bytes(i), logprob) for i, logprob in output.top),
-        )
-
-    def _bytes(self, token_id: int) -> bytes:
-        return b"" if token_id == EOS_ID else self._tokenizer.token_bytes(token_id) or b""
-
     def _log(self, reason: str) -> None:
         now = time.monotonic()
         first = self._first_token
@@ -247,9 +201,23 @@ class TextStream:
             self._request.id,
             self.info.mixture,
             self.info.prompt_tokens,
-            0,
+            self._num_cached,
             self._num_tokens,
             ttft_ms,
             tpot_ms,
             reason,
+            # The same for machines, and who asked.
+            extra={
+                "fields": {
+                    "request_id": self._request.id,
+                    "mixture": self.info.mixture,
+                    "owner": self._request.owner,
+                    "prompt_tokens": self.info.prompt_tokens,
+                    "cached_tokens": self._num_cached,
+                    "completion_tokens": self._num_tokens,
+                    "ttft_ms": round(ttft_ms, 1),
+                    "tpot_ms": round(tpot_ms, 2),
+                    "finish_reason": reason,
+                }
+            },
         )

@@ -1,0 +1,141 @@
+"""Choice: the tokens of one answer become text, as many at a time as have come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mrss_provider.async_engine.traces import Tracer
+from mrss_provider.backend import Delta, FinishReason, TokenLogprob, TokenTrace, TopLogprob
+from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
+from mrss_provider.stop import StopMatcher
+from mrss_provider.tokenizer import StreamDecoder, Tokenizer
+
+
+class Choice:
+    """One answer: what has come from the engine, its text so far, and what nobody has taken yet.
+
+    Attributes:
+        finish_reason: what ended it, once that was read.
+        is_running: whether the engine may give more tokens.
+        num_waiting: tokens that came and were not read.
+        num_tokens: tokens that were read; none after a stop string is.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        lead: str,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            request: whose it is.
+            index: which of its answers.
+            tokenizer: ids to text.
+            stops: strings that end it.
+            lead: left out where it begins with it; one character at most.
+        """
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.is_running = True
+        self.num_waiting = 0
+        self.num_tokens = 0
+        self._tokenizer = tokenizer
+        self._lead = lead
+        self._tracer = Tracer(request.mixture.names, self._bytes) if request.trace else None
+        # Nothing but the text is wanted of its tokens.
+        self._is_plain = not (request.sampling.logprobs or request.trace)
+        self._decoder = StreamDecoder(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._waiting: list[TokenOutput] = []
+        self._num_taken = 0
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._trace: list[TokenTrace] = []
+
+    def add(self, output: TokenOutput) -> None:
+        """Note a token, for `read`."""
+        self._waiting.append(output)
+        self.num_waiting += 1
+        if output.finish_reason is not None:
+            self.is_running = False
+
+    def read(self) -> bool:
+        """Turn the tokens that wait into text; return whether something to take came of it."""
+        waiting, self._waiting, self.num_waiting = self._waiting, [], 0
+        if self._read_together(waiting):
+            return bool(self._texts[-1])
+        has_news = False
+        for output in waiting:
+            has_news |= self._read_one(output)
+            if self.finish_reason is not None:
+                # What follows was sampled before the engine learned of the stop string.
+                break
+        return has_news
+
+    def take(self) -> Delta:
+        """Return everything that was read since the last time."""
+        delta = Delta(
+            index=self.index,
+            text="".join(self._texts),
+            num_tokens=self.num_tokens - self._num_taken,
+            logprobs=tuple(self._logprobs),
+            finish_reason=self.finish_reason,
+            trace=tuple(self._trace),
+            trace_summary=self._tracer.summary() if self._tracer and self.finish_reason else None,
+        )
+        self._num_taken = self.num_tokens
+        self._texts, self._logprobs, self._trace = [], [], []
+        return delta
+
+    def _read_together(self, outputs: Sequence[TokenOutput]) -> bool:
+        """Read tokens at once, if none of them does more than add text; return whether it did."""
+        if len(outputs) < 2 or not (self._is_plain and self.is_running) or self._lead:
+            return False
+        before = self._decoder.state
+        text = self._decoder.push([output.token_id or EOS_ID for output in outputs])
+        if self._matcher.finds(text):
+            # Which token completes the stop string is to be known.
+            self._decoder.state = before
+            return False
+        self.num_tokens += len(outputs)
+        self._texts.append(self._matcher.push(text))
+        return True
+
+    def _read_one(self, output: TokenOutput) -> bool:
+        """Read a token; return whether something to take came of it."""
+        assert output.token_id is not None
+        self.num_tokens += 1
+        if output.logprob is not None:
+            self._logprobs.append(self._logprob(output, output.token_id, output.logprob))
+        if output.trace is not None and self._tracer is not None:
+            self._trace.append(self._tracer.add(output.trace))
+        is_end = output.finish_reason is not None
+        if not (output.finish_reason == "stop" and output.token_id == EOS_ID):
+            self._texts.append(self._matcher.push(self._decode(output.token_id)))
+        if is_end:
+            self._texts.append(self._matcher.push(self._decoder.flush()))
+        self.finish_reason = output.finish_reason
+        if self._matcher.matched is not None:
+            self.finish_reason = "stop"
+        elif is_end:
+            self._texts.append(self._matcher.flush())
+        is_told = output.logprob is not None or output.trace is not None or bool(self._texts[-1])
+        return self.finish_reason is not None or is_told
+
+    def _decode(self, token_id: int) -> str:
+        text = self._decoder.push([token_id])
+        if text and self._lead:
+            text = text.removeprefix(self._lead)
+            self._lead = ""
+        return text
+
+    def _logprob(self, output: TokenOutput, token_id: int, logprob: float) -> TokenLogprob:
+        top = tuple(TopLogprob(i, self._bytes(i), value) for i, value in output.top)
+        return TokenLogprob(token_id, self._bytes(token_id), logprob, top)
+
+    def _bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == EOS_ID else self._tokenizer.token_bytes(token_id) or b""
