@@ -61,6 +61,22 @@ class StateSnapshot:
         tensors = (self.wkv, self.shift_att, self.shift_ffn, self.time_offset)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is; waits for the device."""
+        parts = (self.wkv, self.shift_att, self.shift_ffn)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+
+    def to_host(self) -> StateSnapshot:
+        """Return the snapshot in the host's memory; waits for the device."""
+        offset = self.time_offset
+        return StateSnapshot(
+            self.wkv.cpu(),
+            self.shift_att.cpu(),
+            self.shift_ffn.cpu(),
+            None if offset is None else offset.cpu(),
+        )
+
 
 class StatePool:
     """The states of S slots, layer by layer, written in place by the forward pass.
