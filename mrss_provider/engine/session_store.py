@@ -1,0 +1,221 @@
+"""SessionStore: saved conversations, bounded for each owner, in memory or in files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from mrss_provider.backend import SessionInfo
+from mrss_provider.engine.session import SESSION_KEY, info_of
+from mrss_provider.errors import (
+    ConfigError,
+    ConflictError,
+    NotFoundError,
+    PayloadTooLargeError,
+    StateFileError,
+    StorageError,
+)
+from mrss_provider.model.snapshot_file import read_metadata
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(r"ses_[0-9a-f]{24}")
+_SUFFIX = ".safetensors"
+_MAX_HEAD_BYTES = 100 << 20
+
+
+class SessionStore:
+    """Sessions as bytes, bounded for each owner. Any thread; with a folder it reads and writes.
+
+    Args:
+        max_sessions: that one owner may have.
+        max_bytes: that they may take.
+        folder: where they are files, and stay; None keeps them in memory.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+    """
+
+    def __init__(self, *, max_sessions: int, max_bytes: int, folder: Path | None = None) -> None:
+        self._max_sessions = max_sessions
+        self._max_bytes = max_bytes
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._infos: dict[str, SessionInfo] = {}
+        self._data: dict[str, bytes] = {}
+        self._held: set[str] = set()
+        if folder is not None:
+            self._read_folder(folder)
+
+    def info(self, session_id: str, owner: str) -> SessionInfo:
+        """Return what there is to know of an owner's session.
+
+        Raises:
+            NotFoundError: there is none, or it is somebody else's.
+        """
+        with self._lock:
+            found = self._infos.get(session_id)
+        if found is None or found.owner != owner:
+            # The id may be anything that somebody typed.
+            raise NotFoundError(f"there is no session {session_id[:64]!r}", param="session")
+        return found
+
+    def infos(self, owner: str) -> list[SessionInfo]:
+        """Return an owner's sessions, the oldest first."""
+        with self._lock:
+            own = [info for info in self._infos.values() if info.owner == owner]
+        return sorted(own, key=lambda info: (info.created, info.id))
+
+    def get(self, session_id: str, owner: str) -> bytes:
+        """Return a session.
+
+        Raises:
+            NotFoundError: as `info`.
+            StorageError: its file cannot be read.
+        """
+        info = self.info(session_id, owner)
+        if self._folder is None:
+            with self._lock:
+                return self._data[info.id]
+        try:
+            return self._path(info.id).read_bytes()
+        except OSError as exc:
+            raise StorageError(f"the session {info.id} cannot be read: {exc}") from exc
+
+    def put(self, info: SessionInfo, data: bytes) -> SessionInfo:
+        """Store a session, in place of one of that id; return what there is to know of it.
+
+        Raises:
+            PayloadTooLargeError: it is larger than all that one owner may save.
+            StorageError: the owner has too many or too large ones, or the disk is full.
+        """
+        info = replace(info, num_bytes=len(data))
+        with self._lock:
+            self._check_room(info)
+            before = self._infos.get(info.id)
+            self._infos[info.id] = info
+        try:
+            self._write(info.id, data)
+        except OSError as exc:
+            with self._lock:
+                self._infos.pop(info.id)
+                if before is not None:
+                    self._infos[info.id] = before
+            raise StorageError(f"the session cannot be saved: {exc}") from exc
+        return info
+
+    def delete(self, session_id: str, owner: str) -> None:
+        """Forget a session.
+
+        Raises:
+            NotFoundError: as `info`.
+        """
+        info = self.info(session_id, owner)
+        with self._lock:
+            self._infos.pop(info.id, None)
+            self._data.pop(info.id, None)
+        if self._folder is not None:
+            self._path(info.id).unlink(missing_ok=True)
+
+    def check_size(self, num_bytes: int) -> None:
+        """Refuse what no owner may save.
+
+        Raises:
+            PayloadTooLargeError: more than `max_bytes`.
+        """
+        if num_bytes > self._max_bytes:
+            raise PayloadTooLargeError(
+                f"a session may take {self._max_bytes} bytes (session_bytes), got {num_bytes}"
+            )
+
+    def hold(self, session_id: str) -> None:
+        """Keep a session for one answer that will be saved to it, until `release`.
+
+        Raises:
+            ConflictError: another one is under way.
+        """
+        with self._lock:
+            if session_id in self._held:
+                raise ConflictError(
+                    f"an answer that is saved to the session {session_id} is under way; wait for "
+                    f"it, or fork the session",
+                    param="mrss.session",
+                )
+            self._held.add(session_id)
+
+    def release(self, session_id: str) -> None:
+        """Let others save to a session."""
+        with self._lock:
+            self._held.discard(session_id)
+
+    def _check_room(self, info: SessionInfo) -> None:
+        self.check_size(info.num_bytes)
+        others = [
+            other
+            for other in self._infos.values()
+            if other.owner == info.owner and other.id != info.id
+        ]
+        if len(others) >= self._max_sessions:
+            raise StorageError(
+                f"{len(others)} sessions are saved, and one owner may have {self._max_sessions} "
+                f"(max_sessions); delete one"
+            )
+        taken = sum(other.num_bytes for other in others)
+        if taken + info.num_bytes > self._max_bytes:
+            raise StorageError(
+                f"sessions of {taken} bytes are saved, and this one of {info.num_bytes} is more "
+                f"than one owner may have ({self._max_bytes}, session_bytes); delete one"
+            )
+
+    def _write(self, session_id: str, data: bytes) -> None:
+        if self._folder is None:
+            with self._lock:
+                self._data[session_id] = data
+            return
+        path = self._path(session_id)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _path(self, session_id: str) -> Path:
+        assert self._folder is not None
+        assert _ID.fullmatch(session_id)
+        return self._folder / (session_id + _SUFFIX)
+
+    def _read_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            paths = sorted(folder.glob("ses_*" + _SUFFIX))
+        except OSError as exc:
+            raise ConfigError(
+                f"sessions_dir {folder} cannot be used: {exc}", param="sessions_dir"
+            ) from exc
+        for path in paths:
+            try:
+                with path.open("rb") as file:
+                    metadata = read_metadata(file.read(_head_len(file)))
+                info = info_of(json.loads(metadata[SESSION_KEY]), path.stat().st_size)
+                if path.name != info.id + _SUFFIX or not _ID.fullmatch(info.id):
+                    raise StateFileError("its name is not that of its session")
+            except (OSError, StateFileError, KeyError, TypeError, ValueError) as exc:
+                log.warning("the session file %s is left alone: %s", path.name, exc)
+            else:
+                self._infos[info.id] = info
+
+
+def _head_len(file: BinaryIO) -> int:
+    """Return how much of a safetensors file its header takes, at most what one may."""
+    length = 8 + int.from_bytes(file.read(8), "little")
+    file.seek(0)
+    return min(length, _MAX_HEAD_BYTES)
