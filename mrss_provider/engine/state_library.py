@@ -2,7 +2,8 @@
 
 A folder holds state files (the file's stem is the state's name) and `mixtures.toml`; both share
 one namespace. A bad file never hides: it is in `problems`, and naming it raises what is wrong.
-Lookups read one immutable snapshot, so they may come from any thread.
+Lookups read one immutable snapshot, so they may come from any thread; `change` replaces it by
+another, and who has resolved a name keeps the states that it meant.
 """
 
 from __future__ import annotations
@@ -10,28 +11,41 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrss_provider.backend import MixtureOptions, ModelCard
-from mrss_provider.engine.gates import GATES
-from mrss_provider.engine.merge import MERGE_RULES
-from mrss_provider.engine.mixtures_file import MIXTURES_FILE, NamedMixture, check_cut
+from mrss_provider.engine.gates import Gate, Learned, make_gate
+from mrss_provider.engine.merges import make_merge
+from mrss_provider.engine.mixtures_file import MIXTURES_FILE, NamedMixture
 from mrss_provider.engine.request import ResolvedMixture
-from mrss_provider.engine.state_folder import STATE_SUFFIXES, Entries, Problem, load_folder
+from mrss_provider.engine.state_folder import (
+    STATE_SUFFIXES,
+    Entries,
+    Problem,
+    load_folder,
+    problem_of_gate,
+)
+from mrss_provider.engine.typed_options import (
+    chosen_cut,
+    chosen_method,
+    named_mixture,
+    sampling_of,
+    weighted,
+)
 from mrss_provider.errors import InvalidRequestError, UnknownNameError
 from mrss_provider.mixture import (
     BASE,
-    DEFAULT_CUT,
     DEFAULT_GATE,
     DEFAULT_MERGE,
+    Method,
     Mixture,
     Term,
     canonical_weights,
-    check_terms,
-    check_weight,
+    check_signs,
     parse_mixture,
 )
 
@@ -74,9 +88,47 @@ class StateLibrary:
         self._model_name = model_name or model_config.name
         self._max_states = max_states
         self._context_len = context_len
-        self._entries = load_folder(folder, model_config, strict=strict)
+        self._changing = threading.Lock()
+        loaded = load_folder(folder, model_config, strict=strict)
+        self._entries = replace(loaded, view=self._model_name)
+        self._deaf: set[str] = set()
         for problem in self._entries.problems:
             log.warning("%s: %s", problem.path.name, problem.error)
+
+    @property
+    def entries(self) -> Entries:
+        """The present view, which never changes."""
+        return self._entries
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the loaded model."""
+        return self._model_config
+
+    @property
+    def max_states(self) -> int:
+        """Terms that one mixture may have."""
+        return self._max_states
+
+    @property
+    def model_name(self) -> str:
+        """What `@model` may say."""
+        return self._model_name
+
+    def change(
+        self, edit: Callable[[Entries], Entries], commit: Callable[[], None] | None = None
+    ) -> None:
+        """Replace the view by `edit` of it; one change at a time, from any thread.
+
+        Args:
+            edit: returns the new view, or raises.
+            commit: makes the change last (writes a file), or raises; the view is replaced after it.
+        """
+        with self._changing:
+            entries = edit(self._entries)
+            if commit is not None:
+                commit()
+            self._entries = entries
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -92,6 +144,11 @@ class StateLibrary:
     def mixtures(self) -> Mapping[str, NamedMixture]:
         """The named mixtures by name."""
         return self._entries.mixtures
+
+    @property
+    def gates(self) -> Mapping[str, Learned]:
+        """The trained gates by name."""
+        return self._entries.gates
 
     def get(self, name: str) -> TunedState:
         """Return a loaded state.
@@ -131,27 +188,40 @@ class StateLibrary:
             InvalidRequestError: a malformed name or option.
             MRSSError: a name whose file is bad.
         """
-        entries = self._entries
+        return self.resolve_in(self._entries, text, options)
+
+    def resolve_in(
+        self, entries: Entries, text: str, options: MixtureOptions | None = None
+    ) -> ResolvedMixture:
+        """Do as `resolve` does in another view, such as one that is not shown yet.
+
+        Raises:
+            MRSSError: as `resolve`.
+        """
         options = options or MixtureOptions()
+        text = entries.aliases.get(text, text)
         typed = parse_mixture(text)
         self._check_model(typed, text)
-        named = _named_mixture(entries, typed)
+        named = named_mixture(entries, typed)
         terms = named.terms if named else typed.terms
         self._check_terms(entries, terms, text)
-        terms = _weighted(terms, options)
-        merge = _chosen("merge", typed.merge, options.merge, MERGE_RULES)
-        gate = _chosen("gate", typed.gate, options.gate, GATES)
+        terms = weighted(terms, options)
+        merge = chosen_method("merge", typed.merge, options.merge)
+        gate = chosen_method("gate", typed.gate, options.gate)
         merge = merge or (named and named.merge) or DEFAULT_MERGE
         gate = gate or (named and named.gate) or DEFAULT_GATE
-        cut = _cut(merge, len(terms), options.cut, named)
+        where = "mrss.weights" if options.gating_weights is None else "mrss_gatingweight"
+        check_signs(terms, merge, "model" if terms == typed.terms else where)
+        cut = chosen_cut(merge, len(terms), options.cut, named)
         resolved = self._rows(entries, Mixture(terms, None, merge, gate), cut)
-        if named is None:
+        defaults = named or sampling_of(entries, typed)
+        if defaults is None:
             return resolved
         return replace(
             resolved,
-            temperature=named.temperature,
-            top_p=named.top_p,
-            sampling_order=named.sampling_order,
+            temperature=defaults.temperature,
+            top_p=defaults.top_p,
+            sampling_order=defaults.sampling_order,
         )
 
     def _check_model(self, typed: Mixture, text: str) -> None:
@@ -159,7 +229,7 @@ class StateLibrary:
             raise UnknownNameError(
                 f"unknown model {typed.model!r} in {text!r}: this engine has loaded "
                 f"{self._model_name!r} (leave out '@{typed.model}')",
-                position=text.rindex("@") + 1,
+                position=text.index("@") + 1,
                 suggestions=(self._model_name,),
             )
 
@@ -185,96 +255,77 @@ class StateLibrary:
     def _rows(self, entries: Entries, mixture: Mixture, cut: float) -> ResolvedMixture:
         """Lay out the rows: the base first if it is named or needed, then the states by name."""
         ratios = canonical_weights(mixture.terms)
-        names = sorted(name for name in ratios if name != BASE)
-        states: tuple[TunedState | None, ...] = tuple(entries.states[name] for name in names)
-        merge, gate = mixture.merge or DEFAULT_MERGE, mixture.gate or DEFAULT_GATE
-        has_base = BASE in ratios
-        weights: tuple[float, ...] = (1.0,)
+        names = sorted(ratios, key=lambda name: (name != BASE, name))
+        merge, method = mixture.merge or DEFAULT_MERGE, mixture.gate or DEFAULT_GATE
         if len(ratios) == 1:
             # One row comes back as it is under every rule and gate.
-            merge, gate, cut = "linear", "fixed", 0.0
-            states = (None,) if has_base else states
-        else:
-            rule = MERGE_RULES[merge]
-            weights, base_weight = rule.scale([ratios[n] for n in names], ratios.get(BASE, 0.0))
-            has_base = has_base or rule.anchored or GATES[gate].needs_base
-            if has_base:
-                states, weights = (None, *states), (base_weight, *weights)
-        return ResolvedMixture(
+            merge, method, cut = Method("linear"), Method("fixed"), 0.0
+        rule, gate = make_merge(merge), _gate(entries, method)
+        trained = gate if isinstance(gate, Learned) else None
+        base_named = BASE in ratios
+        if not base_named and (rule.anchored or gate.needs_base):
+            names.insert(0, BASE)
+        states = tuple(None if name == BASE else entries.states[name] for name in names)
+        in_order = tuple(ratios.get(name, 0.0) for name in names)
+        weights = rule.scale(in_order, base_named=base_named)
+        groups = tuple(state.metadata.group or "" if state else "" for state in states)
+        heard = (groups,) if gate.reads_prompt else ()
+        file = (trained.sha256,) if trained else ()
+        # A schedule says by name which state it means.
+        scheduled = (tuple(names),) if "points" in method.parameters else ()
+        resolved = ResolvedMixture(
             canonical=mixture.canonical(),
             states=states,
+            names=tuple(names),
+            groups=groups,
+            ratios=in_order,
             weights=weights,
             merge=merge,
-            gate=gate,
+            gate=method,
             cut=cut,
-            base_row=0 if has_base else None,
-            fingerprint=self._fingerprint(states, weights, merge, gate, cut),
+            base_row=0 if BASE in names else None,
+            fingerprint=self._fingerprint(
+                states, weights, merge.text, method.text, cut, *heard, *file, *scheduled
+            ),
+            trained_gate=trained,
         )
+        gate.check(resolved)
+        compared = gate.candidates(resolved)
+        self._warn_of_deaf([state for state in states if state and state.name in compared])
+        return resolved
 
     def _fingerprint(self, states: Sequence[TunedState | None], *rest: object) -> str:
         hashes = [(state.sha256, state.metadata.bos) if state else BASE for state in states]
         text = repr((self._model_config.fingerprint, hashes, rest))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _warn_of_deaf(self, states: Sequence[TunedState]) -> None:
+        """Tell once of each state whose tuning taught it nothing of what users write."""
+        for state in states:
+            if state.metadata.loss_on == "answer" and state.name not in self._deaf:
+                self._deaf.add(state.name)
+                log.warning(
+                    "the state %r was tuned with a loss on answers only: a posterior learns "
+                    "next to nothing from it",
+                    state.name,
+                )
 
-def _named_mixture(entries: Entries, typed: Mixture) -> NamedMixture | None:
-    """Return the mixture that the whole name means, if it is one."""
-    if len(typed.terms) != 1 or typed.terms[0].weight != 1.0:
-        return None
-    return entries.mixtures.get(typed.terms[0].name)
 
-
-def _weighted(terms: tuple[Term, ...], options: MixtureOptions) -> tuple[Term, ...]:
-    """Return `terms` with the weights that the request's options give."""
-    if options.gating_weights is None:
-        return Mixture(terms).with_weights(options.weights).terms if options.weights else terms
-    if options.weights:
+def _gate(entries: Entries, method: Method) -> Gate:
+    """Return the gate that `method` names: one with its parameters, or one of the folder."""
+    if "file" not in method.parameters:
+        return make_gate(method)
+    name = method.get("file")
+    for problem in entries.problems:
+        if problem.name == problem_of_gate(str(name)):
+            raise type(problem.error)(f"{method.text!r} cannot be used: {problem.error.message}")
+    trained = entries.gates.get(str(name))
+    if trained is None:
+        known = ", ".join(sorted(entries.gates)) or "none"
         raise InvalidRequestError(
-            "give mrss.weights or mrss_gatingweight, not both", param="mrss_gatingweight"
+            f"mrss.gate: there is no trained gate {name!r}; known are {known}", param="mrss.gate"
         )
-    if len(options.gating_weights) != len(terms):
-        raise InvalidRequestError(
-            f"mrss_gatingweight must have one weight for each of {len(terms)} terms "
-            f"({'+'.join(term.name for term in terms)}), got {len(options.gating_weights)}",
-            param="mrss_gatingweight",
-        )
-    weighted = tuple(
-        replace(term, weight=check_weight(weight, "mrss_gatingweight"))
-        for term, weight in zip(terms, options.gating_weights, strict=True)
-    )
-    check_terms(weighted, "mrss_gatingweight")
-    return weighted
-
-
-def _chosen(
-    what: str, typed: str | None, option: str | None, known: Mapping[str, object]
-) -> str | None:
-    """Return the merge rule or gate that the name or the options say."""
-    if option is not None and option not in known:
-        raise InvalidRequestError(
-            f"mrss.{what} must be one of {', '.join(known)}, got {option!r:.40}",
-            param=f"mrss.{what}",
-        )
-    if typed is not None and option is not None and typed != option:
-        raise InvalidRequestError(
-            f"the name says '~{typed}' and mrss.{what} says {option!r}; say one of them",
-            param=f"mrss.{what}",
-        )
-    return typed or option
-
-
-def _cut(merge: str, num_terms: int, option: object, named: NamedMixture | None) -> float:
-    rule = MERGE_RULES[merge]
-    if option is not None:
-        cut = check_cut(option, "mrss.cut")
-        if cut > 0 and num_terms > 1 and not rule.has_cut:
-            raise InvalidRequestError(
-                f"the merge rule {merge!r} has no cut; leave out mrss.cut", param="mrss.cut"
-            )
-        return cut
-    if not rule.has_cut:
-        return 0.0
-    return DEFAULT_CUT if named is None or named.cut is None else named.cut
+    return trained
 
 
 def _raise_problem(entries: Entries, name: str) -> None:

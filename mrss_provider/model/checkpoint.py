@@ -95,7 +95,9 @@ def _read_shards(path: Path, fail: Fail) -> Tensors:
         raise fail(f"{path} is not a safetensors index: it needs a `weight_map` object") from exc
     tensors: Tensors = {}
     for name in files:
-        shard = path.parent / str(name)
+        if Path(str(name)).name != name:
+            raise fail(f"{path.name} names the shard {name!r:.100}, which is not a file beside it")
+        shard = path.parent / name
         if not shard.is_file():
             raise fail(f"{path.name} names the shard {name}, which is not in {path.parent}")
         tensors.update(_read_safetensors(shard, fail)[0])
@@ -105,7 +107,9 @@ def _read_shards(path: Path, fail: Fail) -> Tensors:
 def _read_pth(path: Path, fail: Fail) -> Tensors:
     try:
         is_zip = zipfile.is_zipfile(path)
-        if not is_zip:
+        if is_zip:
+            _check_zip(path, fail)
+        else:
             _check_legacy(path, fail)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (OSError, FileFormatError):
@@ -133,6 +137,14 @@ def _read_pth(path: Path, fail: Fail) -> Tensors:
             raise fail(f"{path} holds no plain values under {name!r}; needed are dense tensors")
     # An optimiser's parameters record gradients, and those have no bytes to hash.
     return {name: tensor.detach() for name, tensor in data.items()}
+
+
+def _check_zip(path: Path, fail: Fail) -> None:
+    """Refuse a zip that grows when it is read: `torch.save` stores, it does not compress."""
+    with zipfile.ZipFile(path) as file:
+        size = sum(entry.file_size for entry in file.infolist())
+    if size > path.stat().st_size:
+        raise fail(f"{path} is compressed, which torch.save does not do; get it again")
 
 
 def _check_legacy(path: Path, fail: Fail) -> None:

@@ -176,12 +176,23 @@ def save_tuned_state(path: Path, state: TunedState, config: ModelConfig) -> None
             metadata = replace(state.metadata, orientation="vk")
             # Not save_file: it makes files that only their owner can read, whatever the umask.
             partial.write_bytes(save(tensors, metadata=metadata.to_strings(config)))
+        _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     except (OSError, RuntimeError) as exc:
         # torch.save has an error of its own for a full disk or a missing folder.
         raise StateFileError(f"{path} cannot be written: {exc}") from exc
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def average_states(
@@ -200,6 +211,8 @@ def average_states(
             f"an average needs one weight a state, got {len(states)} states, {len(weights)} weights"
         )
     largest = max(check_weight(weight, "weights") for weight in weights)
+    if min(weights) < 0:
+        raise InvalidRequestError(f"a weight must be finite and >= 0, got {min(weights):g}")
     if largest == 0:
         raise InvalidRequestError("an average needs at least one weight above 0")
     if len({state.wkv.shape for state in states}) > 1:
@@ -305,7 +318,7 @@ def _collect(tensors: Tensors, config: ModelConfig, path: Path) -> dict[str, Ten
         if layer is not None:
             by_layer[layer[2]][int(layer[1])] = tensor
         elif tensor_name in ("shift_att", "shift_ffn"):
-            parts[tensor_name] = tensor.float()
+            parts[tensor_name] = tensor
         elif "emb.weight" in tensors or "model.embeddings.weight" in tensors:
             raise StateFileError(f"{path.name} is a model, not a tuned state")
         else:
@@ -324,7 +337,11 @@ def _collect(tensors: Tensors, config: ModelConfig, path: Path) -> dict[str, Ten
         raise StateFileError(f"{path.name} holds no blocks.0.att.time_state, so it is no state")
     parts["wkv"] = _stack(by_layer["time_state"], (heads, size, size), config, path, "time_state")
     if by_layer["time_offset"]:
-        offsets = {i: offset.flatten() for i, offset in by_layer["time_offset"].items()}
+        # A tensor may be spelled far larger than its file; one of another size is refused below.
+        offsets = {
+            i: offset.flatten() if offset.numel() == config.hidden_size else offset
+            for i, offset in by_layer["time_offset"].items()
+        }
         parts["time_offset"] = _stack(offsets, width, config, path, "time_offset")
     for key, tensor in parts.items():
         if key.startswith("shift") and tuple(tensor.shape) != (layers, *width):
@@ -332,9 +349,12 @@ def _collect(tensors: Tensors, config: ModelConfig, path: Path) -> dict[str, Ten
                 f"{path.name}: {key} has shape {list(tensor.shape)}; the loaded model "
                 f"({config.shape_text()}) needs {[layers, *width]}"
             )
-        if not torch.isfinite(tensor).all():
+        # After the shape: a file may spell a tensor that is far larger than the file. A copy: the
+        # file may change under a mapped one.
+        parts[key] = tensor.to(torch.float32, copy=True).contiguous()
+        if not torch.isfinite(parts[key]).all():
             raise StateFileError(f"{path.name}: {key} holds NaN or infinite values")
-    return {key: tensor.contiguous() for key, tensor in parts.items()}
+    return parts
 
 
 def _stack(

@@ -10,8 +10,16 @@ import pytest
 import tiny_model
 import torch
 
+from mrss_provider.engine.library_changes import with_mixture
+from mrss_provider.engine.mixtures_file import parse_table
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.errors import ConfigError, MRSSError, StateFileError, UnknownNameError
+from mrss_provider.errors import (
+    ConfigError,
+    InvalidRequestError,
+    MRSSError,
+    StateFileError,
+    UnknownNameError,
+)
 from mrss_provider.model import (
     ModelConfig,
     StateMetadata,
@@ -52,7 +60,18 @@ def test_one_bad_file_spoils_only_its_own_name(
         temperatur = 1
         [bad-merge]
         terms = "tone"
-        merge = "power"
+        merge = "mean"
+        [bad-tau]
+        terms = "tone"
+        gate = { name = "novelty", tau = 0 }
+        [no-gate]
+        terms = "tone+base"
+        gate = "learned:nowhere"
+        [no-such-points]
+        terms = "tone+base"
+        gate = { name = "schedule", points = "tune=0@0,1@8" }
+        [pushed]
+        terms = "shared+tone:-1"
         [bad-top-p]
         terms = "tone"
         top_p = 2
@@ -100,7 +119,11 @@ def test_one_bad_file_spoils_only_its_own_name(
         "loose": r"\[loose\]: a mixture is a table",
         "no-terms": r"\[no-terms\]: terms must be a string, got None",
         "typo": "unknown key 'temperatur', the keys are terms, merge",
-        "bad-merge": "merge must be one of linear, geometric, delta, got 'power'",
+        "bad-merge": "merge must be one of linear, geometric, product, .*got 'mean'",
+        "bad-tau": r"gate: tau must be a number in \[0.001, 1000\], got 0",
+        "no-gate": "the trained gate 'nowhere' does not exist",
+        "no-such-points": "the schedule has points for 'tune', which is none of the terms",
+        "pushed": "the weight -1 of 'tone' is below 0, which only the merge rule 'contrast'",
         "bad-top-p": r"top_p must be in \(0, 1\], got 2",
         "bad-cut": r"cut must be in \[0, 1\), got 1",
         "cut-of-linear": "'linear' has no cut",
@@ -127,6 +150,16 @@ def test_one_bad_file_spoils_only_its_own_name(
     assert library.resolve("good").canonical == "base+tone"
     with pytest.raises(ConfigError, match="'shared' cannot be used"):
         library.resolve("of-shared")
+
+
+def test_a_mixture_that_comes_later_is_judged_as_one_of_the_file(
+    model_config: ModelConfig, tmp_path: Path
+) -> None:
+    tiny_model.write_state(tmp_path / "tone.pth")
+    entries = StateLibrary(tmp_path, model_config).entries
+    late = parse_table({"terms": "tone+base", "gate": "schedule:tune=1@0"})
+    with pytest.raises(InvalidRequestError, match="the schedule has points for 'tune'"):
+        with_mixture(entries, "late", late)
 
 
 def test_a_mixtures_file_that_is_no_toml_is_told_with_unknown_names(

@@ -11,7 +11,13 @@ from mrss_provider.backend import MixtureOptions
 from mrss_provider.engine.request import ResolvedMixture, resolve_sampling
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.errors import InvalidRequestError, UnknownNameError
-from mrss_provider.model import ModelConfig, StateMetadata, load_model, save_tuned_state
+from mrss_provider.model import (
+    ModelConfig,
+    StateMetadata,
+    load_model,
+    load_tuned_state,
+    save_tuned_state,
+)
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 
 MIXTURES = """
@@ -30,6 +36,15 @@ gate = "fixed"
 [sharp]
 terms = "knowledge+tone"
 cut = 0.4
+
+[timed]
+terms = "knowledge+tone"
+merge = "power:0.5"
+gate = { name = "schedule", points = "tone=0@0,1@2", over = "turns" }
+
+[away]
+terms = "base+tone:-0.25"
+merge = "contrast"
 """
 
 
@@ -60,7 +75,7 @@ def names(mixture: ResolvedMixture) -> list[str]:
 
 def test_a_folder_becomes_states_and_mixtures(library: StateLibrary) -> None:
     assert list(library.states) == ["knowledge", "poetry", "tone"]
-    assert sorted(library.mixtures) == ["average", "sharp", "story"]
+    assert sorted(library.mixtures) == ["average", "away", "sharp", "story", "timed"]
     assert library.problems == ()
     assert library.get("tone").name == "tone"
 
@@ -73,10 +88,12 @@ def test_cards_list_base_then_states_then_mixtures(library: StateLibrary, folder
         ("poetry", "state"),
         ("tone", "state"),
         ("average", "mixture"),
+        ("away", "mixture"),
         ("sharp", "mixture"),
         ("story", "mixture"),
+        ("timed", "mixture"),
     ]
-    assert cards[-1].description == "Facts, told warmly"
+    assert cards[-2].description == "Facts, told warmly"
     assert cards[-1].created == int((folder / "mixtures.toml").stat().st_mtime)
     assert cards[1].created == int((folder / "knowledge.pth").stat().st_mtime)
     assert {card.context_len for card in cards} == {512}
@@ -162,9 +179,11 @@ def test_names_become_rows(
     assert mixture.rows == len(rows)
     assert mixture.weights == pytest.approx(weights, rel=1e-3)
     assert mixture.canonical == canonical
-    assert f"{mixture.merge}~{mixture.gate}" == rule
+    assert f"{mixture.merge.text}~{mixture.gate.text}" == rule
+    assert mixture.names == tuple(rows)
+    assert max(mixture.ratios) == 1.0
     assert mixture.base_row == (0 if rows[0] == "base" else None)
-    assert mixture.cut == (0.1 if mixture.merge == "delta" else 0.0)
+    assert mixture.cut == (0.1 if mixture.merge.name == "delta" else 0.0)
     # The canonical name means the same thing.
     again = library.resolve(canonical)
     assert (again.fingerprint, again.weights) == (mixture.fingerprint, mixture.weights)
@@ -189,10 +208,25 @@ def test_names_become_rows(
         ("average", MixtureOptions(gate="novelty"), "base+knowledge+tone~geometric"),
         ("knowledge+tone", MixtureOptions(weights={}), "knowledge+tone"),
         ("tone", MixtureOptions(merge="delta", gate="novelty", cut=0.3), "tone"),
+        (
+            "knowledge+tone",
+            MixtureOptions(merge="contrast", weights={"tone": -0.5}),
+            "knowledge+tone:-0.5~contrast",
+        ),
+        ("base+tone:-0.5", MixtureOptions(merge="contrast"), "base+tone:-0.5~contrast"),
+        ("knowledge+tone~power:2", MixtureOptions(merge="power:2.0"), "knowledge+tone~power:2"),
+        (
+            "knowledge+tone@tiny",
+            MixtureOptions(gate="schedule:tone=1@9,0@0"),
+            "knowledge+tone~schedule:tone=0@0,1@9",
+        ),
+        ("timed", None, "knowledge+tone~power~schedule:tone=0@0,1@2,turns"),
+        ("timed~fixed", None, "knowledge+tone~power~fixed"),
+        ("away", None, "base+tone:-0.25~contrast"),
     ],
 )
 def test_options_of_a_request(
-    library: StateLibrary, text: str, options: MixtureOptions, canonical: str
+    library: StateLibrary, text: str, options: MixtureOptions | None, canonical: str
 ) -> None:
     assert library.resolve(text, options).canonical == canonical
 
@@ -233,7 +267,12 @@ def test_defaults_of_a_named_mixture_reach_the_sampling(library: StateLibrary) -
     [
         ("konwledge", 0, ("knowledge",), "'konwledge' at position 0 .*did you mean 'knowledge'"),
         ("tone:0.3+poetri", 9, ("poetry",), "did you mean 'poetry'"),
-        ("xyz", 0, (), "known are base, knowledge, poetry, tone, average, sharp, story"),
+        (
+            "xyz",
+            0,
+            (),
+            "known are base, knowledge, poetry, tone, average, away, sharp, story, timed",
+        ),
         ("tone@demo", 5, ("tiny",), "unknown model 'demo' .* has loaded 'tiny'"),
         ("Tone", 0, ("tone",), "did you mean 'tone'"),
     ],
@@ -261,15 +300,39 @@ def test_unknown_names_are_a_400_with_position_and_neighbours(
         ("tone+poetry", MixtureOptions(gating_weights=(1.0,)), "each of 2 terms .*, got 1"),
         ("tone+poetry", MixtureOptions(gating_weights=(1, 2, 3)), "got 3"),
         ("tone+poetry", MixtureOptions(gating_weights=(0, 0)), "at least one weight"),
-        ("tone+poetry", MixtureOptions(gating_weights=(1, -1)), "finite and >= 0, got -1"),
+        (
+            "tone+poetry",
+            MixtureOptions(gating_weights=(1, -1)),
+            "weight -1 of 'poetry' is below 0, which only the merge rule 'contrast'",
+        ),
         (
             "tone",
             MixtureOptions(weights={"tone": 1}, gating_weights=(1.0,)),
             "mrss.weights or mrss_gatingweight, not both",
         ),
-        ("tone+poetry", MixtureOptions(merge="power"), "mrss.merge must be one of linear, geo"),
-        ("tone+poetry", MixtureOptions(gate="learned"), "mrss.gate must be one of fixed, nov"),
+        ("tone+poetry", MixtureOptions(merge="mean"), "mrss.merge must be one of linear, geo"),
+        ("tone+poetry", MixtureOptions(gate="loud"), "mrss.gate must be one of fixed, sch"),
         ("tone+poetry~linear", MixtureOptions(merge="delta"), "says '~linear' and mrss.merge says"),
+        (
+            "tone+poetry",
+            MixtureOptions(merge="power:11"),
+            r"exponent must be a number in \[-10, 10",
+        ),
+        ("tone+poetry~power:2", MixtureOptions(merge="power"), "says '~power:2' .* says 'power'"),
+        ("tone+poetry", MixtureOptions(gate="learned:x"), "no trained gate 'x'; known are none"),
+        ("tone+poetry", MixtureOptions(gate="schedule:knowledge=0@0"), "the terms are poetry, ton"),
+        (
+            "tone+poetry~linear",
+            MixtureOptions(gate="schedule:tone=0@0+poetry=0@9"),
+            "got none at 0",
+        ),
+        ("tone+poetry:-0.5", None, "which only the merge rule 'contrast' understands, got 'delta'"),
+        ("tone+poetry:-0.5~linear", None, "got 'linear'"),
+        (
+            "tone+poetry",
+            MixtureOptions(merge="contrast", weights={"tone": -1, "poetry": -2}),
+            "at least one weight must be above 0",
+        ),
         ("tone+poetry", MixtureOptions(cut=1.0), r"mrss.cut must be in \[0, 1\), got 1.0"),
         ("tone+poetry", MixtureOptions(cut=float("nan")), "mrss.cut must be in"),
         ("tone+poetry", MixtureOptions(cut="x"), "got 'x'"),  # type: ignore[arg-type]
@@ -296,7 +359,9 @@ def test_the_fingerprint_changes_with_all_that_changes_an_answer(
     folder: Path, library: StateLibrary, tmp_path: Path, model_config: ModelConfig
 ) -> None:
     texts = ["tone", "knowledge", "base", "tone+knowledge", "tone:2+knowledge", "average"]
-    texts += ["tone+knowledge~linear", "tone+knowledge~fixed", "sharp"]
+    texts += ["tone+knowledge~linear", "tone+knowledge~fixed", "sharp", "timed"]
+    texts += ["tone+knowledge~power", "tone+knowledge~power:2", "tone+knowledge~novelty:0.1"]
+    texts += ["tone+knowledge~contrast", "tone+knowledge:-1~contrast", "tone+knowledge~posterior"]
     prints = [library.resolve(text).fingerprint for text in texts]
     assert len(set(prints)) == len(texts)
     assert all(p.startswith("fp_") and len(p) == 19 for p in prints)
@@ -314,8 +379,46 @@ def test_the_fingerprint_changes_with_all_that_changes_an_answer(
     assert moved.resolve("tone").fingerprint != prints[0]
 
 
+def test_the_fingerprint_says_which_state_a_schedule_names(
+    folder: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    """The same two states under names whose scheduled one is the other."""
+    prints = []
+    for number, names in enumerate((("a", "b"), ("b", "c"))):
+        states = tmp_path / str(number)
+        states.mkdir()
+        for source, name in zip(("tone", "poetry"), names, strict=True):
+            shutil.copy(folder / f"{source}.pth", states / f"{name}.pth")
+        text = f"{'+'.join(names)}~linear~schedule:b=0@0"
+        prints.append(StateLibrary(states, model_config).resolve(text).fingerprint)
+    assert prints[0] != prints[1]
+
+
 def test_get_refuses_what_is_no_state(library: StateLibrary) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'tone'"):
         library.get("tune")
     with pytest.raises(UnknownNameError):
         library.get("story")
+
+
+def test_a_posterior_warns_once_of_states_that_were_tuned_on_answers_only(
+    tmp_path: Path, model_config: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed, (name, loss_on) in enumerate((("deaf", "answer"), ("open", "all"))):
+        state = tiny_model.write_state(tmp_path / "from.pth", seed=seed)
+        loaded = load_tuned_state(state, model_config, name=name)
+        metadata = StateMetadata(group="facts", loss_on=loss_on)  # type: ignore[arg-type]
+        loaded = replace(loaded, metadata=metadata)
+        save_tuned_state(tmp_path / f"{name}.safetensors", loaded, model_config)
+        state.unlink()
+    library = StateLibrary(tmp_path, model_config)
+    for _ in range(2):
+        mixture = library.resolve("deaf+open~posterior-novelty")
+    assert mixture.groups == ("", "facts", "facts")
+    library.resolve("deaf+open~novelty")
+    warned = [record.getMessage() for record in caplog.records]
+    assert [text for text in warned if "'deaf'" in text] == [
+        "the state 'deaf' was tuned with a loss on answers only: a posterior learns next to "
+        "nothing from it"
+    ]
+    assert not [text for text in warned if "'open'" in text]

@@ -1,13 +1,16 @@
 """Files of tensors: what a training leaves in them, and what damage does."""
 
 import hashlib
+import json
 import random
+import zipfile
 
 import pytest
 import torch
-from tiny_model import checkpoint, write_checkpoint
+from tiny_model import checkpoint, tuned_state, write_checkpoint
 
-from mrss_provider.errors import ModelFileError
+from mrss_provider.errors import ModelFileError, StateFileError
+from mrss_provider.model import load_model, load_tuned_state
 from mrss_provider.model.checkpoint import read_tensors
 from mrss_provider.model.weights import load_weights
 
@@ -66,3 +69,40 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(ModelFileError, match=r"m.pth cannot be read: Input/output error"):
         load_weights(path)
+
+
+def test_a_zip_that_grows_when_it_is_read_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "m.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+        packed.writestr("archive/zeros", bytes(50 << 20))
+    with pytest.raises(ModelFileError, match="compressed"):
+        read_tensors(tmp_path / "bomb.pth", ModelFileError)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors"])
+def test_an_index_names_files_beside_it_only(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    write_checkpoint(tmp_path / "secret.safetensors")
+    index = tmp_path / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"emb.weight": name}}))
+    with pytest.raises(ModelFileError, match="not a file beside it"):
+        read_tensors(index, ModelFileError)
+
+
+@pytest.mark.parametrize("key", ["time_offset", "shift_att"])
+def test_a_tensor_that_is_far_larger_than_its_file_costs_nothing(tmp_path, key):
+    config = load_model(
+        write_checkpoint(tmp_path / "m.pth"), device="cpu", dtype="fp32", threads=1
+    ).config
+    huge = torch.zeros(1, dtype=torch.float16).expand(1 << 20, 1 << 20)
+    tensors = tuned_state()
+    name = "blocks.0.att.time_offset" if key == "time_offset" else key
+    torch.save({**tensors, name: huge}, tmp_path / "state.pth")
+    assert (tmp_path / "state.pth").stat().st_size < 1 << 20
+    with pytest.raises(StateFileError, match=key):
+        load_tuned_state(tmp_path / "state.pth", config, name="huge")
