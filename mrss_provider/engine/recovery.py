@@ -1,0 +1,65 @@
+"""Recovery: what goes on after a step that no memory was left for, and how.
+
+Such a step may have moved some layers of its rows on and others not. So the newest of its requests
+end, and the rows of the others begin anew: they read again what they had read, which is known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+
+from mrss_provider.engine.batch import Batch, Choice, Reread, Running
+
+
+def parties(batch: Batch) -> list[Running]:
+    """Return the requests that have a part in a step."""
+    owners = [choice.owner for choice in batch.decoding]
+    owners += [chunk.running for chunk in batch.chunks]
+    owners += [piece.choice.owner for piece in batch.catching_up]
+    owners += [piece.choice.owner for piece in batch.rereading]
+    return list(dict.fromkeys(owners))
+
+
+def split(running: Iterable[Running], involved: Collection[Running]) -> tuple[list[Running], ...]:
+    """Return the older and the newer half of those `involved`, the newer at least as large.
+
+    Args:
+        running: all requests that hold slots, oldest first.
+        involved: those of a step.
+    """
+    ordered = [each for each in running if each in involved]
+    half = len(ordered) // 2
+    return ordered[:half], ordered[half:]
+
+
+class LostAnswers:
+    """The answers that read their tokens again: one at a time, as memory is short."""
+
+    def __init__(self) -> None:
+        self._choices: deque[Choice] = deque()
+
+    def add(self, choice: Choice) -> None:
+        """Let an answer begin anew that has tokens; nothing is under way for it."""
+        choice.lose_states()
+        if choice not in self._choices:
+            self._choices.append(choice)
+
+    def deal(self, max_len: int) -> list[Reread]:
+        """Deal at most `max_len` tokens a row to the next answer; nothing without one."""
+        while self._choices and not self._choices[0].is_live:
+            self._choices.popleft()
+        if not self._choices:
+            return []
+        choice = self._choices[0]
+        start = choice.num_reread
+        assert start is not None
+        # The last token is read in the step that decodes the next one.
+        tokens = [*choice.owner.request.prompt, *choice.answer[:-1]]
+        piece = Reread(choice, tokens[start : start + max_len], is_first=choice.is_stateless)
+        choice.num_reread = start + len(piece.tokens)
+        choice.is_stateless = False
+        if choice.num_reread == len(tokens):
+            choice.num_reread = None
+            self._choices.popleft()
+        return [piece]
