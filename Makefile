@@ -3,6 +3,8 @@
 
 PORT ?= 4000
 JOBS ?= 2
+SOAK_MINUTES ?= 30
+FUZZ_S ?= 60
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
@@ -10,16 +12,19 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 # Stamps: an install that has nothing to do costs nothing.
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_RAY := $(VENV)/.installed-ray
 INSTALLED_BENCH := $(VENV)/.installed-bench
+INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-BENCH := cpu_decode engine_tail first_token import_time litellm_overhead serve soak state_dtype
+BENCH := cpu_decode engine_tail first_token import_time lazy_rows litellm_overhead serve serve_front capacity
+BENCH += state_dtype
 BENCH_GPU := decode mixture prefill sparse_ffn tail serve_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test test-full test-gpu test-wheel bench bench-gpu plots docs wheel clean
+.PHONY: help install run check test test-full compat test-gpu test-wheel soak fuzz bench bench-gpu plots docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -39,14 +44,23 @@ check: $(INSTALLED_TEST)  ## lint, format, types, layers
 test: $(INSTALLED_TEST)  ## the test suite, as CI runs it
 	$(PYTEST)
 
-test-full: $(INSTALLED_TEST)  ## the suite with its slow tests
+test-full: $(INSTALLED_RAY)  ## the suite with its slow tests
 	$(PYTEST) -m "not gpu"
+
+compat: $(INSTALLED_TEST)  ## RWKV-Infer's README, replayed with curl against mrss serve
+	$(PY) -m pytest -m "not gpu" tests/compat
 
 test-gpu: $(INSTALLED_TEST)  ## what needs a CUDA device
 	$(PY) -m pytest -m gpu
 
 test-wheel: $(INSTALLED_TEST)  ## build the wheel, install it in a fresh environment, use it
 	$(PY) -m pytest -m slow tests/cli/test_wheel.py
+
+soak: $(INSTALLED_TEST)  ## half an hour of good and bad clients (SOAK_MINUTES=5: shorter)
+	$(PY) benchmarks/soak.py --minutes $(SOAK_MINUTES)
+
+fuzz: $(INSTALLED_FUZZ)  ## the parsers under atheris, a minute each (FUZZ_S=600: longer)
+	PYTHONPATH=tests:tests/fuzz $(PY) tests/fuzz/atheris_parsers.py all -max_total_time=$(FUZZ_S)
 
 bench: $(INSTALLED_TEST)  ## the benchmarks of a CPU; results go to benchmarks/results
 	@for name in $(BENCH); do echo "== $$name"; $(PY) "benchmarks/$$name.py" || exit 1; done
@@ -74,6 +88,14 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 $(INSTALLED_TEST): pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@ $(INSTALLED)
+
+$(INSTALLED_RAY): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[test,ray]'
+	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
+
+$(INSTALLED_FUZZ): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[test,fuzz]'
+	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
 
 $(INSTALLED_BENCH): pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) -e '.[bench]'

@@ -15,6 +15,7 @@ _BUNDLED = (
     "models/demo/vocab.txt",
     "models/demo/card.toml",
     "states/*.safetensors",
+    "states/gates/*.safetensors",
     "states/mixtures.toml",
     "proxy_config.yaml",
 )

@@ -27,10 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mrss_provider.engine.gates import make_gate
 from mrss_provider.engine.logits_processors import Bias
-from mrss_provider.engine.merge import LOG_PROB_FLOOR, MERGE_RULES
+from mrss_provider.engine.merges import LOG_PROB_FLOOR, make_merge
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.tail import Pick, merge_rows, pick_tokens
+from mrss_provider.mixture import Method
 from mrss_provider.model.cpu import configure_cpu
 from mrss_provider.sampling_params import SamplingParams
 
@@ -136,15 +138,18 @@ def make_picks(cell: Cell, position: int) -> list[Pick]:
 
 def make_mixture(rows: int, merge: str, gate: str) -> ResolvedMixture:
     """Return equal states; the base has no weight of its own where the gate needs it."""
-    rule = MERGE_RULES[merge]
-    needs_base = rows > 1 and (rule.anchored or gate == "novelty")
-    weights, _ = rule.scale([1.0] * (rows - needs_base), 0.0)
+    rule, method = make_merge(Method(merge)), Method(gate)
+    needs_base = rows > 1 and (rule.anchored or make_gate(method).needs_base)
+    ratios = (0.0,) * needs_base + (1.0,) * (rows - needs_base)
     return ResolvedMixture(
         canonical="benchmark",
         states=(None,) * rows,
-        weights=(0.0, *weights) if needs_base else weights,
-        merge=merge,
-        gate=gate,
+        names=tuple(f"s{k}" for k in range(rows)),
+        groups=("",) * rows,
+        ratios=ratios,
+        weights=rule.scale(ratios, base_named=False),
+        merge=Method(merge),
+        gate=method,
         cut=0.1 if rule.has_cut and rows > 1 else 0.0,
         base_row=0 if needs_base else None,
         fingerprint="fp_benchmark",

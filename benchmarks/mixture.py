@@ -26,10 +26,11 @@ from random_models import SHAPES, Shape, random_model, state_bytes, weight_bytes
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.device_runner import DeviceRunner
 from mrss_provider.engine.engine import Engine
-from mrss_provider.engine.gates import GATES
-from mrss_provider.engine.merge import MERGE_RULES
+from mrss_provider.engine.gates import make_gate
+from mrss_provider.engine.merges import make_merge
 from mrss_provider.engine.request import EngineRequest, ResolvedMixture
 from mrss_provider.engine.step_runner import HostRunner
+from mrss_provider.mixture import Method
 from mrss_provider.model import Model
 from mrss_provider.model.tuned_state import TunedState
 from mrss_provider.sampling_params import SamplingParams
@@ -55,7 +56,8 @@ class Cell:
         """The states, and the base where the gate or the rule needs it."""
         if self.num_states == 1:
             return 1
-        needs_base = GATES[self.gate].needs_base or MERGE_RULES[self.merge].anchored
+        gate, rule = make_gate(Method(self.gate)), make_merge(Method(self.merge))
+        needs_base = gate.needs_base or rule.anchored
         return self.num_states + int(needs_base)
 
     @property
@@ -74,17 +76,21 @@ def random_states(shape: Shape, count: int) -> list[TunedState]:
 def resolve(cell: Cell, states: list[TunedState]) -> ResolvedMixture:
     """Lay out a mixture's rows as the library does."""
     own = states[: cell.num_states]
-    if cell.num_states == 1:
-        return ResolvedMixture("s0", tuple(own), (1.0,), "linear", "fixed", 0.0, None, "bench")
-    ratios, base = MERGE_RULES[cell.merge].scale([1.0] * cell.num_states, 0.0)
+    # A single state comes back as it is.
+    merge, gate = (cell.merge, cell.gate) if cell.num_states > 1 else ("linear", "fixed")
+    rule = make_merge(Method(merge))
     has_base = cell.rows_a_request > cell.num_states
+    ratios = (0.0,) * has_base + (1.0,) * cell.num_states
     return ResolvedMixture(
         canonical="+".join(state.name for state in own),
-        states=(None, *own) if has_base else tuple(own),
-        weights=(base, *ratios) if has_base else tuple(ratios),
-        merge=cell.merge,
-        gate=cell.gate,
-        cut=0.1 if MERGE_RULES[cell.merge].has_cut else 0.0,
+        states=(None,) * has_base + tuple(own),
+        names=("base",) * has_base + tuple(state.name for state in own),
+        groups=("",) * cell.rows_a_request,
+        ratios=ratios,
+        weights=rule.scale(ratios, base_named=False),
+        merge=Method(merge),
+        gate=Method(gate),
+        cut=0.1 if rule.has_cut else 0.0,
         base_row=0 if has_base else None,
         fingerprint="bench",
     )

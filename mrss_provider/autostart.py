@@ -43,6 +43,8 @@ ENGINE_COMMAND = (sys.executable, "-m", "mrss_provider.server")
 # The shortest limit among the systems we run on is 104 bytes, its end included.
 _MAX_SOCKET_BYTES = 103
 _POLL_S = 0.05
+# Only we reach its socket: it needs no keys, and would refuse our other programs without them.
+_NOT_FOR_ENGINE = {"MRSS_SOCKET", "MRSS_API_KEY", "MRSS_ADMIN_KEY", "MRSS_KEYS_FILE"}
 
 
 def engine_address(api_base: str | None = None, env: Mapping[str, str] | None = None) -> str | None:
@@ -240,7 +242,7 @@ class LocalEngine:
         return True
 
     def _start(self) -> subprocess.Popen[bytes]:
-        env = {name: value for name, value in self._env.items() if name != "MRSS_SOCKET"}
+        env = {name: value for name, value in self._env.items() if name not in _NOT_FOR_ENGINE}
         flags = ["--socket", str(self.socket), "--idle-exit-s", self._idle_exit_s]
         with open(self.log_path, "wb") as log:
             child = subprocess.Popen(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from mrss_provider.errors import (
     ConfigError,
     EngineError,
     EngineUnavailableError,
+    InvalidRequestError,
     MRSSError,
     QueueFullError,
     RequestTimeoutError,
@@ -62,7 +64,7 @@ class Client:
 
     Args:
         address: `http://host:port`, `https://...` or `unix:///path/to/socket`.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token; MRSS_API_KEY, if that is set, when None.
         connect_timeout_s: for the connection.
         idle_timeout_s: longest silence in an answer; None leaves it to the request's timeout.
     """
@@ -76,13 +78,14 @@ class Client:
         idle_timeout_s: float | None = None,
     ) -> None:
         self.address = address
-        self._base_url, socket = _parse_address(address)
+        self._base_url, socket = parse_address(address)
         self._headers = {
             "connection": "close",
             "content-type": "application/json",
             "user-agent": "mrss-provider",
         }
-        if api_key is not None:
+        api_key = api_key or os.environ.get("MRSS_API_KEY")
+        if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -100,7 +103,13 @@ class Client:
             MRSSError: whatever the server refused the request with.
         """
         path = "/v1/completions" if request.messages is None else "/v1/chat/completions"
-        body = _ENCODE(request_to_body(request, _STREAM)).encode()
+        try:
+            body = _ENCODE(request_to_body(request, _STREAM)).encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequestError(
+                f"the text must be whole Unicode characters, got half of a surrogate pair "
+                f"({exc.object[exc.start]!r})"
+            ) from exc
         loop = asyncio.get_running_loop()
         timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S) + _GRACE_S
         deadline = loop.time() + timeout_s
@@ -221,7 +230,7 @@ class Client:
             await connection.aclose()
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             # An answer of something else (a proxy's error page): the status alone must do.
             return None
 
@@ -288,27 +297,30 @@ class ClientStream:
                 self.fail(_translate(exc, "the engine"))
         except MRSSError as exc:
             self.fail(exc)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             self.fail(EngineError(f"the engine sent an event that is no JSON ({exc})"))
 
     def _take(self, data: bytes) -> None:
         events = (self._rest + data).split(b"\n\n")
         self._rest = events.pop()
-        deltas = []
-        for event in events:
-            if event == b"data: [DONE]":
-                self._end()
-                break
-            if not event.startswith(b"data: "):
-                # A comment keeps a connection alive; nothing else is expected.
-                continue
-            chunk = json.loads(event[6:])
-            if "error" in chunk:
-                self._error = error_from_event(chunk) or EngineError("the engine sent an error")
-                self._end()
-                break
-            deltas.append(read_chunk(chunk))
-        self._ready.extend(deltas if len(deltas) < 2 else _coalesce(deltas))
+        deltas: list[Delta] = []
+        try:
+            for event in events:
+                if event == b"data: [DONE]":
+                    self._end()
+                    break
+                if not event.startswith(b"data: "):
+                    # A comment keeps a connection alive; nothing else is expected.
+                    continue
+                chunk = json.loads(event[6:])
+                if isinstance(chunk, dict) and "error" in chunk:
+                    self._error = error_from_event(chunk) or EngineError("the engine sent an error")
+                    self._end()
+                    break
+                deltas.append(read_chunk(chunk))
+        finally:
+            # What came before an event that cannot be read is the caller's.
+            self._ready.extend(deltas if len(deltas) < 2 else _coalesce(deltas))
 
     def _expire(self, timeout_s: float) -> None:
         self.fail(RequestTimeoutError(f"no complete answer within {timeout_s:.3g} s"))
@@ -339,11 +351,12 @@ def _coalesce(deltas: Sequence[Delta]) -> list[Delta]:
                 text=last.text + delta.text,
                 num_tokens=last.num_tokens + delta.num_tokens,
                 logprobs=last.logprobs + delta.logprobs,
+                trace=last.trace + delta.trace,
             )
     return joined
 
 
-def _parse_address(address: str) -> tuple[str, Path | None]:
+def parse_address(address: str) -> tuple[str, Path | None]:
     """Return the base URL, and the path of the Unix socket if it is one.
 
     Raises:

@@ -16,6 +16,8 @@ from mrss_provider.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 StateDtype = Literal["fp32", "fp16"]
+LazyRows = Literal["auto", "on", "off"]
+LogFormat = Literal["text", "json"]
 
 
 def _package_data(name: str) -> Path:
@@ -36,28 +38,43 @@ class EngineConfig:
     Attributes:
         model: checkpoint file (.pth, .safetensors) or folder.
         states: folder of tuned states and `mixtures.toml`.
+        models: folder that models may be loaded from while the engine runs; None takes the one that
+            the model is in.
         tokenizer: vocabulary file; None looks beside the model, then takes the World vocabulary.
         template: chat template by name; None takes the model's.
         device: "auto" takes CUDA when there is one; CUDA_VISIBLE_DEVICES says which card.
         dtype: of the weights; "auto" keeps the file's on CUDA, picks the fastest exact-enough
             on CPU.
         state_dtype: of the recurrent wkv state.
-        sparse_ffn: hold a third of the weights twice, so that decoding few rows reads only what is
+        sparse_ffn: hold a third of the weights twice, so that decoding one row reads only what is
             not multiplied by zero (CUDA, RWKV-7; not done where memory is short).
         threads: CPU threads of the engine; 0 is physical cores - 1, at least 1.
         max_rows: recurrent states held at once (slots).
         max_states: states in one request.
         max_queued: requests that wait for slots before new ones get 429.
+        lazy_rows: "on" does not compute rows at each token that weigh nothing; they read what was
+            said when they are needed again. "auto" is on for a CPU, where a row costs most.
+        reprobe_tokens: with lazy rows, the merge rule `route` computes all rows every so many
+            tokens only, and keeps to the row that its gate chose then; 0 is every token.
         prefill_chunk_len: prompt tokens, over all rows, read in a step beside decoding rows.
         prefill_alone_len: prompt tokens that each row reads in a step if none decodes (CUDA).
         prepare_rows: decode steps of up to so many rows are compiled and captured at the start, not
             when they are first met (CUDA).
         max_context_len: prompt plus answer, in tokens.
+        cache_bytes: memory for the states of prompts and answers that may be read again; 0 is off.
+        cache_device_bytes: the same in a GPU's memory; unset is 5 % of what is free, at most 2 GiB.
+        cache_dir: folder in which states stay over a restart, and that do not fit in memory.
+        cache_disk_bytes: most that is in that folder.
+        max_sessions: saved conversations that one owner may have.
+        session_bytes: memory that the saved conversations of one owner may take.
+        sessions_dir: folder in which saved conversations stay over a restart.
         strict: refuse states that were tuned on other weights of the same shape.
+        max_state_bytes: larger state files are not loaded while the engine runs.
     """
 
     model: Path = DEMO_MODEL
     states: Path = BUNDLED_STATES
+    models: Path | None = None
     tokenizer: Path | None = None
     template: str | None = None
     device: Device = "auto"
@@ -68,17 +85,31 @@ class EngineConfig:
     max_rows: int = 64
     max_states: int = 16
     max_queued: int = 256
+    lazy_rows: LazyRows = "auto"
+    reprobe_tokens: int = 0
     prefill_chunk_len: int = 128
     prefill_alone_len: int = 1024
     prepare_rows: int = 8
     max_context_len: int = 131_072
+    cache_bytes: int = 1 << 30
+    cache_device_bytes: int | None = None
+    cache_dir: Path | None = None
+    cache_disk_bytes: int = 8 << 30
+    max_sessions: int = 64
+    session_bytes: int = 1 << 30
+    sessions_dir: Path | None = None
     strict: bool = False
+    max_state_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_choices(self, device=Device, dtype=Dtype)
+        _check_choices(self, state_dtype=StateDtype, lazy_rows=LazyRows)
         _check_min(self, threads=0, max_rows=1, max_states=1, max_queued=0)
-        _check_min(self, prefill_chunk_len=1, prefill_alone_len=1)
-        _check_min(self, prepare_rows=0, max_context_len=2)
+        _check_min(self, prefill_chunk_len=1, prefill_alone_len=1, max_state_bytes=1024)
+        _check_min(self, reprobe_tokens=0, prepare_rows=0, max_context_len=2)
+        _check_min(self, cache_bytes=0, cache_disk_bytes=0, max_sessions=0, session_bytes=0)
+        if self.cache_device_bytes is not None:
+            _check_min(self, cache_device_bytes=0)
 
     @classmethod
     def from_env(
@@ -103,7 +134,22 @@ class ServerConfig:
         idle_exit_s: leave this many seconds after the last lease closed; 0 stays for good.
         drain_s: seconds that running answers get after SIGTERM.
         max_body_bytes: larger request bodies are refused with 413.
+        max_session_bytes: so are larger sessions that are imported.
         request_timeout_s: for requests that bring no timeout of their own.
+        pacing_ms: with many streams, a stream's tokens are written at most every so many
+            milliseconds, several at a time; a few streams never wait. 0 writes each at once.
+        keys_file: API keys, made by `mrss keys create`; read again when it changes. None takes
+            those of the environment, MRSS_API_KEY and MRSS_ADMIN_KEY.
+        no_auth: let everybody ask, without a key, also from other machines; administration then
+            still needs an admin key, unless only this machine can reach the server.
+        cors_origins: web pages that may read answers, such as "https://a.example,https://b.example";
+            None is none.
+        max_prompt_len: longest prompt, in tokens; 0 is the engine's limit alone.
+        max_answer_len: most tokens that a request may ask for; 0 is the engine's limit alone.
+        stall_s: a client that takes nothing of its answer for so many seconds is dropped.
+        log_format: "json" is one object a line.
+        otel: send a span for each request with OpenTelemetry, where its own variables
+            (OTEL_EXPORTER_OTLP_ENDPOINT, ...) say; needs the extra [otel].
     """
 
     host: str = "127.0.0.1"
@@ -112,15 +158,26 @@ class ServerConfig:
     idle_exit_s: float = 0.0
     drain_s: float = 30.0
     max_body_bytes: int = 4 << 20
+    max_session_bytes: int = 256 << 20
     request_timeout_s: float = 600.0
+    pacing_ms: float = 10.0
+    keys_file: Path | None = None
+    no_auth: bool = False
+    cors_origins: str | None = None
+    max_prompt_len: int = 0
+    max_answer_len: int = 0
+    stall_s: float = 60.0
+    log_format: LogFormat = "text"
+    otel: bool = False
 
     def __post_init__(self) -> None:
-        _check_min(self, port=1, idle_exit_s=0, drain_s=0, max_body_bytes=1024)
-        if not self.request_timeout_s > 0:
-            raise ConfigError(
-                f"request_timeout_s must be above 0, got {self.request_timeout_s!r}",
-                param="request_timeout_s",
-            )
+        _check_choices(self, log_format=LogFormat)
+        _check_min(self, port=1, idle_exit_s=0, drain_s=0, max_body_bytes=1024, pacing_ms=0)
+        _check_min(self, max_session_bytes=0, max_prompt_len=0, max_answer_len=0)
+        for name in ("request_timeout_s", "stall_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"{name} must be above 0, got {value!r}", param=name)
         if self.port > 65_535:
             raise ConfigError(f"port must be in [1, 65535], got {self.port}", param="port")
 
@@ -169,13 +226,13 @@ def _kind_name(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _check_choices(config: EngineConfig) -> None:
-    for name, choices in (("device", Device), ("dtype", Dtype), ("state_dtype", StateDtype)):
+def _check_choices(config: object, **choices: Any) -> None:
+    for name, allowed in choices.items():
         value = getattr(config, name)
-        if value not in get_args(choices):
+        if value not in get_args(allowed):
             which = "; CUDA_VISIBLE_DEVICES says which card" if "cuda:" in str(value) else ""
             raise ConfigError(
-                f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}{which}",
+                f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}{which}",
                 param=name,
             )
 

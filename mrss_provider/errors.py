@@ -11,8 +11,11 @@
     ├── ConflictError                 409  a name that is taken, a state in use
     ├── PayloadTooLargeError          413  body or file over the limit
     ├── QueueFullError                429  no room: try again after `retry_after_s`
+    │   └── RateLimitError            429  a key's own limit: others are not concerned
     ├── EngineUnavailableError        503  the engine is starting, draining or gone
+    ├── OverloadedError               503  no memory for it beside what runs
     ├── EngineError                   500  a defect of ours
+    ├── StorageError                  507  the server could not write a file (a full disk, ...)
     ├── FileFormatError               400  a file that is not what its use needs
     │   ├── ModelFileError
     │   └── StateFileError
@@ -23,7 +26,7 @@ Each class has a `status_code` and an OpenAI `code`; `to_dict` is the one wire f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -146,6 +149,22 @@ class QueueFullError(MRSSError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitError(QueueFullError):
+    """A key has more under way, or used more tokens, than it may; `headers` tell its limits."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float = 1.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = dict(headers or {})
+
+
 class EngineUnavailableError(MRSSError):
     """The engine is starting, draining or gone."""
 
@@ -153,11 +172,25 @@ class EngineUnavailableError(MRSSError):
     code = "engine_unavailable"
 
 
+class OverloadedError(MRSSError):
+    """The device has no memory for this request beside those that came before; try again later."""
+
+    status_code = 503
+    code = "overloaded"
+
+
 class EngineError(MRSSError):
     """A defect of ours, met while serving a request."""
 
     status_code = 500
     code = "internal_error"
+
+
+class StorageError(MRSSError):
+    """The server could not write a file of its own; nothing was changed."""
+
+    status_code = 507
+    code = "storage_failed"
 
 
 class FileFormatError(MRSSError):

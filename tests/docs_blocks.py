@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import evaluation_tables
 from command import mrss
 
 from mrss_provider.cli.options import field_help
@@ -203,6 +204,10 @@ TABLES: Mapping[str, Callable[[], list[list[str]]]] = {
     "parameters": _parameters,
     "modules": _modules,
     "numbers": _numbers,
+    "gates": evaluation_tables.gates,
+    "gains": evaluation_tables.gains,
+    "domains": evaluation_tables.domains,
+    "domain_gains": evaluation_tables.domain_gains,
 }
 
 

@@ -16,7 +16,16 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from mrss_provider.backend import Backend, Delta, GenerateRequest, ModelCard, StreamInfo, Usage
+from mrss_provider.backend import (
+    Backend,
+    Delta,
+    GenerateRequest,
+    ModelCard,
+    StreamInfo,
+    TokenTrace,
+    TraceSummary,
+    Usage,
+)
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import EngineUnavailableError, InvalidRequestError
 from mrss_provider.mixture import parse_mixture
@@ -47,6 +56,41 @@ def text(piece: str, index: int = 0) -> Delta:
     """Return a delta of one token."""
     return Delta(index=index, text=piece, num_tokens=1)
 
+
+def token_trace(token: bytes, who: str = "tone", *, disagreement: float = 0.4) -> TokenTrace:
+    """Return a trace in which every field says something."""
+    return TokenTrace(
+        token_id=token[0],
+        token=token,
+        who=who,
+        agreed=disagreement <= 0.05,
+        weights={"base": 0.0, "knowledge": 0.25, "tone": 1.0},
+        logprob={"base": -2.25, "knowledge": -9999.0, "tone": -0.1},
+        merged_logprob=-0.125,
+        r={"base": 0.0, "knowledge": 0.2, "tone": 0.8},
+        r_is_exact=False,
+        additive={"base": -2.25, "knowledge": 0.5, "tone": 1.75},
+        log_z=0.125,
+        loo={"base": None, "knowledge": -0.02, "tone": 1.9},
+        kl={"base": 0.5, "knowledge": None, "tone": 1e-5},
+        kl_base={"base": 0.0, "knowledge": 0.1, "tone": 0.5},
+        entropy={"base": 1.0, "knowledge": 1.5, "tone": 0.5},
+        merged_entropy=0.75,
+        disagreement=disagreement,
+        would_say={"base": b" .", "knowledge": b"\xe4\xbd", "tone": token},
+    )
+
+
+def traced(piece: str, who: str = "tone", *, disagreement: float = 0.4) -> Delta:
+    """Return a delta of one traced token."""
+    trace = token_trace(piece.encode(), who, disagreement=disagreement)
+    return Delta(text=piece, num_tokens=1, trace=(trace,))
+
+
+SUMMARY = TraceSummary(
+    {"base": 0.0, "knowledge": 0.25, "tone": 0.25, "agreed": 0.5},
+    {"base": None, "knowledge": 42.5, "tone": None},
+)
 
 HELLO: Script = [text("Hello"), text(","), text(" world")]
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from mrss_provider.async_engine import AsyncEngine
-from mrss_provider.async_engine import async_engine as async_engine_module
+from mrss_provider.async_engine import AsyncEngine, model_slot
 from mrss_provider.async_engine.card import Card, read_card
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.async_engine.stream import TextStream
@@ -28,6 +27,7 @@ from mrss_provider.errors import (
     RequestTimeoutError,
     UnknownNameError,
 )
+from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import SamplingParams
 
 
@@ -49,6 +49,9 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id):
         return self.table.get(token_id)
+
+    def entries(self):
+        return self.table
 
 
 class ScriptEngine:
@@ -93,6 +96,9 @@ class ScriptEngine:
     def has_work(self):
         return bool(self.running)
 
+    def close(self):
+        self.running.clear()
+
     def step(self):
         if self.gate is not None:
             self.gate.acquire()
@@ -127,9 +133,12 @@ class Library:
         return ResolvedMixture(
             canonical=text,
             states=(None, None),
+            names=("base", "base"),
+            groups=("", ""),
+            ratios=(1.0, 1.0),
             weights=(0.5, 0.5),
-            merge="linear",
-            gate="fixed",
+            merge=Method("linear"),
+            gate=Method("fixed"),
             cut=0.0,
             base_row=0,
             fingerprint="fp",
@@ -235,7 +244,7 @@ def test_characters_come_out_whole():
 
 
 def test_a_stop_string_across_tokens_never_leaks():
-    script = ScriptEngine(IDS("Hello", " world", "\n\nUs", "er", ":", "!", "!"))
+    script = ScriptEngine(IDS("Hello", " world", "\n\nUs", "er", ":", *"!" * 20))
     deltas = answers(script, ask(stop=("\n\nUser:",)))
     assert joined(deltas) == "Hello world"
     assert reasons(deltas) == {0: "stop"}
@@ -572,11 +581,11 @@ def test_closing_does_not_wait_for_a_model_that_loads():
     (thread,) = [t for t in threading.enumerate() if t.name == "mrss-engine"]
     go.set()
     thread.join(30)
-    assert front._loaded is None
+    assert front._slot.loaded is None
 
 
 def test_closing_waits_a_bounded_time_for_a_step(monkeypatch):
-    monkeypatch.setattr(async_engine_module, "_EXIT_WAIT_S", 0.01)
+    monkeypatch.setattr(model_slot, "EXIT_WAIT_S", 0.01)
     gate = threading.Semaphore(0)
 
     async def main():

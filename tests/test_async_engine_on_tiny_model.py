@@ -123,7 +123,7 @@ def test_whatever_ends_a_request_frees_its_rows(config):
             await stream.aclose()
         # A request that needs every row is admitted only once all of them are free again.
         texts, _ = await texts_of(engine, ask("tone", n=MAX_ROWS, max_tokens=2))
-        return len(texts), engine._loaded.engine
+        return len(texts), engine._slot.loaded.engine
 
     num_texts, engine = run(config, main)
     assert num_texts == MAX_ROWS
@@ -133,7 +133,7 @@ def test_whatever_ends_a_request_frees_its_rows(config):
 def test_a_chat_stops_as_its_card_says(config):
     async def main(engine):
         messages = (Message("user", "hi"),)
-        bias = dict.fromkeys(engine._loaded.tokenizer.encode("\n\n"), 100.0)
+        bias = dict.fromkeys(engine._slot.loaded.tokenizer.encode("\n\n"), 100.0)
         return await texts_of(engine, ask("tone", messages=messages, logit_bias=bias))
 
     texts, usage = run(config, main)

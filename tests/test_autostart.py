@@ -530,3 +530,13 @@ def test_the_real_engine_starts_answers_and_comes_back(place, tmp_path):
     texts, last = asyncio.run(main())
     assert texts[0] == texts[1]
     wait_ended(last)
+
+
+def test_an_engine_that_only_we_reach_wants_no_key(place):
+    async def main():
+        engine = place.engine(MRSS_API_KEY="k" * 20, MRSS_KEYS_FILE="/no/such/file")
+        stream = await engine.open(REQUEST)
+        await stream.aclose()
+        await engine.aclose()
+
+    asyncio.run(main())

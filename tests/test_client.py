@@ -10,7 +10,18 @@ from itertools import pairwise
 
 import httpx
 import pytest
-from fakes import CARDS, FINGERPRINT, PROMPT_TOKENS, ROWS, FakeBackend, Wait, serving, text
+from fakes import (
+    CARDS,
+    FINGERPRINT,
+    PROMPT_TOKENS,
+    ROWS,
+    SUMMARY,
+    FakeBackend,
+    Wait,
+    serving,
+    text,
+    token_trace,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +43,7 @@ from mrss_provider.errors import (
     ContextLengthError,
     EngineError,
     EngineUnavailableError,
+    InvalidRequestError,
     QueueFullError,
     RequestTimeoutError,
     UnknownNameError,
@@ -93,6 +105,26 @@ def test_a_request_and_its_answer_arrive_as_they_were_sent(unix, request_):
         assert sum((delta.logprobs for delta in own), ()) == script[0].logprobs
         assert [delta.finish_reason for delta in own if delta.finish_reason] == ["stop"]
     assert deltas[-1] == Delta(usage=Usage(PROMPT_TOKENS, 3 * request_.n))
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_trace_arrives_as_it_was_sent(unix, is_chat):
+    trace = tuple(token_trace(token) for token in (b" hi", b"\xe4", b"bytes:\n", b"</p>"))
+    script = [
+        Delta(text=" hi", num_tokens=2, trace=trace[:2]),
+        Delta(text="x", num_tokens=2, trace=trace[2:], finish_reason="stop", trace_summary=SUMMARY),
+    ]
+    options = MixtureOptions(trace=True)
+    asked = {"messages": (Message("user", "x"),)} if is_chat else {"prompt": "x"}
+    request = GenerateRequest(
+        "knowledge+tone", SamplingParams(), mixture=options, given=" hi", timeout_s=9.0, **asked
+    )
+    backend = FakeBackend(script)
+    with serving(backend, unix):
+        _, deltas = asyncio.run(collect(client_of(unix), request))
+    assert backend.requests == [request]
+    assert sum((delta.trace for delta in deltas), ()) == trace
+    assert [delta.trace_summary for delta in deltas if delta.trace_summary] == [SUMMARY]
 
 
 def test_a_delta_arrives_while_the_answer_still_runs(unix):
@@ -497,3 +529,10 @@ def test_the_client_loads_neither_torch_nor_a_server():
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_half_a_character_is_refused_before_anything_is_sent(tmp_path):
+    """Nobody is at the address, which would be another error."""
+    request = GenerateRequest("tone", SamplingParams(), prompt="\udcff")
+    with pytest.raises(InvalidRequestError, match="half of a surrogate pair"):
+        asyncio.run(Client(f"unix://{tmp_path}/none").open(request))

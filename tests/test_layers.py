@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"mrss_provider": ROOT / "mrss_provider", "mrss_kernels": ROOT / "kernels/mrss_kernels"}
 
-LEAVES = {"errors", "config", "mixture", "sampling_params", "backend", "openai_schema", "chat"}
+LEAVES = {
+    "administration",
+    "errors",
+    "config",
+    "mixture",
+    "sampling_params",
+    "backend",
+    "openai_schema",
+    "chat",
+}
 TEXT = {"tokenizer", "stop"}
 BOTH_SIDES = {"async_engine", "engine", "model", "mrss_kernels", "client", "autostart", *TEXT}
 ALLOWED = {
@@ -27,7 +36,11 @@ ALLOWED = {
     "model": LEAVES | {"mrss_kernels", "torch", "numpy", "safetensors"},
     "engine": LEAVES | {"model", "mrss_kernels", "torch", "numpy"},
     "async_engine": LEAVES | TEXT | {"engine", "model"},
-    "server": LEAVES | {"async_engine", "starlette", "uvicorn", "uvloop"},
+    "server": LEAVES
+    | {"async_engine", "starlette", "uvicorn", "uvloop"}
+    | {"prometheus_client", "opentelemetry"},
+    # Beside `cli`, for Ray Serve.
+    "ray_app": LEAVES | {"async_engine", "server", "starlette", "ray"},
     # {tune, evaluate, compare} <- cli stand on both
     "tune": LEAVES | BOTH_SIDES | {"torch", "numpy", "safetensors", "fla"},
     "evaluate": LEAVES | BOTH_SIDES | {"torch", "numpy"},
@@ -39,8 +52,8 @@ ALLOWED = {
     # The lazy exports.
     "__init__": {"async_engine", "client", "config", "mixture", "provider", "sampling_params"},
 }
-# Slow to load, and absent where there is no CUDA: never on import.
-IN_FUNCTIONS_ONLY = {"fla"}
+# Slow to load, and absent where there is no CUDA or nobody wants it: never on import.
+IN_FUNCTIONS_ONLY = {"fla", "opentelemetry"}
 FILES = [
     pytest.param(name, path, id=f"{name}/{path.relative_to(folder)}")
     for name, folder in PACKAGES.items()

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import itertools
-import threading
+import math
 import time
-import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
+from mrss_provider.async_engine.admin import EngineAdmin
+from mrss_provider.async_engine.conversations import Conversations
+from mrss_provider.async_engine.evidence import find_evidence, reads_prompt, user_turn
+from mrss_provider.async_engine.lengths import check_lengths, room_for
 from mrss_provider.async_engine.loading import Loaded, load
+from mrss_provider.async_engine.model_slot import ModelSlot
+from mrss_provider.async_engine.pauses import pause_ids
+from mrss_provider.async_engine.resumption import Resumption, opening_text
 from mrss_provider.async_engine.stream import TextStream
-from mrss_provider.async_engine.thread import EngineThread, StepEngine
-from mrss_provider.backend import GenerateRequest, ModelCard, StreamInfo
+from mrss_provider.async_engine.thread import EngineThread
+from mrss_provider.backend import (
+    DeltaStream,
+    EngineStats,
+    GenerateRequest,
+    ModelCard,
+    SessionInfo,
+    StreamInfo,
+)
 from mrss_provider.chat import render_prompt
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.request import EngineRequest, resolve_sampling
-from mrss_provider.errors import EngineUnavailableError, RequestTimeoutError
+from mrss_provider.engine.request import EngineRequest, ResolvedMixture, resolve_sampling
+from mrss_provider.errors import RequestTimeoutError
 
 # Above it tokenising takes milliseconds and leaves the event loop.
 _MAX_INLINE_CHARS = 20_000
-# A step of a large model on a slow CPU; neither `aclose` nor the interpreter's end wait longer.
-_EXIT_WAIT_S = 5.0
 
 
 class AsyncEngine:
@@ -44,13 +54,15 @@ class AsyncEngine:
         *,
         loader: Callable[[EngineConfig], Loaded] = load,
     ) -> None:
-        self.config = config or EngineConfig.from_env()
-        self._loader = loader
-        self._lock = threading.Lock()
-        self._thread: EngineThread | None = None
-        self._loaded: Loaded | None = None
-        self._is_closed = False
+        self._slot = ModelSlot(config or EngineConfig.from_env(), loader)
+        self.admin = EngineAdmin(self._slot)
         self._ids = itertools.count()
+        self._conversations = Conversations(self._slot)
+
+    @property
+    def config(self) -> EngineConfig:
+        """What is loaded, or is to be."""
+        return self._slot.config
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -65,10 +77,9 @@ class AsyncEngine:
         Raises:
             MRSSError: it cannot be loaded, or the engine is closed.
         """
-        if self._loaded is None:
-            await asyncio.wrap_future(self._start_thread().loaded)
+        await self._slot.start()
 
-    async def open(self, request: GenerateRequest) -> TextStream:
+    async def open(self, request: GenerateRequest) -> DeltaStream:
         """Admit a request; waits for the model to be loaded and for a step to end.
 
         Raises:
@@ -92,51 +103,110 @@ class AsyncEngine:
         loaded, _ = await self._parts()
         return loaded.library.cards()
 
+    def stats(self) -> EngineStats | None:
+        """Return the numbers of this moment; None while nothing is loaded."""
+        loaded = self._slot.loaded
+        return None if loaded is None else loaded.engine.stats()
+
     async def aclose(self) -> None:
         """End open streams with `EngineUnavailableError` and the thread; idempotent.
 
         A step gets a few seconds to end. A model that still loads is not waited for: its thread
         ends with the load and keeps nothing.
         """
-        with self._lock:
-            self._is_closed = True
-            thread = self._thread
-            # Whoever still holds this object does not hold the model's memory.
-            loaded, self._loaded = self._loaded, None
-        if thread is None:
-            return
-        thread.stop()
-        if loaded is not None:
-            # Not in the loop's executor, whose end would wait for as long as the thread lives.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.wrap_future(thread.ended), _EXIT_WAIT_S)
-                thread.join()
+        await self._slot.aclose()
 
-    async def _open(self, request: GenerateRequest, started: float) -> TextStream:
+    async def create_session(self, request: GenerateRequest) -> SessionInfo:
+        """Read a prompt, or a chat up to where the next turn begins, and save what the rows are.
+
+        Raises:
+            MRSSError: as `KeepsSessions.create_session`.
+        """
         loaded, thread = await self._parts()
-        engine_request = await self._engine_request(request, loaded)
-        loaded.engine.check(engine_request)
-        mixture = engine_request.mixture
-        stops, lead = engine_request.sampling.stop, ""
+        opening = request
         if request.messages is not None:
+            opening = replace(request, messages=None, prompt=opening_text(request, loaded))
+        engine_request = await self._engine_request(opening, loaded)
+        engine_request = replace(engine_request, turn=user_turn(request))
+        loaded.engine.check(engine_request)
+        return await self._conversations.create(request, engine_request, thread)
+
+    async def session(self, session_id: str, owner: str) -> SessionInfo:
+        """Return one of the owner's sessions; `NotFoundError` if it is not."""
+        return (await self._conversations.store()).info(session_id, owner)
+
+    async def sessions(self, owner: str) -> list[SessionInfo]:
+        """Return the owner's sessions, the oldest first."""
+        return (await self._conversations.store()).infos(owner)
+
+    async def fork_session(self, session_id: str, owner: str) -> SessionInfo:
+        """Save the same conversation once more, under another id."""
+        return await self._conversations.fork(session_id, owner)
+
+    async def export_session(self, session_id: str, owner: str) -> bytes:
+        """Return a session as a safetensors file with a checksum."""
+        return await self._conversations.export(session_id, owner)
+
+    async def import_session(self, data: bytes, owner: str) -> SessionInfo:
+        """Save what `export_session` returned, of any owner, under a new id.
+
+        Raises:
+            MRSSError: as `KeepsSessions.import_session`.
+        """
+        return await self._conversations.import_(data, owner)
+
+    async def delete_session(self, session_id: str, owner: str) -> None:
+        """Forget a session."""
+        store = await self._conversations.store()
+        await asyncio.to_thread(store.delete, session_id, owner)
+
+    async def _open(self, request: GenerateRequest, started: float) -> DeltaStream:
+        loaded, thread = await self._parts()
+        if request.session is None:
+            engine_request = await self._engine_request(request, loaded)
+            return await self._admit(request, engine_request, started, loaded, thread)
+        mixture = loaded.library.resolve(request.model, request.mixture)
+        going = await self._conversations.resume(request, mixture, loaded)
+        try:
+            engine_request = await self._engine_request(going.request, loaded, going)
+            stream = await self._admit(going.request, engine_request, started, loaded, thread)
+        except BaseException:
+            self._conversations.release(going)
+            raise
+        if going.capture is None:
+            return stream
+        return self._conversations.stream(stream, going, engine_request, loaded)
+
+    async def _admit(
+        self,
+        request: GenerateRequest,
+        engine_request: EngineRequest,
+        started: float,
+        loaded: Loaded,
+        thread: EngineThread,
+    ) -> TextStream:
+        loaded.engine.check(engine_request)
+        if self.config.cache_dir is not None:
+            await asyncio.to_thread(loaded.engine.load_cached, engine_request)
+        mixture = engine_request.mixture
+        stops = engine_request.sampling.stop
+        if request.messages is not None and request.given is None:
             stops += loaded.template.stop
-            # An answer that is continued has its first token behind it.
-            lead = "" if request.messages[-1].role == "assistant" else loaded.template.lead
         stream = TextStream(
             engine_request,
             StreamInfo(
                 mixture=mixture.canonical,
                 rows=mixture.rows,
                 fingerprint=mixture.fingerprint,
-                prompt_tokens=len(engine_request.prompt),
+                prompt_tokens=len(engine_request.prompt) + _num_answered(engine_request),
             ),
             loaded.tokenizer,
             stops,
-            lead,
+            _lead(request, loaded),
             thread,
         )
         try:
-            await asyncio.wrap_future(thread.add(engine_request, stream))
+            await asyncio.wrap_future(thread.add(engine_request, stream, _left_s(request, started)))
         except BaseException:
             # Cancelled while the engine may already have taken it.
             thread.abort(engine_request.id)
@@ -144,60 +214,95 @@ class AsyncEngine:
         stream.admit(started, request.timeout_s)
         return stream
 
-    async def _engine_request(self, request: GenerateRequest, loaded: Loaded) -> EngineRequest:
+    async def _engine_request(
+        self, request: GenerateRequest, loaded: Loaded, going: Resumption | None = None
+    ) -> EngineRequest:
         mixture = loaded.library.resolve(request.model, request.mixture)
-        prompt = request.prompt
-        if request.messages is not None:
-            prompt = render_prompt(request.messages, loaded.template)
-        if isinstance(prompt, str):
-            encode = loaded.tokenizer.encode
-            is_short = len(prompt) <= _MAX_INLINE_CHARS
-            prompt = tuple(encode(prompt) if is_short else await asyncio.to_thread(encode, prompt))
-        assert prompt is not None
+        if going is not None:
+            text, prompt = going.text, going.prompt
+        else:
+            text, prompt = await _prompt_of(request, loaded)
         sampling = resolve_sampling(
             request.sampling,
             mixture,
             temperature=loaded.card.temperature,
             top_p=loaded.card.top_p,
-            # An empty prompt is read as the one token that a text begins with.
-            room=self.config.max_context_len - max(1, len(prompt)),
+            sampling_order=loaded.sampling_order,
+            room=room_for(request, len(prompt), self.config.max_context_len),
         )
-        return EngineRequest(
+        forced: tuple[int, ...] = ()
+        if request.given is not None:
+            forced = await _encode(_lead(request, loaded) + request.given, loaded)
+            sampling = replace(sampling, max_tokens=len(forced))
+        check_lengths(request, len(prompt), sampling)
+        engine_request = EngineRequest(
             id=f"r{next(self._ids)}",
             prompt=prompt,
             mixture=mixture,
             sampling=sampling,
             n=request.n,
+            trace=request.mixture.trace,
+            forced=forced,
+            evidence=await _evidence(request, text, prompt, mixture, loaded),
+            turn=user_turn(request),
+            owner=request.owner,
+            pauses=pause_ids(loaded.tokenizer, loaded.template.stop),
         )
+        return engine_request if going is None else going.apply(engine_request)
 
     async def _parts(self) -> tuple[Loaded, EngineThread]:
-        await self.start()
-        with self._lock:
-            if self._is_closed or self._loaded is None or self._thread is None:
-                raise EngineUnavailableError("the engine was closed")
-            return self._loaded, self._thread
-
-    def _start_thread(self) -> EngineThread:
-        with self._lock:
-            if self._is_closed:
-                raise EngineUnavailableError("the engine was closed")
-            if self._thread is None:
-                self._thread = EngineThread(self._load)
-                # A thread that is inside torch when the interpreter ends would crash it.
-                atexit.register(_stop_at_exit, weakref.ref(self._thread))
-                self._thread.start()
-            return self._thread
-
-    def _load(self) -> StepEngine:
-        loaded = self._loader(self.config)
-        with self._lock:
-            if not self._is_closed:
-                self._loaded = loaded
-        return loaded.engine
+        return await self._slot.parts()
 
 
-def _stop_at_exit(reference: weakref.ref[EngineThread]) -> None:
-    thread = reference()
-    if thread is not None:
-        thread.stop()
-        thread.join(_EXIT_WAIT_S)
+def _left_s(request: GenerateRequest, started: float) -> float:
+    if request.timeout_s is None:
+        return math.inf
+    return started + request.timeout_s - time.monotonic()
+
+
+async def _prompt_of(
+    request: GenerateRequest, loaded: Loaded
+) -> tuple[str | None, tuple[int, ...]]:
+    """Return what a request's prompt is as text, unless it came as token ids, and as those."""
+    prompt = request.prompt
+    if request.messages is not None:
+        prompt = render_prompt(request.messages, loaded.template)
+    if isinstance(prompt, str):
+        return prompt, await _encode(prompt, loaded)
+    assert prompt is not None
+    return None, prompt
+
+
+def _num_answered(request: EngineRequest) -> int:
+    """Return how many tokens of the answer were there before."""
+    return len(request.start.answer) if request.start is not None else 0
+
+
+async def _encode(text: str, loaded: Loaded) -> tuple[int, ...]:
+    encode = loaded.tokenizer.encode
+    is_short = len(text) <= _MAX_INLINE_CHARS
+    return tuple(encode(text) if is_short else await asyncio.to_thread(encode, text))
+
+
+async def _evidence(
+    request: GenerateRequest,
+    text: str | None,
+    prompt: tuple[int, ...],
+    mixture: ResolvedMixture,
+    loaded: Loaded,
+) -> tuple[range, ...]:
+    """Return the positions of what the user wrote, if the mixture's gate reads it."""
+    if not reads_prompt(mixture):
+        return ()
+    arguments = (request, text, prompt, loaded.template, loaded.tokenizer)
+    if text is None or len(text) <= _MAX_INLINE_CHARS:
+        return find_evidence(*arguments)
+    return await asyncio.to_thread(find_evidence, *arguments)
+
+
+def _lead(request: GenerateRequest, loaded: Loaded) -> str:
+    """Return what the model writes before its answer, which is no part of it."""
+    # An answer that is continued has its first token behind it.
+    messages = request.messages
+    begins = messages and messages[-1].role != "assistant"
+    return loaded.template.lead if begins else ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mrss_provider.async_engine.card import Card, model_folder, read_card
 from mrss_provider.chat import ChatTemplate, load_template
 from mrss_provider.config import EngineConfig
+from mrss_provider.sampling_params import SamplingOrder
 from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 
 if TYPE_CHECKING:
@@ -17,13 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready, and what goes with it. `template.stop` holds a chat's stops."""
+    """A model that is ready, and what goes with it.
+
+    Attributes:
+        template: its `stop` holds a chat's stops.
+        sampling_order: for requests that say none; None is the engine's own.
+    """
 
     engine: Engine
     library: StateLibrary
     tokenizer: Tokenizer
     template: ChatTemplate
     card: Card
+    sampling_order: SamplingOrder | None = None
 
 
 def load(config: EngineConfig) -> Loaded:

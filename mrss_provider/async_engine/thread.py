@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from mrss_provider.async_engine.waits import Queueing, Waits
 from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.errors import EngineError, EngineUnavailableError, MRSSError
 
@@ -29,6 +31,8 @@ class StepEngine(Protocol):
 
     def step(self) -> list[TokenOutput]: ...
 
+    def close(self) -> None: ...
+
 
 class Sink(Protocol):
     """Who reads the outputs of a request, on `loop`."""
@@ -45,9 +49,10 @@ class Sink(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     sink: Sink
+    loop: asyncio.AbstractEventLoop
     unfinished: set[int]
 
 
@@ -69,7 +74,10 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._entries: dict[str, _Entry] = {}
         self._engine: StepEngine | None = None
+        self._waits: Waits | None = None
         self._is_stopping = False
+        self._stopped_by: MRSSError = EngineUnavailableError("the engine was closed")
+        self._waiting_for_idle: list[Future[None]] = []
         # Guards `loaded`, and the inbox against messages that nobody would read.
         self._lock = threading.Lock()
         self._closed_by: MRSSError | None = None
@@ -79,28 +87,45 @@ class EngineThread:
         """Start the thread; `loaded` tells when it takes requests, or why it cannot."""
         self._thread.start()
 
-    def add(self, request: EngineRequest, sink: Sink) -> Future[None]:
-        """Queue a request; the future tells whether it was admitted. Any thread."""
+    def add(self, request: EngineRequest, sink: Sink, within_s: float = math.inf) -> Future[None]:
+        """Queue a request; the future tells whether it was admitted. Any thread.
+
+        It is refused where it would probably not start `within_s` seconds.
+        """
         admitted: Future[None] = Future()
         admitted.set_running_or_notify_cancel()
         with self._lock:
             if self._closed_by is not None:
                 admitted.set_exception(self._closed_by)
             else:
-                self._inbox.put(lambda: self._add(request, sink, admitted))
+                self._inbox.put(lambda: self._add(request, sink, admitted, within_s))
         return admitted
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one of its answers, before the next step. Any thread."""
         self._inbox.put(lambda: self._abort(request_id, index))
 
-    def stop(self) -> None:
-        """End all requests with `EngineUnavailableError` and the thread after its step.
+    def when_idle(self) -> Future[None]:
+        """Return what is done as soon as no request runs, or the thread has ended. Any thread."""
+        idle: Future[None] = Future()
+        idle.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed_by is not None:
+                idle.set_result(None)
+            else:
+                self._inbox.put(lambda: self._wait_for_idle(idle))
+        return idle
 
-        Who waits for the model learns of it now, the thread when it has loaded it.
+    def stop(self, error: MRSSError | None = None) -> None:
+        """End all requests with `error`, `EngineUnavailableError` if None, and the thread.
+
+        It ends after its step. Who waits for the model learns of it now, the thread when it has
+        loaded it.
         """
+        if error is not None:
+            self._stopped_by = error
         self._inbox.put(self._stop)
-        self._set_loaded(EngineUnavailableError("the engine was closed"))
+        self._set_loaded(self._stopped_by)
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread to end."""
@@ -123,12 +148,14 @@ class EngineThread:
             logger.exception("the engine could not be loaded")
             self._close(EngineError(f"the engine could not be loaded: {exc!r}"))
             return
+        if isinstance(self._engine, Queueing):
+            self._waits = Waits(self._engine)
         self._set_loaded(None)
         while not self._is_stopping:
             self._take_messages(self._engine)
             if not self._is_stopping and self._engine.has_work:
                 self._step(self._engine)
-        self._close(EngineUnavailableError("the engine was closed"))
+        self._close(self._stopped_by)
 
     def _close(self, error: MRSSError) -> None:
         """Refuse everything from now on, and end what is there, with `error`."""
@@ -139,7 +166,12 @@ class EngineThread:
         while not self._inbox.empty():
             self._inbox.get()()
         self._fail_all(error)
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            try:
+                engine.close()
+            except Exception:
+                logger.exception("the engine could not be closed")
 
     def _set_loaded(self, error: MRSSError | None) -> None:
         """Tell, if nobody has yet, that requests are taken (None) or why not."""
@@ -170,12 +202,18 @@ class EngineThread:
             self._fail_all(EngineError(f"the engine failed: {type(exc).__name__}: {exc}"))
         else:
             self._publish(outputs)
+        if self._waits is not None:
+            self._waits.note()
 
-    def _add(self, request: EngineRequest, sink: Sink, admitted: Future[None]) -> None:
+    def _add(
+        self, request: EngineRequest, sink: Sink, admitted: Future[None], within_s: float
+    ) -> None:
         if self._engine is None or self._closed_by is not None:
             admitted.set_exception(self._closed_by)
             return
         try:
+            if self._waits is not None:
+                self._waits.check(request.owner, within_s)
             self._engine.add(request)
         except MRSSError as exc:
             admitted.set_exception(exc)
@@ -183,7 +221,7 @@ class EngineThread:
             logger.exception("the engine could not take a request")
             admitted.set_exception(EngineError(f"the engine failed: {exc!r}"))
         else:
-            self._entries[request.id] = _Entry(sink, set(range(request.n)))
+            self._entries[request.id] = _Entry(sink, sink.loop, set(range(request.n)))
             admitted.set_result(None)
 
     def _abort(self, request_id: str, index: int | None = None) -> None:
@@ -194,9 +232,20 @@ class EngineThread:
             entry.unfinished -= entry.unfinished if index is None else {index}
             if not entry.unfinished:
                 del self._entries[request_id]
+                self._tell_if_idle()
 
     def _stop(self) -> None:
         self._is_stopping = True
+
+    def _wait_for_idle(self, idle: Future[None]) -> None:
+        self._waiting_for_idle.append(idle)
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not self._entries:
+            waiting, self._waiting_for_idle = self._waiting_for_idle, []
+            for idle in waiting:
+                idle.set_result(None)
 
     def _publish(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand a step's outputs over, all those of one event loop in one call."""
@@ -205,7 +254,10 @@ class EngineThread:
             entry = self._entries.get(output.request_id)
             if entry is None:
                 continue
-            batches.setdefault(entry.sink.loop, []).append((entry.sink, output))
+            batch = batches.get(entry.loop)
+            if batch is None:
+                batch = batches[entry.loop] = []
+            batch.append((entry.sink, output))
             if output.finish_reason is not None or output.error is not None:
                 entry.unfinished.discard(output.index)
                 if not entry.unfinished:
@@ -214,11 +266,13 @@ class EngineThread:
             if not _call_soon(loop, _deliver, batch):
                 for request_id in {output.request_id for _, output in batch}:
                     self._abort(request_id)
+        self._tell_if_idle()
 
     def _fail_all(self, error: MRSSError) -> None:
         entries, self._entries = self._entries, {}
         for entry in entries.values():
             _call_soon(entry.sink.loop, entry.sink.on_failure, error)
+        self._tell_if_idle()
 
 
 def _deliver(batch: Sequence[tuple[Sink, TokenOutput]]) -> None:

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from mrss_provider.cli.gate_app import gate
+from mrss_provider.cli.keys_app import keys
 from mrss_provider.cli.options import takes_config
+from mrss_provider.cli.session_app import session
 from mrss_provider.cli.states_app import states
 from mrss_provider.config import EngineConfig, ServerConfig
 
@@ -22,6 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(states)
+app.add_typer(gate)
+app.add_typer(keys)
+app.add_typer(session)
 
 _ENGINE_OPTIONS = ("model", "states", "device", "dtype", "state_dtype", "threads")
 
@@ -31,6 +37,9 @@ Name = Annotated[
 Server = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Ask this engine: http://host:port or unix:///path."),
+]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", help="Sent to that engine. [MRSS_API_KEY]")
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Load the model in this process.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
@@ -87,8 +96,12 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: MaxTokens = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Colour the answer by the state that spoke.")
+    ] = False,
     as_json: Json = False,
     server: Server = None,
+    api_key: ApiKey = None,
     in_process: InProcess = False,
 ) -> None:
     """Talk to a mixture in the terminal, or through a pipe, a line a turn.
@@ -104,8 +117,9 @@ def chat(
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
-    talk = Conversation(name.removeprefix("mrss/"), sampling, system)
-    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+    talk = Conversation(name.removeprefix("mrss/"), sampling, system, trace=trace)
+    asked = connected(server=server, api_key=api_key, in_process=in_process, overrides=overrides)
+    with asked as (backend, runner):
         command(talk, backend, runner, message=message, as_json=as_json)
 
 
@@ -122,6 +136,7 @@ def generate(
     max_tokens: MaxTokens = None,
     as_json: Json = False,
     server: Server = None,
+    api_key: ApiKey = None,
     in_process: InProcess = False,
 ) -> None:
     """Continue a text as it stands, without a chat template."""
@@ -137,8 +152,60 @@ def generate(
         stop=tuple(stop or ()),
     )
     text = sys.stdin.read() if prompt is None else prompt
-    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+    asked = connected(server=server, api_key=api_key, in_process=in_process, overrides=overrides)
+    with asked as (backend, runner):
         print_reply(backend, runner, name.removeprefix("mrss/"), text, sampling, as_json)
+
+
+@app.command()
+@takes_config(EngineConfig, only=_ENGINE_OPTIONS)
+def trace(
+    overrides: dict[str, Any],
+    name: Name,
+    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page of its own to this file.")] = None,
+    given: Annotated[
+        str | None, typer.Option(help="Read this text as the answer: who would have written it?")
+    ] = None,
+    given_file: Annotated[Path | None, typer.Option(help="The same from a file.")] = None,
+    continues: Annotated[
+        bool, typer.Option("--continue", help="Continue PROMPT, without a chat template.")
+    ] = False,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+    server: Server = None,
+    api_key: ApiKey = None,
+    in_process: InProcess = False,
+) -> None:
+    """Show which state spoke, token by token.
+
+    Of an answer, or with --given of a text that anybody wrote. Without --html it is coloured in
+    the terminal.
+    """
+    from mrss_provider.backend import GenerateRequest, Message, MixtureOptions
+    from mrss_provider.cli.connect import connected
+    from mrss_provider.cli.output import read_text
+    from mrss_provider.cli.trace import trace as command
+    from mrss_provider.sampling_params import SamplingParams
+
+    if given is not None and given_file is not None:
+        raise typer.BadParameter("give --given or --given-file, not both")
+    request = GenerateRequest(
+        model=name.removeprefix("mrss/"),
+        sampling=SamplingParams(
+            temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
+        ),
+        messages=None if continues else (Message("user", prompt),),
+        prompt=prompt if continues else None,
+        mixture=MixtureOptions(trace=True),
+        given=given if given_file is None else read_text(given_file),
+    )
+    asked = connected(server=server, api_key=api_key, in_process=in_process, overrides=overrides)
+    with asked as (backend, runner):
+        command(backend, runner, request, html=html, as_json=as_json)
 
 
 @app.command()
@@ -147,13 +214,15 @@ def models(
     overrides: dict[str, Any],
     as_json: Json = False,
     server: Server = None,
+    api_key: ApiKey = None,
     in_process: InProcess = False,
 ) -> None:
     """List the names that an engine serves."""
     from mrss_provider.cli.ask import print_models
     from mrss_provider.cli.connect import connected
 
-    with connected(server=server, in_process=in_process, overrides=overrides) as (backend, runner):
+    asked = connected(server=server, api_key=api_key, in_process=in_process, overrides=overrides)
+    with asked as (backend, runner):
         print_models(runner.run(backend.models()), as_json)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mrss_provider.backend import (
     Backend,
@@ -14,10 +15,20 @@ from mrss_provider.backend import (
     GenerateRequest,
     ModelCard,
     StreamInfo,
+    TokenTrace,
+    TraceSummary,
     Usage,
 )
 from mrss_provider.cli.output import answer, answer_json, printable, table
+from mrss_provider.openai_schema.traces import trace_fields
 from mrss_provider.sampling_params import SamplingParams
+
+
+class Show(Protocol):
+    """What shows an answer while it comes."""
+
+    def __call__(self, text: str, trace: Sequence[TokenTrace] = ()) -> object:
+        """Show a piece of text; `trace` has the tokens that came with it, if asked for."""
 
 
 @dataclass
@@ -29,6 +40,8 @@ class Reply:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     duration_s: float = 0.0
+    trace: list[TokenTrace] = field(default_factory=list)
+    trace_summary: TraceSummary | None = None
 
     @property
     def text(self) -> str:
@@ -46,6 +59,7 @@ class Reply:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "duration_s": round(self.duration_s, 3),
+            **trace_fields(self.trace, self.trace_summary),
         }
 
     def summary(self) -> str:
@@ -59,9 +73,7 @@ class Reply:
         )
 
 
-async def ask(
-    backend: Backend, request: GenerateRequest, reply: Reply, show: Callable[[str], object]
-) -> None:
+async def ask(backend: Backend, request: GenerateRequest, reply: Reply, show: Show) -> None:
     """Send `request`, fill `reply` (modified) and call `show` with each new piece of text.
 
     Raises:
@@ -73,10 +85,12 @@ async def ask(
     reply.info = stream.info
     try:
         async for delta in stream:
-            if delta.text:
+            if delta.text or delta.trace:
                 reply.pieces.append(delta.text)
-                show(delta.text)
+                reply.trace += delta.trace
+                show(delta.text, delta.trace)
             reply.finish_reason = delta.finish_reason or reply.finish_reason
+            reply.trace_summary = delta.trace_summary or reply.trace_summary
             reply.usage = delta.usage or reply.usage
             reply.duration_s = time.monotonic() - started
     finally:
@@ -98,7 +112,7 @@ def print_reply(
     """
     request = GenerateRequest(model=name, sampling=sampling, prompt=text)
     reply = Reply()
-    show = ignore if as_json else writer()
+    show: Show = ignore if as_json else writer()
     runner.run(ask(backend, request, reply, show))
     if as_json:
         answer_json(reply.to_json())
@@ -120,16 +134,16 @@ def _about(card: ModelCard) -> dict[str, object]:
     return {"description": card.description, "context_len": card.context_len}
 
 
-def writer() -> Callable[[str], object]:
+def writer() -> Show:
     """Return what shows text on stdout at once; a terminal gets no control characters."""
     is_terminal = sys.stdout.isatty()
 
-    def show(text: str) -> None:
+    def show(text: str, trace: Sequence[TokenTrace] = ()) -> None:
         sys.stdout.write(printable(text) if is_terminal else text)
         sys.stdout.flush()
 
     return show
 
 
-def ignore(text: str) -> None:
+def ignore(text: str, trace: Sequence[TokenTrace] = ()) -> None:
     """Show nothing: the whole answer is printed at its end."""

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mrss_provider.backend import Backend, GenerateRequest, Message, MixtureOptions
-from mrss_provider.cli.ask import Reply, ask, ignore, writer
+from mrss_provider.cli.ask import Reply, Show, ask, ignore, writer
 from mrss_provider.cli.output import answer_json, note
+from mrss_provider.cli.spoken import Painter, print_legend
 from mrss_provider.errors import InvalidRequestError, MRSSError
-from mrss_provider.mixture import GATES, MERGES, check_weight
+from mrss_provider.mixture import Kind, check_weight, parse_method
 from mrss_provider.sampling_params import SamplingParams
 
 HELP = """\
 /weights knowledge=1 tone=0.9   weigh the states (ratios); /weights off: as the name says
-/merge NAME, /gate NAME         combine them another way; off: the default
+/merge power:0.5, /gate fixed   combine them another way; off: the default
 /model NAME                     talk to another mixture, the conversation goes on
 /reset                          forget the conversation
 /quit                           leave (or Ctrl-D)
@@ -33,6 +34,7 @@ class Conversation:
     weights: dict[str, float] | None = None
     merge: str | None = None
     gate: str | None = None
+    trace: bool = False
     turns: list[Message] = field(default_factory=list)
 
     def request(self, text: str) -> GenerateRequest:
@@ -42,7 +44,7 @@ class Conversation:
             model=self.model,
             sampling=self.sampling,
             messages=(*system, *self.turns, Message("user", text)),
-            mixture=MixtureOptions(self.weights, self.merge, self.gate),
+            mixture=MixtureOptions(self.weights, self.merge, self.gate, trace=self.trace),
         )
 
     def keep(self, text: str, reply: str) -> None:
@@ -59,8 +61,8 @@ class Conversation:
         words = rest.split()
         commands: dict[str, Callable[[list[str]], str]] = {
             "weights": self._set_weights,
-            "merge": lambda words: self._set_choice("merge", MERGES, words),
-            "gate": lambda words: self._set_choice("gate", GATES, words),
+            "merge": lambda words: self._set_method("merge", words),
+            "gate": lambda words: self._set_method("gate", words),
             "model": self._set_model,
             "reset": self._reset,
             "help": lambda _: HELP,
@@ -81,14 +83,13 @@ class Conversation:
         told = " ".join(f"{name}={weight:g}" for name, weight in (self.weights or {}).items())
         return f"weights: {told or 'as the name says'}"
 
-    def _set_choice(self, what: str, allowed: tuple[str, ...], words: list[str]) -> str:
-        if words:
-            if words[0] not in (*allowed, "off"):
-                raise InvalidRequestError(
-                    f"{what} must be one of {', '.join(allowed)}, or off, got {words[0]!r}"
-                )
-            setattr(self, what, None if words[0] == "off" else words[0])
-        return f"{what}: {getattr(self, what) or 'as the name says'}"
+    def _set_method(self, kind: Kind, words: list[str]) -> str:
+        if words == ["off"]:
+            setattr(self, kind, None)
+        elif words:
+            # With all words, so that `/gate posterior 0.05` is refused and not half understood.
+            setattr(self, kind, parse_method(" ".join(words), kind, kind).text)
+        return f"{kind}: {getattr(self, kind) or 'as the name says'}"
 
     def _set_model(self, words: list[str]) -> str:
         if words:
@@ -145,7 +146,9 @@ def _turn(
     told: bool = False,
 ) -> None:
     reply = Reply()
-    show = ignore if as_json else writer()
+    show: Show = ignore
+    if not as_json:
+        show = Painter() if conversation.trace else writer()
     try:
         runner.run(ask(backend, conversation.request(text), reply, show))
     except KeyboardInterrupt:
@@ -160,6 +163,8 @@ def _turn(
         answer_json(reply.to_json())
     else:
         show("\n")
+        if reply.trace_summary is not None:
+            print_legend(reply.trace_summary)
         # An answer that was stopped has no usage.
         if told and reply.usage:
             note(reply.summary())

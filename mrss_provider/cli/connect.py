@@ -16,12 +16,17 @@ from mrss_provider.cli.output import note
 
 @contextmanager
 def connected(
-    *, server: str | None, in_process: bool, overrides: Mapping[str, Any]
+    *,
+    server: str | None,
+    api_key: str | None = None,
+    in_process: bool,
+    overrides: Mapping[str, Any],
 ) -> Iterator[tuple[Backend, asyncio.Runner]]:
     """Yield a backend, and the runner whose loop it lives on; both are closed at the end.
 
     Args:
         server: address of an engine, `http://...` or `unix://...`.
+        api_key: sent to that engine; MRSS_API_KEY when None.
         in_process: load the model here.
         overrides: engine settings given as flags; they describe the engine to load or start.
 
@@ -35,7 +40,9 @@ def connected(
             "give one or the other"
         )
     with asyncio.Runner() as runner:
-        backend = _own_engine(overrides) if in_process else _other_engine(server, overrides)
+        backend = (
+            _own_engine(overrides) if in_process else _other_engine(server, api_key, overrides)
+        )
         try:
             yield backend, runner
         finally:
@@ -50,12 +57,12 @@ def _own_engine(overrides: Mapping[str, Any]) -> Backend:
     return AsyncEngine(EngineConfig.from_env(overrides))
 
 
-def _other_engine(server: str | None, overrides: Mapping[str, Any]) -> Backend:
+def _other_engine(server: str | None, api_key: str | None, overrides: Mapping[str, Any]) -> Backend:
     from mrss_provider.autostart import LocalEngine, engine_address
     from mrss_provider.client import Client
 
     address = None if overrides else engine_address(server)
     if address is not None:
-        return Client(address)
+        return Client(address, api_key=api_key)
     flags = {f"MRSS_{name.upper()}": str(value) for name, value in overrides.items()}
     return LocalEngine({**os.environ, **flags})

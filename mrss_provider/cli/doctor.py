@@ -204,6 +204,8 @@ def _states(config: EngineConfig) -> Iterator[Finding]:
     listed = f": {', '.join(names)}" if names else ""
     counts = f"{len(library.states)} states and {len(library.mixtures)} mixtures"
     yield Finding("ok", "states", f"{counts} in {config.states}{listed}")
+    if library.gates:
+        yield Finding("ok", "gates", ", ".join(sorted(library.gates)))
     for name, state in library.states.items():
         if state.metadata.base_sha256 not in (None, shape.fingerprint):
             yield Finding(

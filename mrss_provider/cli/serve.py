@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 
 from mrss_provider.async_engine import AsyncEngine
-from mrss_provider.backend import DeltaStream, GenerateRequest, ModelCard
 from mrss_provider.cli.output import note
 from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.server.logs import log_to_stderr
 from mrss_provider.server.run import address_of, run_server
 
 
@@ -17,33 +17,20 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     Raises:
         MRSSError: an address that is taken, a model that cannot be loaded.
     """
-    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, force=True)
-    engine = _Announced(AsyncEngine(engine_config), address_of(server_config))
-    run_server(engine, server_config, model=engine_config.model.name)
+    log_to_stderr(server_config.log_format)
+    engine = AsyncEngine(engine_config)
+    announcements: set[asyncio.Task[None]] = set()
+
+    def on_ready() -> None:
+        task = asyncio.create_task(_announce(engine, address_of(server_config)))
+        # A task that nobody holds may be collected before it has run.
+        announcements.add(task)
+        task.add_done_callback(announcements.discard)
+
+    run_server(engine, server_config, model=engine_config.model.name, on_ready=on_ready)
 
 
-class _Announced:
-    """The engine, which tells where it is and what it serves once it is loaded."""
-
-    def __init__(self, engine: AsyncEngine, address: str) -> None:
-        self._engine = engine
-        self._address = address
-
-    async def start(self) -> None:
-        """Load the model, then tell."""
-        await self._engine.start()
-        names = ", ".join(f"mrss/{card.id}" for card in await self._engine.models())
-        note(f"ready on {self._address}\nnames: {names}")
-
-    async def open(self, request: GenerateRequest) -> DeltaStream:
-        """Admit a request."""
-        return await self._engine.open(request)
-
-    async def models(self) -> list[ModelCard]:
-        """Return the names that are served."""
-        return await self._engine.models()
-
-    async def aclose(self) -> None:
-        """Release everything."""
-        await self._engine.aclose()
+async def _announce(engine: AsyncEngine, address: str) -> None:
+    """Tell where the engine is and what it serves."""
+    names = ", ".join(f"mrss/{card.id}" for card in await engine.models())
+    note(f"ready on {address}\nnames: {names}")

@@ -11,11 +11,21 @@ from typing import Any
 
 import torch
 
-from mrss_provider.cli.output import CommandError, answer, answer_json, note, quiet, table
+from mrss_provider.cli.output import (
+    CommandError,
+    answer,
+    answer_json,
+    note,
+    quiet,
+    read_text,
+    table,
+)
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.state_library import STATE_SUFFIXES, StateLibrary
+from mrss_provider.engine.library_files import state_file
+from mrss_provider.engine.state_folder import state_paths
+from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.errors import MRSSError
-from mrss_provider.mixture import BASE, check_name, parse_mixture
+from mrss_provider.mixture import BASE, Method, check_name, parse_mixture
 from mrss_provider.model import (
     ModelConfig,
     OrientationCheck,
@@ -43,7 +53,7 @@ _SAMPLE = (
 def list_states(config: EngineConfig, as_json: bool) -> None:
     """Print every state and mixture; what cannot be used goes to stderr with its reason."""
     shape = read_config(config.model)
-    library = _library(config, shape)
+    library = open_library(config, shape)
     rows = [_about_state(state, shape, config.states) for state in library.states.values()]
     rows += [
         {"name": name, "kind": "mixture", "group": "", "norm": "", "base": _terms(named.terms)}
@@ -67,11 +77,12 @@ def show_state(config: EngineConfig, name: str) -> None:
         MRSSError: no such name, or a file that cannot be used.
     """
     shape = read_config(config.model)
-    library = _library(config, shape)
+    library = open_library(config, shape)
     if name in library.mixtures:
         named = library.mixtures[name]
         answer(f"{name}: a mixture of {_terms(named.terms)}")
-        said = {k: v for k, v in asdict(named).items() if k != "terms" and v not in (None, "")}
+        said = {k: v for k, v in vars(named).items() if k != "terms" and v not in (None, "")}
+        said |= {k: v.text for k, v in said.items() if isinstance(v, Method)}
         _print_fields(said)
         return
     if name == BASE:
@@ -98,7 +109,7 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
         config.model, device=config.device, dtype=config.dtype, threads=config.threads
     )
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
-    sample = tokenizer.encode(_SAMPLE if text is None else _read_text(text))
+    sample = tokenizer.encode(_SAMPLE if text is None else read_text(text))
     paths = [_path_of(config.states, name) for name in names] or _all_paths(config.states)
     all_read = True
     for path in paths:
@@ -110,15 +121,6 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
             continue
         answer(_verdict(path, found))
     return all_read
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise CommandError(f"{path} is not UTF-8 text (byte {exc.start}); convert it") from exc
-    except OSError as exc:
-        raise CommandError(f"{path} cannot be read: {exc.strerror or exc}") from exc
 
 
 def _verdict(path: Path, found: OrientationCheck) -> str:
@@ -150,10 +152,10 @@ def import_state(
         CommandError: a name that is taken.
     """
     shape = read_config(config.model)
-    target = _target(config.states, name, shape, force=force)
+    target = new_target(config.states, name, shape, force=force)
     state = load_tuned_state(file, shape, name=name, orientation=orientation)
     state = replace(state, metadata=replace(state.metadata, **metadata))
-    _save(target, state, shape, force=force)
+    save_state(target, state, shape, force=force)
 
 
 def average_into(config: EngineConfig, terms: Sequence[str], name: str, *, force: bool) -> None:
@@ -164,15 +166,15 @@ def average_into(config: EngineConfig, terms: Sequence[str], name: str, *, force
         CommandError: a name that is taken.
     """
     shape = read_config(config.model)
-    target = _target(config.states, name, shape, force=force)
-    library = _library(config, shape)
+    target = new_target(config.states, name, shape, force=force)
+    library = open_library(config, shape)
     parts = parse_mixture("+".join(terms)).terms
     found = {term.name: library.get(term.name) for term in parts if term.name != BASE}
     if any(term.name == BASE for term in parts):
         found[BASE] = _base_state(config.model, shape, list(found.values()))
     states = [found[term.name] for term in parts]
     state = average_states(states, [term.weight for term in parts], name=name)
-    _save(target, state, shape, force=force)
+    save_state(target, state, shape, force=force)
 
 
 def _base_state(model: Path, shape: ModelConfig, others: Sequence[TunedState]) -> TunedState:
@@ -205,7 +207,12 @@ def read_config(path: Path) -> ModelConfig:
     )
 
 
-def _library(config: EngineConfig, shape: ModelConfig) -> StateLibrary:
+def open_library(config: EngineConfig, shape: ModelConfig) -> StateLibrary:
+    """Return the states of a folder, without a word on the unusable ones.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     with quiet():
         return StateLibrary(config.states, shape, strict=config.strict)
 
@@ -224,7 +231,7 @@ def _about_state(state: TunedState, shape: ModelConfig, folder: Path) -> dict[st
     }
 
 
-def _target(folder: Path, name: str, shape: ModelConfig, *, force: bool) -> Path:
+def new_target(folder: Path, name: str, shape: ModelConfig, *, force: bool) -> Path:
     """Return where a new state goes.
 
     Raises:
@@ -241,17 +248,20 @@ def _target(folder: Path, name: str, shape: ModelConfig, *, force: bool) -> Path
         library = StateLibrary(folder, shape)
     if name in library.mixtures:
         raise CommandError(f"{name!r} is a mixture of mixtures.toml; choose another name")
-    taken = [folder / f"{name}{suffix}" for suffix in STATE_SUFFIXES]
-    taken = [path for path in taken if path.exists()]
+    taken = _files_of(folder, name)
     if taken and not force:
         raise CommandError(f"{taken[0]} exists; choose another name, or replace it with --force")
     return folder / f"{name}.safetensors"
 
 
-def _save(target: Path, state: TunedState, shape: ModelConfig, *, force: bool) -> None:
+def save_state(target: Path, state: TunedState, shape: ModelConfig, *, force: bool) -> None:
+    """Write a new state and print its path.
+
+    Raises:
+        StateFileError: it cannot be written.
+    """
     save_tuned_state(target, state, shape)
-    for suffix in STATE_SUFFIXES:
-        other = target.with_suffix(suffix)
+    for other in _files_of(target.parent, state.name):
         # Two files of one name would both be refused.
         if force and other != target:
             other.unlink(missing_ok=True)
@@ -259,14 +269,18 @@ def _save(target: Path, state: TunedState, shape: ModelConfig, *, force: bool) -
     note(f"requests call it mrss/{state.name}; an engine that runs reads it at its next start")
 
 
+def _files_of(folder: Path, name: str) -> list[Path]:
+    return [path for path in state_paths(folder) if path.stem == name]
+
+
 def _all_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in STATE_SUFFIXES)
+    return sorted(state_paths(folder), key=lambda path: path.name)
 
 
 def _path_of(folder: Path, name: str) -> Path:
-    for suffix in STATE_SUFFIXES:
-        if (path := folder / f"{name}{suffix}").is_file():
-            return path
+    path = state_file(folder, name)
+    if path is not None:
+        return path
     raise CommandError(f"there is no state {name!r} in {folder} (mrss states list shows them)")
 
 

@@ -12,7 +12,7 @@ from mrss_provider.config import EngineConfig
 
 states = typer.Typer(
     name="states",
-    help="Look after tuned states: list, show, check, import, average.",
+    help="Look after tuned states: list, show, check, import, average, make from a text.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -101,3 +101,25 @@ def average(
     from mrss_provider.cli.states import average_into
 
     average_into(EngineConfig.from_env(overrides), terms, name, force=force)
+
+
+@states.command("from-prompt")
+@takes_config(EngineConfig, only=(*_FILES, "device", "dtype", "threads"))
+def from_prompt(
+    overrides: dict[str, Any],
+    text: Annotated[Path, typer.Option(help="A text (UTF-8), read as it stands.")],
+    name: NewName,
+    start: Annotated[
+        str, typer.Option("--from", help="The state that the model begins from.")
+    ] = "base",
+    group: Annotated[
+        str | None, typer.Option(help="What it is about: knowledge, tone, ...")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Its licence, an SPDX name.")] = None,
+    force: Force = False,
+) -> None:
+    """Make a state of what the model knows after a long text: no request reads it again."""
+    from mrss_provider.cli.prompt_states import make_from_prompt
+
+    config = EngineConfig.from_env(overrides)
+    make_from_prompt(config, text, name, start, group=group, licence=licence, force=force)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,17 +19,18 @@ from mrss_kernels.tail_tensors import TailOutputs
 from torch import Tensor
 
 from mrss_provider.config import EngineConfig
+from mrss_provider.engine.batch import Batch, Choice, Running
 from mrss_provider.engine.model_runner import ModelRunner
 from mrss_provider.engine.sampler import rank_tokens
-from mrss_provider.engine.scheduler import Batch
 from mrss_provider.engine.step_graphs import StepGraphs
 from mrss_provider.engine.step_runner import PendingTokens, ReadyTokens, run_step
 from mrss_provider.engine.tail import Picked
-from mrss_provider.engine.tail_layout import Seat, TailFlags, TailLayout, is_fused
+from mrss_provider.engine.tail_lane import Seat, TailFlags, is_fused
+from mrss_provider.engine.tail_layout import TailLayout
 from mrss_provider.model.cuda_graphs import BUCKETS, row_bucket
 
 if TYPE_CHECKING:
-    from mrss_provider.model import Model
+    from mrss_provider.model import Model, StatePool
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,21 @@ class _Received:
 
     ids: Tensor
     log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Places of the answers that want log-probabilities, and of those that want top tokens too."""
+
+    log_probs: list[int]
+    top: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Wanted:
+        """Look at the answers of a step."""
+        samplings = [choice.owner.request.sampling for choice in batch.sampling]
+        log_probs = [g for g, sampling in enumerate(samplings) if sampling.logprobs]
+        return cls(log_probs, [g for g in log_probs if samplings[g].top_logprobs])
 
 
 @dataclass(frozen=True)
@@ -77,11 +93,14 @@ class DeviceRunner:
         self._is_cuda = model.device.type == "cuda"
         # Not `Model.decode`, which replays graphs of its own.
         self._advance = model.decode if model.fused is None else model.fused.decode
-        self._rows = ModelRunner(model, config.max_rows)
+        self._rows = ModelRunner(model, config.max_rows, banned_ids)
         self._layout = TailLayout(
             config.max_rows, config.max_states + 1, model.config.vocab_size, banned_ids
         )
         self._graphs = StepGraphs(model.device, self._layout.all_padding)
+        # The answers of the last step, if another one of them is the same but for the tokens.
+        self._steady: list[Choice] = []
+        self._wanted = _Wanted([], [])
         # One a step under way, and one that is being read.
         self._received = itertools.cycle(
             [
@@ -93,28 +112,61 @@ class DeviceRunner:
             ]
         )
 
+    @property
+    def pool(self) -> StatePool:
+        """The states of all rows."""
+        return self._rows.pool
+
     def needs_tokens(self, batch: Batch) -> bool:
-        """Tell whether torch must pick the batch's tokens, or has picked its last ones."""
-        return not (_is_fused(batch) and all(self._layout.knows(c) for c in batch.decoding))
+        """Tell whether the host must know all tokens so far.
+
+        It must if torch picks the batch's tokens or has picked its last ones, or if rows wake.
+        """
+        if self._is_repeated(batch):
+            return False
+        is_known = not batch.catching_up and all(self._layout.knows(c) for c in batch.decoding)
+        return not (is_known and _is_fused(batch))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingTokens:
         """Begin a step; it is queued behind those under way."""
+        if self._is_repeated(batch):
+            self._decode(self._layout.num_rows, self._layout.flags)
+            return self._receive(batch)
+        self._steady = []
         if not _is_fused(batch):
             self._layout.forget()
             return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
-        self._rows.begin(batch.chunks)
+        self._rows.catch_up(batch.catching_up)
+        self._rows.begin(batch)
+        scored = self._rows.score(batch.chunks)
+        batch.look()
         seats, num_rows = _seats(batch)
         if self._layout.arrange(seats):
             self._graphs.clear()
         flags = self._layout.flags
         if not batch.chunks:
-            self._decode(num_rows, flags)
+            if seats:
+                self._decode(num_rows, flags)
         else:
-            hidden = self._read(batch)
+            hidden = self._read(batch, scored)
             if seats:
                 self._pick(self._model.head(hidden), flags, len(seats))
+        self._wanted = _Wanted.of(batch)
+        if not batch.chunks and all(choice.is_steady for choice in batch.decoding):
+            self._steady = batch.decoding
         return self._receive(batch)
+
+    def forget(self) -> None:
+        """Know nothing of the answers any more: the next step uploads what it needs of them."""
+        self._steady = []
+        self._layout.forget()
+
+    def _is_repeated(self, batch: Batch) -> bool:
+        """Tell whether a batch is the last one again, so that nothing need be arranged."""
+        is_more = bool(batch.chunks or batch.catching_up or batch.rereading)
+        is_decoding = bool(batch.decoding) and not is_more
+        return is_decoding and batch.decoding == self._steady
 
     def _decode(self, num_rows: int, flags: TailFlags) -> None:
         """Advance every row by its next token, and pick each answer's next one."""
@@ -166,14 +218,19 @@ class DeviceRunner:
             num_groups=num_groups,
         )
 
-    def _read(self, batch: Batch) -> Tensor:
+    def _read(self, batch: Batch, scored: Mapping[Running, Tensor]) -> Tensor:
         """Read prompt chunks, and the next token of each decoding row in the same pass.
+
+        Args:
+            batch: the step.
+            scored: what `ModelRunner.score` has read of it.
 
         Returns:
             Hidden states of the rows that a token is picked from, in the order of the seats.
         """
-        slots = [slot for choice in batch.decoding for slot in choice.slots]
-        return self._rows.read_beside(batch.chunks, self._layout.token_ids[: len(slots)], slots)
+        slots = [slot for choice in batch.decoding for slot in choice.active_slots]
+        token_ids = self._layout.token_ids[: len(slots)]
+        return self._rows.read_beside(batch.chunks, scored, token_ids, slots)
 
     def _receive(self, batch: Batch) -> PendingTokens:
         """Ask for the step's tokens, and mark the moment when they have arrived."""
@@ -183,20 +240,21 @@ class DeviceRunner:
         top = self._likeliest(batch, outputs)
         received = next(self._received)
         received.ids[:count].copy_(outputs.ids[:count], non_blocking=True)
-        received.log_probs[:count].copy_(outputs.log_probs[:count], non_blocking=True)
+        if self._wanted.log_probs:
+            received.log_probs[:count].copy_(outputs.log_probs[:count], non_blocking=True)
         arrived = None
         if self._is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        return _PendingStep(batch, received, top, arrived)
+        return _PendingStep(batch, received, self._wanted, top, arrived)
 
     def _likeliest(self, batch: Batch, outputs: TailOutputs) -> _TopTokens | None:
         """Rank the tokens of the answers that want the likeliest ones reported."""
-        wanted = [choice.owner.request.sampling for choice in batch.sampling]
-        places = [g for g, s in enumerate(wanted) if s.logprobs and s.top_logprobs]
+        places = self._wanted.top
         if not places:
             return None
-        most = max(wanted[g].top_logprobs or 0 for g in places)
+        samplings = [batch.sampling[g].owner.request.sampling for g in places]
+        most = max(sampling.top_logprobs or 0 for sampling in samplings)
         index = torch.tensor(places, pin_memory=self._is_cuda).to(self._device, non_blocking=True)
         log_probs = outputs.merged.index_select(0, index).log_softmax(-1)
         values, ids = rank_tokens(log_probs, most)
@@ -209,6 +267,7 @@ class _PendingStep:
 
     batch: Batch
     received: _Received
+    wanted: _Wanted
     top: _TopTokens | None
     arrived: torch.cuda.Event | None
 
@@ -218,10 +277,12 @@ class _PendingStep:
             self.arrived.synchronize()
         count = len(self.batch.sampling)
         ids: list[int] = self.received.ids[:count].tolist()
-        log_probs: list[float] = self.received.log_probs[:count].tolist()
         picked = [Picked(token if token >= 0 else None) for token in ids]
-        for g, choice in enumerate(self.batch.sampling):
-            if ids[g] >= 0 and choice.owner.request.sampling.logprobs:
+        if not self.wanted.log_probs:
+            return picked
+        log_probs: list[float] = self.received.log_probs[:count].tolist()
+        for g in self.wanted.log_probs:
+            if ids[g] >= 0:
                 picked[g] = Picked(ids[g], log_probs[g])
         if self.top is not None:
             for n, g in enumerate(self.top.places):
@@ -246,12 +307,13 @@ def _seats(batch: Batch) -> tuple[list[Seat], int]:
     seats: list[Seat] = []
     row = 0
     for choice in batch.decoding:
-        seats.append(Seat(choice, row))
-        row += len(choice.slots)
+        slots = tuple(choice.active_slots)
+        seats.append(Seat(choice, row, slots))
+        row += len(slots)
     for chunk in batch.chunks:
         if chunk.is_last:
             choices = [c for c in batch.sampling if c.owner is chunk.running]
-            seats += [Seat(choice, row) for choice in choices]
+            seats += [Seat(choice, row, tuple(choice.slots)) for choice in choices]
             row += chunk.running.request.mixture.rows
     return seats, row
 

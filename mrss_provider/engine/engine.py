@@ -1,27 +1,38 @@
 """Engine: requests in, sampled tokens out, one `step` at a time, all on one thread.
 
-No text, no clock, no asyncio. `check` may be called from any thread; nothing else may.
+No text, no clock, no asyncio. `check` and `stats` may be called from any thread; nothing else may.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mrss_provider.backend import EngineStats
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.request import EngineRequest, EngineStats, TokenOutput
-from mrss_provider.engine.scheduler import Batch, Scheduler
+from mrss_provider.engine.batch import Batch
+from mrss_provider.engine.lazy_rows import LazyPolicy
+from mrss_provider.engine.logits_processors import BAN
+from mrss_provider.engine.request import EngineRequest, TokenOutput
+from mrss_provider.engine.scheduler import Scheduler
+from mrss_provider.engine.snapshots import make_keeper
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.engine.step_runner import HostRunner, PendingTokens, StepRunner
-from mrss_provider.errors import ContextLengthError, EngineError, InvalidRequestError
+from mrss_provider.errors import (
+    ContextLengthError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from mrss_provider.model.memory import device_memory, release_memory
 
 if TYPE_CHECKING:
-    from mrss_provider.model import Model
+    from mrss_provider.model import Model, ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +59,23 @@ class Engine:
     ) -> None:
         self.library = library
         self._config = config
+        self._model_config = model.config
+        self._device = model.device
         self._vocab_size = model.config.vocab_size
         self._allowed = frozenset(allowed_ids)
         banned = [i for i in range(self._vocab_size) if i not in self._allowed]
         banned_ids = torch.tensor(banned, dtype=torch.int64, device=model.device)
         self._runner = runner or make_runner(model, config, banned_ids)
+        self._keeper = make_keeper(model, self._runner.pool, config)
         on_host = model.device.type == "cpu"
+        is_lazy = config.lazy_rows == "on" or (config.lazy_rows == "auto" and on_host)
         self._scheduler = Scheduler(
             max_rows=config.max_rows,
             max_queued=config.max_queued,
             prefill_chunk_len=config.prefill_chunk_len,
             prefill_alone_len=config.prefill_chunk_len if on_host else config.prefill_alone_len,
+            lazy=LazyPolicy(probe_len=config.reprobe_tokens) if is_lazy else None,
+            keeper=self._keeper,
         )
         # Launched, not committed.
         self._under_way: deque[tuple[Batch, PendingTokens]] = deque()
@@ -88,8 +105,9 @@ class Engine:
                 f"times n = {request.n}"
             )
         self._check_ids("prompt", request.prompt)
+        self._check_forced(request)
         self._check_ids("logit_bias", sampling.logit_bias)
-        banned = {i for i, bias in sampling.logit_bias.items() if bias <= -100.0}
+        banned = {i for i, bias in sampling.logit_bias.items() if bias <= BAN}
         if self._allowed <= banned:
             raise InvalidRequestError("logit_bias must leave a token, got a ban of every one")
 
@@ -115,6 +133,7 @@ class Engine:
 
         On a GPU the outputs are those of the step before, and the new one is under way. A failure
         ends the requests that had a part in its step, each with an `EngineError`, never the engine.
+        Where memory was short it ends the newer half of them, each with an `OverloadedError`.
         """
         outputs: list[TokenOutput] = []
         batch = self._scheduler.schedule()
@@ -124,13 +143,39 @@ class Engine:
             outputs += self._launch(batch)
         return outputs + self._commit_all_but(0 if batch.is_empty else self._runner.max_ahead)
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """What the loaded checkpoint is."""
+        return self._model_config
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the recurrent states."""
+        return self._runner.pool.wkv.dtype
+
+    def load_cached(self, request: EngineRequest) -> None:
+        """Bring what is in files of the states that a request can begin from to memory.
+
+        It reads files: from any thread but the engine's.
+        """
+        self._keeper.load_files(request)
+
+    def close(self) -> None:
+        """Write what is to outlive the engine, and let go of the cache. Nothing runs any more."""
+        self._keeper.close()
+
     def _launch(self, batch: Batch) -> list[TokenOutput]:
         """Begin a step; return the errors of its requests if it cannot."""
         try:
             pending = self._runner.launch(batch)
+        except (torch.OutOfMemoryError, MemoryError) as exc:
+            return self._shed(batch, exc)
         except Exception as exc:
             return self._fail(batch, exc)
         self._under_way.append((batch, pending))
+        for choice in batch.sampling:
+            choice.num_launched += 1
+        self._keeper.read(batch.chunks)
         self._num_steps += 1
         self._num_prompt_tokens += sum(chunk.length for chunk in batch.chunks)
         return []
@@ -145,9 +190,10 @@ class Engine:
             except Exception as exc:
                 outputs += self._fail(batch, exc)
             else:
+                given = self._scheduler.commit(batch, picked)
                 # An answer may have ended since the step was launched: nobody gets its token.
-                self._num_sampled_tokens += sum(choice.is_live for choice in batch.sampling)
-                outputs += self._scheduler.commit(batch, picked)
+                self._num_sampled_tokens += sum(output.error is None for output in given)
+                outputs += given
         return outputs
 
     def _fail(self, batch: Batch, exc: Exception) -> list[TokenOutput]:
@@ -156,6 +202,22 @@ class Engine:
         outputs = self._scheduler.fail(batch, error)
         log.error("a step failed and ends %d answers", len(outputs), exc_info=exc)
         return outputs
+
+    def _shed(self, batch: Batch, exc: Exception) -> list[TokenOutput]:
+        """End the newest requests of a step that had too little memory, and give memory back."""
+        outputs = self._commit_all_but(0)
+        self._runner.forget()
+        self._keeper.cache.shed()
+        error = OverloadedError(
+            "the engine had no memory left for this step and ended its newest requests; try again "
+            "later, or start it with fewer max_rows"
+        )
+        shed = self._scheduler.shed(batch, error)
+        log.error("out of memory: %d answers end, the others go on (%s)", len(shed), exc)
+        # Its frames hold what the step had allocated.
+        exc.__traceback__ = None
+        release_memory()
+        return outputs + shed
 
     @property
     def has_work(self) -> bool:
@@ -167,9 +229,24 @@ class Engine:
         """Slots that nobody holds."""
         return self._scheduler.num_free_rows
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for rows."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_started(self) -> int:
+        """Requests that got rows, since the start."""
+        return self._scheduler.num_started
+
+    def num_before(self, owner: str) -> int:
+        """Return about how many requests would get rows before one that `owner` adds now."""
+        return self._scheduler.num_before(owner)
+
     def stats(self) -> EngineStats:
         """Return gauges of this moment and totals since the start."""
         free = self._scheduler.num_free_rows
+        device_bytes, device_bytes_total = device_memory(self._device)
         return EngineStats(
             num_waiting=self._scheduler.num_waiting,
             num_running=self._scheduler.num_running,
@@ -178,9 +255,25 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_sampled_tokens=self._num_sampled_tokens,
+            cache=self._keeper.cache.stats(),
+            device_bytes=device_bytes,
+            device_bytes_total=device_bytes_total,
         )
 
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+    def _check_forced(self, request: EngineRequest) -> None:
+        assert not request.forced or len(request.forced) == request.sampling.max_tokens
+        bias = request.sampling.logit_bias
+        for token_id in request.forced:
+            if token_id not in self._allowed or bias.get(token_id, 0.0) <= BAN:
+                raise InvalidRequestError(
+                    f"given must have tokens that may be drawn, got {token_id}, which is banned",
+                    param="mrss.given",
+                )
+
+    def _check_ids(self, field: str, ids: Collection[int]) -> None:
+        # A long prompt must not hold up the event loop, nor a step.
+        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
         for token_id in ids:
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(

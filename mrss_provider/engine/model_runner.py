@@ -1,20 +1,23 @@
 """ModelRunner: a batch of the scheduler becomes calls of the model, and rows of logits.
 
 Owns the state pool. All rows of a mixture read the same tokens, so a prompt's chunk is one
-sequence a row, all of the same length.
+sequence a row, all of the same length. Chunks whose tokens are scored are read in calls of their
+own, so that the numbers of whatever shares their step stay what they are.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mrss_provider.engine.request import EOS_ID
-from mrss_provider.engine.scheduler import Batch, Choice, Chunk
+from mrss_provider.engine.batch import Batch, CatchUp, Choice, Chunk, Running
+from mrss_provider.engine.request import EOS_ID, EngineRequest
+from mrss_provider.engine.token_scorer import TokenScorer
 from mrss_provider.model.state import RowState, StateSnapshot
 
 if TYPE_CHECKING:
@@ -27,15 +30,30 @@ _CPU_PREFILL_LEN = 512
 _CUDA_PREFILL_LEN = 16_384
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens for the row of a slot, and `kept`: after which the hidden state is wanted too."""
+
+    slot: int
+    tokens: Sequence[int]
+    kept: Sequence[int] = ()
+
+
 class ModelRunner:
     """Runs batches on `num_slots` recurrent states.
+
+    Args:
+        model: what computes.
+        num_slots: rows that may be held at once.
+        banned_ids: int64 [M] on the model's device, ids that no request may get.
 
     Attributes:
         pool: the states.
     """
 
-    def __init__(self, model: Model, num_slots: int) -> None:
+    def __init__(self, model: Model, num_slots: int, banned_ids: Tensor) -> None:
         self._model = model
+        self._scorer = TokenScorer(model, banned_ids)
         self.pool = model.new_pool(num_slots)
         is_cpu = model.device.type == "cpu"
         self._max_prefill_len = _CPU_PREFILL_LEN if is_cpu else _CUDA_PREFILL_LEN
@@ -48,45 +66,101 @@ class ModelRunner:
             Logits [B, V] fp32, and for each answer of `batch.sampling` which rows are its own, in
             the order of its mixture's states. Answers that share a prompt share rows here.
         """
-        self.begin(batch.chunks)
+        self.catch_up(batch.catching_up)
+        self.begin(batch)
+        scored = self.score(batch.chunks)
         hidden: list[Tensor] = []
         rows: list[range | list[int]] = []
         if batch.decoding:
             hidden.append(self._decode(batch.decoding, rows))
         if batch.chunks:
-            hidden.append(self._read(batch.chunks, rows, len(hidden[0]) if hidden else 0))
+            hidden += self._read(batch.chunks, scored)
+            _number_rows(batch.chunks, rows)
         if not rows:
             return torch.empty(0, self._model.config.vocab_size), rows
         return self._model.head(torch.cat(hidden)), rows
 
-    def begin(self, chunks: Sequence[Chunk]) -> None:
-        """Write the initial states of prompts that begin; rows tuned with a token 0 read it."""
+    def catch_up(self, pieces: Sequence[CatchUp]) -> None:
+        """Read what rows that wake have missed; its tokens must be committed."""
+        # An answer that has ended since the step was planned has fewer tokens than that.
+        missed = [_Sequence(piece.slot, piece.tokens) for piece in pieces if piece.tokens]
+        if missed:
+            self._prefill(missed)
+
+    def begin(self, batch: Batch) -> None:
+        """Write the states that rows begin with; rows tuned with a token 0 read it.
+
+        Rows that have been somewhere before have the states of then, on `Running.rows`. Rows that
+        lost their states read again what they had read.
+        """
+        starting = [chunk.running for chunk in batch.chunks if chunk.is_first]
         bos_slots: list[int] = []
-        for chunk in chunks:
-            if not chunk.is_first:
-                continue
-            request = chunk.running.request
-            begins = request.prompt[0] == EOS_ID
-            slots = chunk.running.choices[0].slots
-            for slot, state in zip(slots, request.mixture.states, strict=True):
-                at_hand: RowState | None = state
-                if state is not None and self._resident is not None:
-                    at_hand = self._resident.get(state)
-                self.pool.write(slot, at_hand)
-                if state is not None and state.metadata.bos and not begins:
-                    bos_slots.append(slot)
+        for running in [*starting, *(choice.owner for choice in batch.resumed)]:
+            bos_slots += self._write(running.request, running.choices[0].slots, running.rows)
+            running.rows = None
+        for piece in batch.rereading:
+            if piece.is_first:
+                request = piece.choice.owner.request
+                rows = None if request.start is None else request.start.rows
+                bos_slots += self._write(request, piece.choice.slots, rows)
         if bos_slots:
             bos_slots.sort()
             ids = [EOS_ID] * len(bos_slots)
             self._model.decode(self._tensor(ids), self._tensor(bos_slots), self.pool)
+        lost = [
+            _Sequence(slot, piece.tokens)
+            for piece in batch.rereading
+            for slot in piece.choice.slots
+            if piece.tokens
+        ]
+        if lost:
+            self._prefill(lost)
+
+    def score(self, chunks: Sequence[Chunk]) -> dict[Running, Tensor]:
+        """Read the chunks whose next tokens are evidence; note what each row made of them.
+
+        The log-probabilities are appended to `Running.evidence`; waits for the device.
+
+        Returns:
+            The last hidden states [K, C] of what was read.
+        """
+        kept = [
+            [
+                position - chunk.start
+                for position in chunk.before_evidence()
+                if chunk.running.request.prompt[position + 1] not in self._scorer.banned
+            ]
+            for chunk in chunks
+        ]
+        scored = [(chunk, after) for chunk, after in zip(chunks, kept, strict=True) if after]
+        if not scored:
+            return {}
+        hidden = self._prefill(
+            [sequence for chunk, after in scored for sequence in _sequences([chunk], after)]
+        )
+        lasts: dict[Running, Tensor] = {}
+        for chunk, after in scored:
+            request = chunk.running.request
+            num_rows, count = request.mixture.rows, len(after) + 1
+            own = hidden[: num_rows * count].view(num_rows, count, -1)
+            hidden = hidden[num_rows * count :]
+            tokens = [request.prompt[chunk.start + offset + 1] for offset in after]
+            chunk.running.evidence.append(self._scorer.log_probs(own[:, :-1], tokens))
+            lasts[chunk.running] = own[:, -1]
+        return lasts
 
     def read_beside(
-        self, chunks: Sequence[Chunk], token_ids: Tensor, slots: Sequence[int]
+        self,
+        chunks: Sequence[Chunk],
+        scored: Mapping[Running, Tensor],
+        token_ids: Tensor,
+        slots: Sequence[int],
     ) -> Tensor:
         """Read prompt chunks and a token for each decoding row, in one pass where the model can.
 
         Args:
             chunks: pieces of prompts.
+            scored: those that `score` has read, with what it returned.
             token_ids: int64 [B], the next tokens of decoding rows, on the device.
             slots: those rows' states.
 
@@ -94,57 +168,76 @@ class ModelRunner:
             Last hidden states [n, C]: of the decoding rows, then of each prompt that ends here, in
             the order of its mixture's states.
         """
-        if slots and not self._model.packs_rows:
+        unread = [chunk for chunk in chunks if chunk.running not in scored]
+        if not slots:
+            hidden = self._read(chunks, scored)
+        elif unread and self._model.packs_rows:
+            read = self._prefill(_sequences(unread), token_ids, slots)
+            self._share_states(chunks)
+            hidden = [read[: len(slots)], *_last_hidden(chunks, scored, read[len(slots) :])]
+        else:
             decoded = self._model.decode(token_ids, self._tensor(slots), self.pool)
-            return torch.cat((decoded, self._read(chunks, [], 0)))
-        sequences, ended = _sequences(chunks)
-        hidden = self._prefill(sequences, token_ids, slots)
-        self._share_states(chunks)
-        if len(ended) < len(sequences):
-            wanted = [*range(len(slots)), *(len(slots) + i for i in ended)]
-            hidden = hidden[self._tensor(wanted)]
-        return hidden
+            hidden = [decoded, *self._read(chunks, scored)]
+        return torch.cat(hidden) if hidden else torch.empty(0, device=self._model.device)
+
+    def _write(
+        self, request: EngineRequest, slots: Sequence[int], rows: Sequence[StateSnapshot] | None
+    ) -> list[int]:
+        """Write the states of one answer's rows: `rows`, or those of its mixture.
+
+        Returns:
+            The slots of those that are to read a token 0 before anything else.
+        """
+        if rows is not None:
+            for slot, row in zip(slots, rows, strict=True):
+                self.pool.write(slot, row)
+            return []
+        begins = request.prompt[0] == EOS_ID
+        bos_slots: list[int] = []
+        for slot, state in zip(slots, request.mixture.states, strict=True):
+            at_hand: RowState | None = state
+            if state is not None and self._resident is not None:
+                at_hand = self._resident.get(state)
+            self.pool.write(slot, at_hand)
+            if state is not None and state.metadata.bos and not begins:
+                bos_slots.append(slot)
+        return bos_slots
 
     def _decode(self, choices: Sequence[Choice], rows: list[range | list[int]]) -> Tensor:
         """Feed each answer's last token to its rows; append each answer's rows to `rows`."""
         # In the order of slots, so that neighbours in the pool are neighbours in the batch.
-        fed = sorted((slot, choice.last_token) for choice in choices for slot in choice.slots)
+        fed = sorted(
+            (slot, choice.last_token) for choice in choices for slot in choice.active_slots
+        )
         row_of = {slot: row for row, (slot, _) in enumerate(fed)}
-        rows += [[row_of[slot] for slot in choice.slots] for choice in choices]
+        rows += [[row_of[slot] for slot in choice.active_slots] for choice in choices]
         slots, ids = zip(*fed, strict=True)
         return self._model.decode(self._tensor(ids), self._tensor(slots), self.pool)
 
-    def _read(
-        self, chunks: Sequence[Chunk], rows: list[range | list[int]], first_row: int
-    ) -> Tensor:
-        """Read prompt chunks; return the last hidden states [B, C] where a prompt ends.
+    def _read(self, chunks: Sequence[Chunk], scored: Mapping[Running, Tensor]) -> list[Tensor]:
+        """Read prompt chunks that were not scored; return the last hidden states where one ends.
 
-        Where it ends, the states are copied to the other answers' slots, and each answer's rows,
-        numbered from `first_row`, are appended to `rows`.
+        Where a prompt ends, the states are copied to the other answers' slots.
         """
-        sequences, ended = _sequences(chunks)
-        hidden = self._prefill(sequences)
+        unread = [chunk for chunk in chunks if chunk.running not in scored]
+        read = self._prefill(_sequences(unread)) if unread else None
         self._share_states(chunks)
-        for chunk in chunks:
-            if chunk.is_last:
-                own_rows = range(first_row, first_row + len(chunk.running.choices[0].slots))
-                rows += [own_rows] * len(chunk.running.choices)
-                first_row = own_rows.stop
-        return hidden if len(ended) == len(sequences) else hidden[self._tensor(ended)]
+        return _last_hidden(chunks, scored, read)
 
     def _prefill(
         self,
-        sequences: Sequence[tuple[int, Sequence[int]]],
+        sequences: Sequence[_Sequence],
         token_ids: Tensor | None = None,
         decoding_slots: Sequence[int] = (),
     ) -> Tensor:
-        """Read a token for each decoding slot, then (slot, tokens) pairs.
+        """Read a token for each decoding slot, then sequences.
 
         As many at a time as fit in the limit, at least one. Rows do not depend on their
         neighbours, so the cuts change no bit.
 
         Returns:
-            The last hidden states [n, C].
+            Hidden states [n, C]: a decoding row's; of a sequence those that it keeps, then its
+            last.
         """
         hidden: list[Tensor] = []
         first = 0
@@ -153,19 +246,38 @@ class ModelRunner:
             ids: list[int] = []
             ends = list(range(len(slots) + 1))
             begun = first
-            for slot, tokens in sequences[first:]:
-                if first > begun and ends[-1] + len(tokens) > self._max_prefill_len:
+            for sequence in sequences[first:]:
+                if first > begun and ends[-1] + len(sequence.tokens) > self._max_prefill_len:
                     break
-                slots.append(slot)
-                ids += tokens
-                ends.append(ends[-1] + len(tokens))
+                slots.append(sequence.slot)
+                ids += sequence.tokens
+                ends.append(ends[-1] + len(sequence.tokens))
                 first += 1
             packed = self._tensor(ids)
             if token_ids is not None and len(token_ids):
                 packed = torch.cat((token_ids, packed))
-            hidden.append(self._model.prefill(packed, ends, self._tensor(slots), self.pool))
+            hidden.append(self._forward(packed, ends, slots, sequences[begun:first]))
             token_ids, slots = None, []
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+    def _forward(
+        self,
+        token_ids: Tensor,
+        ends: Sequence[int],
+        slots: Sequence[int],
+        sequences: Sequence[_Sequence],
+    ) -> Tensor:
+        """Read packed tokens in one call of the model; as `_prefill`."""
+        model = self._model
+        if not any(sequence.kept for sequence in sequences):
+            return model.prefill(token_ids, ends, self._tensor(slots), self.pool)
+        hidden = model.prefill(token_ids, ends, self._tensor(slots), self.pool, all_positions=True)
+        first = len(slots) - len(sequences)
+        wanted = list(range(first))
+        for start, end, sequence in zip(ends[first:], ends[first + 1 :], sequences, strict=False):
+            wanted += [start + offset for offset in sequence.kept]
+            wanted.append(end - 1)
+        return hidden[self._tensor(wanted)]
 
     def _share_states(self, chunks: Sequence[Chunk]) -> None:
         """Where a prompt ends, give the rows of all its answers the states that read it."""
@@ -182,20 +294,46 @@ class ModelRunner:
         return tensor.to(self._model.device, non_blocking=True)
 
 
-def _sequences(
-    chunks: Sequence[Chunk],
-) -> tuple[list[tuple[int, Sequence[int]]], list[int]]:
-    """Return what each row reads, (slot, tokens), and which of these end a prompt."""
-    sequences: list[tuple[int, Sequence[int]]] = []
-    ended: list[int] = []
+def _sequences(chunks: Sequence[Chunk], kept: Sequence[int] = ()) -> list[_Sequence]:
+    """Return what each row reads of `chunks`."""
+    return [
+        _Sequence(slot, chunk.tokens, kept)
+        for chunk in chunks
+        for slot in chunk.running.choices[0].slots
+    ]
+
+
+def _last_hidden(
+    chunks: Sequence[Chunk], scored: Mapping[Running, Tensor], read: Tensor | None
+) -> list[Tensor]:
+    """Return the last hidden states [K, C] of each prompt that ends, in the chunks' order.
+
+    Args:
+        chunks: all that were read.
+        scored: those of scored chunks.
+        read: [n, C], of the rows of the others.
+    """
+    lasts: list[Tensor] = []
+    row = 0
     for chunk in chunks:
-        prompt = chunk.running.request.prompt
-        own = chunk.running.choices[0].slots
+        own = scored.get(chunk.running)
+        if own is None:
+            assert read is not None
+            own = read[row : row + chunk.running.request.mixture.rows]
+            row += len(own)
         if chunk.is_last:
-            ended += range(len(sequences), len(sequences) + len(own))
-        part = prompt[chunk.start : chunk.start + chunk.length]
-        sequences += [(slot, part) for slot in own]
-    return sequences, ended
+            lasts.append(own)
+    return lasts
+
+
+def _number_rows(chunks: Sequence[Chunk], rows: list[range | list[int]]) -> None:
+    """Append to `rows` those of each answer whose prompt ends; answers share their prompt's."""
+    first = sum(map(len, rows))
+    for chunk in chunks:
+        if chunk.is_last:
+            own = range(first, first + chunk.running.request.mixture.rows)
+            rows += [own] * len(chunk.running.choices)
+            first = own.stop
 
 
 class ResidentStates:

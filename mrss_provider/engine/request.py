@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING
 
 from mrss_provider.backend import FinishReason
 from mrss_provider.errors import MRSSError
+from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingOrder, SamplingParams
 
 if TYPE_CHECKING:
+    from mrss_provider.engine.continuation import Capture, StartPoint
+    from mrss_provider.engine.gates import Learned
+    from mrss_provider.engine.trace import RowsTrace
     from mrss_provider.model import TunedState
 
 EOS_ID = 0
 """End of text in every RWKV vocabulary; also what begins a text (`bos`)."""
+
+MAX_EVIDENCE = 256
+"""Tokens of the user's that a gate looks at, the last ones: what a prompt of any length costs."""
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 0.7
@@ -32,34 +39,47 @@ class ResolvedMixture:
     Attributes:
         canonical: the one spelling of this mixture, without the model's name.
         states: in row order; None is the base. The base, if present, is row 0.
-        weights: one a row, as the merge rule wants them (sum 1, or strengths for `delta`); 0.0
+        names: of the rows' states; "base" for the base.
+        groups: of the rows' states, as their files say; "" where none is said.
+        ratios: one a row, the largest 1 in absolute value, as the canonical name has them; 0.0
             for a base row that only the rule or the gate needs.
-        merge: merge rule by name ("linear" for a single row, which comes back unchanged).
-        gate: gate by name ("fixed" for a single row).
+        weights: the same as the merge rule wants them (sum 1, or strengths).
+        merge: merge rule ("linear" for a single row, which comes back unchanged).
+        gate: gate ("fixed" for a single row).
         cut: plausibility cut in [0, 1); 0 is off.
         base_row: 0, or None if no row is the base.
         temperature: the named mixture's default, or None.
         top_p: the named mixture's default, or None.
         sampling_order: the named mixture's default, or None.
         fingerprint: of the model's weights, the states' bytes, weights, merge, gate and cut.
+        trained_gate: what a gate that needs training was loaded as; None for the others.
     """
 
     canonical: str
     states: tuple[TunedState | None, ...] = field(repr=False, compare=False)
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    ratios: tuple[float, ...]
     weights: tuple[float, ...]
-    merge: str
-    gate: str
+    merge: Method
+    gate: Method
     cut: float
     base_row: int | None
     fingerprint: str
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
+    trained_gate: Learned | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
         """Recurrent states that one answer needs."""
         return len(self.states)
+
+    @property
+    def base_named(self) -> bool:
+        """Whether row 0 is the base because the name contains it."""
+        return self.base_row is not None and self.ratios[0] > 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,15 @@ class EngineRequest:
             so `len(request.prompt)` is always what usage counts.
         sampling: with every default filled in (`resolve_sampling`).
         n: answers, each with its own random stream.
+        evidence: positions of the prompt's tokens that every row is to score, in order, for a gate
+            that reads them; the first token is never scored, as nothing comes before it.
+        turn: of the user's in the conversation, 1 or more.
+        trace: tell of each token which row spoke.
+        forced: the tokens of the answer, where it is given: as many as `sampling.max_tokens`.
+        owner: who asks; owners that want more than there is get equal shares.
+        start: where the rows begin if not at their states and not where the cache says.
+        pauses: tokens at which an answer may end, so that the state there is worth keeping.
+        capture: gets the rows' states at the end of the prompt and of the answer.
     """
 
     id: str
@@ -79,6 +108,14 @@ class EngineRequest:
     mixture: ResolvedMixture
     sampling: SamplingParams
     n: int = 1
+    evidence: tuple[range, ...] = ()
+    turn: int = 1
+    trace: bool = False
+    forced: tuple[int, ...] = ()
+    owner: str = ""
+    start: StartPoint | None = None
+    pauses: frozenset[int] = frozenset()
+    capture: Capture | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt) or (EOS_ID,))
@@ -89,7 +126,8 @@ class EngineRequest:
         return self.mixture.rows * self.n
 
 
-@dataclass(frozen=True)
+# Not frozen, which would make each of them cost four times as much: there is one a token.
+@dataclass(slots=True)
 class TokenOutput:
     """One sampled token of one answer, or the error that ended it.
 
@@ -98,8 +136,11 @@ class TokenOutput:
         token_id: None only with `error`. The end-of-text token that ends an answer is reported.
         logprob: natural log-probability under the merge, before penalties, if asked for.
         top: the likeliest (id, logprob), best first; tokens that cannot occur are left out.
-        finish_reason: set on an answer's last token: "stop" (end of text) or "length".
+        finish_reason: set on an answer's last token: "stop" (end of text, or of a given answer) or
+            "length".
         error: what ended the answer; no more outputs of it follow.
+        trace: what the rows had to do with it, if asked for.
+        num_cached: tokens of the prompt that no row had to read.
     """
 
     request_id: str
@@ -109,19 +150,8 @@ class TokenOutput:
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     error: MRSSError | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Gauges of this moment, and totals since the start (steps, tokens)."""
-
-    num_waiting: int
-    num_running: int
-    num_rows: int
-    num_free_rows: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_sampled_tokens: int
+    trace: RowsTrace | None = None
+    num_cached: int = 0
 
 
 def resolve_sampling(
@@ -130,6 +160,7 @@ def resolve_sampling(
     *,
     temperature: float | None = None,
     top_p: float | None = None,
+    sampling_order: SamplingOrder | None = None,
     room: int | None = None,
 ) -> SamplingParams:
     """Fill in what the request left unsaid: the mixture's default, then the model's, then ours.
@@ -139,18 +170,19 @@ def resolve_sampling(
         mixture: whose named defaults come first.
         temperature: the model's default.
         top_p: the model's default.
+        sampling_order: the model's default.
         room: tokens left in the context after the prompt; caps the default of `max_tokens`
             (a value that the request gives is never changed).
     """
     default_len = DEFAULT_MAX_TOKENS if room is None else max(1, min(DEFAULT_MAX_TOKENS, room))
-    order = sampling.sampling_order or mixture.sampling_order or DEFAULT_SAMPLING_ORDER
+    asked = sampling.sampling_order or mixture.sampling_order
     return replace(
         sampling,
         temperature=_first(
             sampling.temperature, mixture.temperature, temperature, DEFAULT_TEMPERATURE
         ),
         top_p=_first(sampling.top_p, mixture.top_p, top_p, DEFAULT_TOP_P),
-        sampling_order=order,
+        sampling_order=asked or sampling_order or DEFAULT_SAMPLING_ORDER,
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
         max_tokens=default_len if sampling.max_tokens is None else sampling.max_tokens,
     )

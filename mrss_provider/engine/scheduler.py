@@ -1,120 +1,38 @@
 """Scheduler: which requests run, and what each does in the next step.
 
-Requests are admitted strictly in order of arrival, by rows: one that needs many slots waits at the
-head until they are free, and nobody overtakes it, so nobody starves. Between two decode steps all
-prompts together read at most one chunk. `schedule` may run ahead of `commit`: what a step reads is
-known before its tokens are. `commit` is the only place where an answer finishes.
+Requests are admitted by rows, in order of arrival, the requests of several owners in turns: one
+that needs many slots waits at the head until they are free, and nobody else of its owner overtakes
+it, so nobody starves. Between two decode steps all prompts, and the rows that wake, read at most
+one chunk together. `schedule` may run ahead of
+`commit`: what a step reads is known before its tokens are. `commit` is the only place where an
+answer finishes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from mrss_provider.backend import FinishReason
+from mrss_provider.engine.batch import Batch, CatchUp, Choice, Chunk, Running
+from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN, deal, deal_alone, deal_beside
+from mrss_provider.engine.fair import Turns, WaitingRequests
+from mrss_provider.engine.lazy_rows import LazyPolicy, make_lazy_rows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
+from mrss_provider.engine.recovery import LostAnswers, parties, split
 from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
 from mrss_provider.engine.slots import SlotAllocator
+from mrss_provider.engine.snapshots import SnapshotKeeper
 from mrss_provider.engine.tail import Picked
 from mrss_provider.errors import EngineError, MRSSError, QueueFullError
 
-# The wkv kernels read a prompt in blocks of this many tokens, so a prompt that is dealt out in
-# whole blocks sees the same arithmetic whoever shares the step.
-PREFILL_BLOCK_LEN = 16
-
-
-@dataclass(eq=False)
-class Choice:
-    """One answer of a running request.
-
-    Attributes:
-        slots: one a row of the mixture.
-        last_token: the last one committed: what the rows read next, unless steps are under way.
-        num_sampled: tokens committed.
-        num_planned: tokens committed and those of steps under way.
-    """
-
-    owner: Running
-    index: int
-    slots: list[int]
-    occurrences: Occurrences | None
-    last_token: int = EOS_ID
-    num_sampled: int = 0
-    num_planned: int = 0
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the answer has neither finished nor been dropped."""
-        return self in self.owner.choices
-
-    @property
-    def wants_more(self) -> bool:
-        """Whether another step may be planned: a length that will be reached ends the answer."""
-        return self.num_planned != self.owner.request.sampling.max_tokens
-
-
-@dataclass(eq=False)
-class Running:
-    """A request that holds slots.
-
-    Attributes:
-        choices: the answers that have not finished.
-        num_read: prompt tokens that the first answer's rows have read, or will have after the
-            steps under way; the other answers' rows are copied from them when it reaches the
-            prompt's length.
-    """
-
-    request: EngineRequest
-    bias: Bias
-    choices: list[Choice] = field(default_factory=list)
-    num_read: int = 0
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether part of the prompt is still unread."""
-        return self.num_read < len(self.request.prompt)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a prompt, `prompt[start : start + length]`, for the rows of `running`."""
-
-    running: Running
-    start: int
-    length: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the rows must take their initial states before it."""
-        return self.start == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the first token is sampled after it."""
-        return self.start + self.length == len(self.running.request.prompt)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step does: a token for each answer of `decoding`, and prompt `chunks`.
-
-    Attributes:
-        sampling: the answers that get a token: those that decode, then those whose prompt ends.
-    """
-
-    decoding: list[Choice]
-    chunks: list[Chunk]
-    sampling: list[Choice]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self.decoding or self.chunks)
-
 
 class Scheduler:
-    """Owns the queue, the running requests and their slots."""
+    """Owns the queue, the running requests and their slots.
+
+    Attributes:
+        num_started: requests that got slots, since the start.
+    """
 
     def __init__(
         self,
@@ -123,6 +41,8 @@ class Scheduler:
         max_queued: int,
         prefill_chunk_len: int,
         prefill_alone_len: int | None = None,
+        lazy: LazyPolicy | None = None,
+        keeper: SnapshotKeeper | None = None,
     ) -> None:
         """Start empty.
 
@@ -133,20 +53,33 @@ class Scheduler:
                 decoding rows; at least a block a step whatever it says.
             prefill_alone_len: tokens that each row reads in a step while nothing decodes; None is
                 `prefill_chunk_len`.
+            lazy: when rows may sleep; None is never.
+            keeper: of states, from which prompts begin where they have been read before.
         """
         self._slots = SlotAllocator(max_rows)
+        self._lazy = lazy
+        self._keeper = keeper
         self._max_queued = max_queued
         self._chunk_len = prefill_chunk_len
         self._alone_len = prefill_alone_len or prefill_chunk_len
-        self._waiting: deque[EngineRequest] = deque()
+        self._waiting = WaitingRequests()
         self._running: dict[str, Running] = {}
         # Whose turn it is to read: those that have just read go to the end.
         self._reading: deque[Running] = deque()
+        # Whose rows take the states of before in the next step.
+        self._resumed: list[Choice] = []
+        self._lost = LostAnswers()
+        self._turns = Turns()
+        self.num_started = 0
 
     @property
     def num_waiting(self) -> int:
         """Requests without slots."""
         return len(self._waiting)
+
+    def num_before(self, owner: str) -> int:
+        """Return about how many requests will get slots before one that `owner` adds now."""
+        return self._waiting.num_before(owner)
 
     @property
     def num_running(self) -> int:
@@ -169,10 +102,13 @@ class Scheduler:
         Raises:
             QueueFullError: it would have to wait, and as many as allowed wait already.
         """
-        known = self._running.keys() | {waiting.id for waiting in self._waiting}
-        assert request.id not in known, f"request id {request.id!r} is in use"
+        is_known = request.id in self._running or request.id in self._waiting
+        assert not is_known, f"request id {request.id!r} is in use"
         must_wait = bool(self._waiting) or request.rows > self._slots.num_free
-        if must_wait and len(self._waiting) >= self._max_queued:
+        is_full = len(self._waiting) >= self._max_queued
+        # Whoever fills the queue does not keep others out of it.
+        has_place = bool(self._waiting) and not self._waiting.num_of(request.owner)
+        if must_wait and is_full and not has_place:
             raise QueueFullError(
                 f"the engine is full: {len(self._waiting)} requests wait (max_queued "
                 f"{self._max_queued}) and {self._slots.num_free} rows are free of the "
@@ -188,11 +124,11 @@ class Scheduler:
         """
         running = self._running.get(request_id)
         if running is None:
-            self._waiting = deque(r for r in self._waiting if r.id != request_id)
+            self._waiting.remove(request_id)
         else:
             for choice in list(running.choices):
                 if index is None or choice.index == index:
-                    self._finish(choice)
+                    self._finish(choice, is_aborted=True)
         self._admit()
 
     def schedule(self) -> Batch:
@@ -200,19 +136,28 @@ class Scheduler:
 
         Empty if there is nothing to do before a step under way is committed.
         """
-        decoding = [
+        wanting = [
             choice
             for running in self._running.values()
             if not running.is_reading
             for choice in running.choices
             if choice.wants_more
         ]
-        chunks = self._deal_chunks(alone=not decoding)
+        for choice in wanting:
+            # What is heard is known when the step is launched.
+            if not (choice.is_steady or choice.is_heard):
+                choice.look(choice.num_planned)
+        decoding, catching_up = self._deal_catch_ups(wanting)
+        spent = sum(piece.stop - piece.start for piece in catching_up)
+        chunks = self._deal_chunks(alone=not wanting, spent=spent)
+        rereading = self._lost.deal(self._chunk_len if wanting else self._alone_len)
         ended = [choice for chunk in chunks if chunk.is_last for choice in chunk.running.choices]
         sampling = decoding + ended
         for choice in sampling:
             choice.num_planned += 1
-        return Batch(decoding, chunks, sampling)
+        resumed = [choice for choice in self._resumed if choice.is_live]
+        self._resumed = []
+        return Batch(decoding, chunks, sampling, catching_up, resumed, rereading)
 
     def commit(self, batch: Batch, picked: Sequence[Picked]) -> list[TokenOutput]:
         """Take in a step's tokens (one each for `batch.sampling`); finish what is done."""
@@ -235,37 +180,118 @@ class Scheduler:
 
     def fail(self, batch: Batch, error: MRSSError) -> list[TokenOutput]:
         """End every request that had a part in a step that could not be run."""
-        owners = [choice.owner for choice in batch.decoding]
-        owners += [chunk.running for chunk in batch.chunks]
-        outputs: list[TokenOutput] = []
-        for running in dict.fromkeys(owners):
-            outputs += self._fail(running, error)
+        outputs = [out for running in parties(batch) for out in self._fail(running, error)]
+        self._admit()
+        return outputs
+
+    def shed(self, batch: Batch, error: MRSSError) -> list[TokenOutput]:
+        """End the newer half of the requests of a step that failed; the others begin anew.
+
+        Nothing else is under way.
+        """
+        kept, shed = split(self._running.values(), parties(batch))
+        outputs = [out for running in shed for out in self._fail(running, error)]
+        for running in kept:
+            self._begin_anew(running)
         self._admit()
         return outputs
 
     def _admit(self) -> None:
         while self._waiting:
-            request = self._waiting[0]
+            request = self._waiting.head()
             slots = self._slots.allocate(request.rows)
             if slots is None:
                 return
-            self._waiting.popleft()
+            self._waiting.take()
+            self.num_started += 1
             running = Running(request, Bias(request.sampling))
+            self._begin(running)
             rows = request.mixture.rows
             for index in range(request.n):
                 own = slots[index * rows : (index + 1) * rows]
-                running.choices.append(Choice(running, index, own, _occurrences(request)))
+                lazy = make_lazy_rows(request, self._lazy)
+                running.choices.append(Choice(running, index, own, _occurrences(request), lazy))
             self._running[request.id] = running
+            if running.is_reading:
+                self._reading.append(running)
+            else:
+                self._resume(running)
+
+    def _begin(self, running: Running) -> None:
+        """Decide where a request's rows begin."""
+        start = running.request.start
+        if start is not None:
+            running.rows, running.num_cached = start.rows, start.num_read
+            running.evidence += [] if start.evidence is None else [start.evidence]
+        elif self._keeper is not None:
+            restored = self._keeper.find(running.request)
+            if restored is not None:
+                running.rows, running.num_cached = restored.rows, restored.length
+            running.parting = self._keeper.parting(running.request, running.num_cached)
+        running.num_read = running.num_cached
+
+    def _begin_anew(self, running: Running) -> None:
+        """Let a request whose rows' states are lost read what they had read."""
+        if any(choice.num_sampled for choice in running.choices):
+            for choice in running.choices:
+                self._lost.add(choice)
+            return
+        for choice in running.choices:
+            choice.num_planned = 0
+        running.evidence.clear()
+        running.rows, running.num_cached = None, 0
+        self._begin(running)
+        if running not in self._reading:
             self._reading.append(running)
 
-    def _deal_chunks(self, *, alone: bool) -> list[Chunk]:
-        """Deal prompt tokens to those that read: one chunk for all, or each one if `alone`."""
-        unread = [len(r.request.prompt) - r.num_read for r in self._reading]
+    def _resume(self, running: Running) -> None:
+        """Let the one answer of a request go on that has read its prompt already."""
+        start = running.request.start
+        assert start is not None
+        (choice,) = running.choices
+        choice.take_up(start.answer)
+        self._resumed.append(choice)
+
+    def _deal_catch_ups(self, wanting: Sequence[Choice]) -> tuple[list[Choice], list[CatchUp]]:
+        """Deal what rows that wake have missed, within one chunk; whole blocks but for the last.
+
+        Returns:
+            The answers that can decode after it, and the pieces.
+        """
+        ready: list[Choice] = []
+        pieces: list[CatchUp] = []
+        budget = self._chunk_len
+        for choice in wanting:
+            lazy = choice.lazy
+            if lazy is None:
+                ready.append(choice)
+                continue
+            for row, start, stop in lazy.missed(choice.num_planned):
+                # Somebody gets a block whatever the budget is, and nobody less than one.
+                room = budget if pieces else max(budget, PREFILL_BLOCK_LEN)
+                if room >= PREFILL_BLOCK_LEN:
+                    (length,) = deal([stop - start], room)
+                    pieces.append(CatchUp(choice, row, start, start + length))
+                    lazy.has_read(row, start + length)
+                    budget -= length
+            if not lazy.missed(choice.num_planned):
+                lazy.decode(choice.num_planned)
+                ready.append(choice)
+        return ready, pieces
+
+    def _deal_chunks(self, *, alone: bool, spent: int = 0) -> list[Chunk]:
+        """Deal prompt tokens to those that read: one chunk for all, or each one if `alone`.
+
+        At least a block is dealt, whatever was `spent` of the chunk.
+        """
+        unread = [running.num_unread for running in self._reading]
+        owners = [running.request.owner for running in self._reading]
         if alone:
-            lengths = [deal([left], self._alone_len)[0] for left in unread]
+            lengths = deal_alone(owners, unread, self._alone_len)
         else:
             rows = [running.request.mixture.rows for running in self._reading]
-            lengths = deal(unread, self._chunk_len, rows)
+            budget = max(self._chunk_len - spent, min(self._chunk_len, PREFILL_BLOCK_LEN))
+            lengths = deal_beside(self._turns, owners, unread, rows, budget)
         chunks = [
             Chunk(running, running.num_read, length)
             for running, length in zip(self._reading, lengths, strict=True)
@@ -279,20 +305,27 @@ class Scheduler:
         return chunks
 
     def _push(self, choice: Choice, token_id: int, token: Picked) -> TokenOutput:
-        sampling = choice.owner.request.sampling
+        request = choice.owner.request
         choice.last_token = token_id
         choice.num_sampled += 1
-        reason: FinishReason | None = None
-        if token_id == EOS_ID and not sampling.ignore_eos:
-            reason = "stop"
-        elif choice.num_sampled == sampling.max_tokens:
-            reason = "length"
+        choice.answer.append(token_id)
+        reason = _finish_reason(request, token_id, choice.num_sampled)
         if reason is not None:
             self._finish(choice)
-        elif choice.occurrences is not None:
-            choice.occurrences.push(token_id)
+        else:
+            _remember(choice, token_id, token)
+            is_due = choice.num_sampled >= choice.keep_at or token_id in request.pauses
+            if is_due and self._keeper is not None:
+                self._keeper.grew(choice)
         return TokenOutput(
-            choice.owner.request.id, choice.index, token_id, token.logprob, token.top, reason
+            request.id,
+            choice.index,
+            token_id,
+            token.logprob,
+            token.top,
+            reason,
+            trace=token.trace,
+            num_cached=choice.owner.num_cached,
         )
 
     def _fail(self, running: Running, error: MRSSError) -> list[TokenOutput]:
@@ -301,12 +334,20 @@ class Scheduler:
             for choice in running.choices
         ]
         for choice in list(running.choices):
-            self._finish(choice)
+            self._finish(choice, has_failed=True)
         return outputs
 
-    def _finish(self, choice: Choice) -> None:
+    def _finish(
+        self, choice: Choice, *, is_aborted: bool = False, has_failed: bool = False
+    ) -> None:
         running = choice.owner
         running.choices.remove(choice)
+        if self._keeper is not None:
+            is_lost = has_failed or choice.num_reread is not None
+            self._keeper.ended(choice, is_aborted=is_aborted, has_failed=is_lost)
+        max_tokens = running.request.sampling.max_tokens
+        assert max_tokens is not None
+        self._waiting.settle(running.request, max_tokens - choice.num_sampled)
         if running.is_reading and running.choices and choice.index < running.choices[0].index:
             # The next answer takes over the rows that have read part of the prompt.
             heir = running.choices[0]
@@ -318,26 +359,23 @@ class Scheduler:
                 self._reading.remove(running)
 
 
-def deal(unread: Sequence[int], budget: int, rows: Sequence[int] | None = None) -> list[int]:
-    """Deal `budget` tokens to prompts with so many `unread` tokens, block by block in turn.
+def _remember(choice: Choice, token_id: int, token: Picked) -> None:
+    """Note what the answer's next tokens depend on."""
+    if choice.occurrences is not None:
+        choice.occurrences.push(token_id)
+    if choice.lazy is not None:
+        choice.lazy.commit(token_id, token.loudest)
+    if token.row_log_probs is not None:
+        choice.own_evidence.append(token.row_log_probs)
 
-    A share is a whole number of blocks or all that is left, unless the budget is below a block. A
-    prompt that `rows` rows read costs as many times its share; the first one gets a block even if
-    that is more than the budget.
-    """
-    lengths = [0] * len(unread)
-    block_len = min(PREFILL_BLOCK_LEN, budget)
-    costs = rows or [1] * len(unread)
-    dealt = True
-    while dealt:
-        dealt = False
-        for i, left in enumerate(unread):
-            share = min(left - lengths[i], block_len)
-            if share > 0 and (share * costs[i] <= budget or not any(lengths)):
-                lengths[i] += share
-                budget -= share * costs[i]
-                dealt = True
-    return lengths
+
+def _finish_reason(request: EngineRequest, token_id: int, num_sampled: int) -> FinishReason | None:
+    """Return why an answer ends with this token, the `num_sampled`-th; None if it goes on."""
+    if request.forced:
+        return "stop" if num_sampled == len(request.forced) else None
+    if token_id == EOS_ID and not request.sampling.ignore_eos:
+        return "stop"
+    return "length" if num_sampled == request.sampling.max_tokens else None
 
 
 def _occurrences(request: EngineRequest) -> Occurrences | None:

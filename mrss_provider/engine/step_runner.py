@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from mrss_provider.engine.batch import Batch, Choice
 from mrss_provider.engine.model_runner import ModelRunner
-from mrss_provider.engine.scheduler import Batch, Choice
 from mrss_provider.engine.tail import Pick, Picked, pick_tokens
 
 if TYPE_CHECKING:
-    from mrss_provider.model import Model
+    from mrss_provider.model import Model, StatePool
 
 
 class PendingTokens(Protocol):
@@ -37,12 +37,21 @@ class StepRunner(Protocol):
 
     max_ahead: int
 
+    @property
+    def pool(self) -> StatePool:
+        """The states of all rows; what is launched changes them."""
+        ...
+
     def needs_tokens(self, batch: Batch) -> bool:
         """Tell whether all steps before must be committed before this batch is launched."""
         ...
 
     def launch(self, batch: Batch) -> PendingTokens:
         """Begin a step; the states of all its rows move on by what they read."""
+        ...
+
+    def forget(self) -> None:
+        """Know nothing of the answers any more: a step failed halfway, nothing is under way."""
         ...
 
 
@@ -70,8 +79,13 @@ class HostRunner:
             num_slots: rows that may be held at once.
             banned_ids: int64 [M], ids that no request may get.
         """
-        self._rows = ModelRunner(model, num_slots)
+        self._rows = ModelRunner(model, num_slots, banned_ids)
         self._banned_ids = banned_ids
+
+    @property
+    def pool(self) -> StatePool:
+        """The states of all rows."""
+        return self._rows.pool
 
     def needs_tokens(self, batch: Batch) -> bool:
         """Return False: nothing is ever under way."""
@@ -82,10 +96,14 @@ class HostRunner:
         """Run a step."""
         return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
 
+    def forget(self) -> None:
+        """Do nothing: nothing is known."""
+
 
 def run_step(runner: ModelRunner, batch: Batch, banned_ids: Tensor) -> list[Picked]:
     """Run a step whose answers' last tokens are all committed; return their next ones."""
     logits, rows = runner.forward(batch)
+    batch.look()
     picks = [_pick(choice, own) for choice, own in zip(batch.sampling, rows, strict=True)]
     return pick_tokens(logits, picks, banned_ids) if picks else []
 
@@ -94,10 +112,13 @@ def _pick(choice: Choice, rows: range | list[int]) -> Pick:
     request = choice.owner.request
     return Pick(
         rows=rows,
-        mixture=request.mixture,
+        mixture=choice.mixture,
         sampling=request.sampling,
         bias=choice.owner.bias,
         occurrences=choice.occurrences,
         choice=choice.index,
         position=choice.num_sampled,
+        trace=request.trace,
+        forced=request.forced[choice.num_sampled] if request.forced else None,
+        probe=choice.is_probed,
     )

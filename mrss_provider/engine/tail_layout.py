@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from mrss_kernels.tail_tensors import (
     FLOAT_FIELDS,
-    GATES,
     INT_FIELDS,
-    ORDERS,
-    RULES,
     SAMPLED,
     SEEN,
     TailInputs,
@@ -27,54 +24,15 @@ from mrss_kernels.tail_tensors import (
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mrss_provider.engine.batch import Choice
+from mrss_provider.engine.gate_table import GateTable
+from mrss_provider.engine.gates import Learned
 from mrss_provider.engine.logits_processors import Bias, Occurrences
-from mrss_provider.engine.scheduler import Choice
+from mrss_provider.engine.tail_lane import Lane, Seat, TailFlags, make_lane
 
 _ALIGNMENT = 16
 _INT_AT = {name: i for i, name in enumerate(INT_FIELDS)}
 _NUM_STAGED = 3
-# Less of it than any distribution's likeliest token has; a smaller one could be 0 in fp32.
-_MIN_TOP_P = 1e-30
-
-
-def is_fused(choice: Choice) -> bool:
-    """Tell whether the tail's kernels know this answer's merge rule and gate."""
-    mixture = choice.owner.request.mixture
-    return mixture.rows == 1 or (mixture.merge in RULES and mixture.gate in GATES)
-
-
-@dataclass(frozen=True)
-class TailFlags:
-    """What any request of a step needs of the tail; each that is off saves launches."""
-
-    truncate: bool
-    mixed: bool
-    gated: bool
-
-
-@dataclass(eq=False)
-class _Lane:
-    """What the kernels must know of one answer, whatever its place."""
-
-    choice: Choice
-    ints: NDArray[np.int32]
-    floats: NDArray[np.float32]
-    seed: int
-    named: NDArray[np.float32]
-    flags: TailFlags
-    count_row: int = -1
-    bias_row: int = -1
-
-
-@dataclass(frozen=True)
-class Seat:
-    """An answer's place in a step: the first of its rows of the logits.
-
-    Answers of one request that get their first token share the rows.
-    """
-
-    choice: Choice
-    first_row: int
 
 
 class _Block:
@@ -131,6 +89,7 @@ class TailLayout:
         banned = torch.zeros(vocab_size, dtype=torch.uint8, device=device)
         banned[banned_ids] = 1
         empty = torch.zeros(0, vocab_size, device=device)
+        self._gates = GateTable(max_rows, device)
         self.inputs = TailInputs(
             ints=self._device.tensors["ints"],
             floats=self._device.tensors["floats"],
@@ -140,6 +99,7 @@ class TailLayout:
             marks=empty.to(torch.uint8),
             bias=empty,
             banned=banned,
+            gates=self._gates.rows,
         )
         self.outputs = TailOutputs.allocate(
             self.token_ids, max_rows, max_rows, vocab_size, max_rows=max_rows_per_request
@@ -147,7 +107,8 @@ class TailLayout:
         self.num_rows = 0
         self.flags = TailFlags(truncate=False, mixed=False, gated=False)
         self._seats: list[Seat] = []
-        self._lanes: dict[Choice, _Lane] = {}
+        self._weights: list[tuple[float, ...]] = []
+        self._lanes: dict[Choice, Lane] = {}
         self._row_of: dict[Choice, int] = {}
         self._free_count_rows: list[int] = []
         self._free_bias_rows: list[int] = []
@@ -162,7 +123,7 @@ class TailLayout:
         """Know no answer any more: their tokens are picked by other means."""
         for choice in list(self._lanes):
             self._release(choice)
-        self._seats, self._row_of = [], {}
+        self._seats, self._weights, self._row_of = [], [], {}
 
     def arrange(self, seats: Sequence[Seat]) -> bool:
         """Give the answers of a step their rows, in this order.
@@ -175,6 +136,7 @@ class TailLayout:
             addresses of `inputs` must be made anew.
         """
         if seats == self._seats:
+            self._rename()
             return False
         staying = {seat.choice for seat in seats}
         for choice in [choice for choice in self._lanes if choice not in staying]:
@@ -188,8 +150,8 @@ class TailLayout:
         row = 0
         for g, seat in enumerate(seats):
             choice = seat.choice
-            lane = self._lanes.get(choice) or self._add_lane(choice)
-            rows = len(choice.slots)
+            lane = self._lane(seat)
+            rows = len(seat.slots)
             ints = staged["ints"][:, g]
             ints[:] = lane.ints
             ints[_INT_AT["first_row"]] = seat.first_row
@@ -198,13 +160,13 @@ class TailLayout:
             ints[_INT_AT["position"]] = choice.num_planned - 1
             staged["floats"][:, g] = lane.floats
             staged["seeds"][g] = lane.seed
-            staged["named"][seat.first_row : seat.first_row + rows] = lane.named
-            staged["slots"][row : row + rows] = choice.slots
+            staged["slots"][row : row + rows] = seat.slots
             staged["tokens"][row : row + rows] = choice.last_token
             before = self._row_of.get(choice, -1)
             staged["source"][row : row + rows] = before
             row_of[choice] = row
             row += rows
+        self._weights = _write_weights(seats, staged["named"])
         self._upload()
         source = self._device.tensors["source"][:row]
         moved = self.token_ids[source.clamp_min(0)]
@@ -230,17 +192,44 @@ class TailLayout:
         finally:
             self._device.memory.copy_(kept)
 
-    def _add_lane(self, choice: Choice) -> _Lane:
-        lane = self._lanes[choice] = _make_lane(choice)
-        if choice.occurrences is not None:
-            lane.count_row = self._free_count_rows.pop()
-            self._write_counts(lane.count_row, choice.occurrences)
-        if choice.owner.bias.is_used:
-            lane.bias_row = self._free_bias_rows.pop()
-            self._write_bias(lane.bias_row, choice.owner.bias)
-        lane.ints[_INT_AT["count_row"]] = lane.count_row
-        lane.ints[_INT_AT["bias_row"]] = lane.bias_row
+    def _rename(self) -> None:
+        """Upload the named weights if the gate of an answer that stays has moved them."""
+        if self._weights != [seat.choice.mixture.weights for seat in self._seats]:
+            self._weights = _write_weights(self._seats, self._next_staged()["named"])
+            named = self._staged[self._turn].tensors["named"]
+            self._device.tensors["named"].copy_(named, non_blocking=True)
+
+    def _lane(self, seat: Seat) -> Lane:
+        """Return what is known of an answer; anew where other rows of it are awake."""
+        lane = self._lanes.get(seat.choice)
+        if lane is None:
+            return self._add_lane(seat)
+        if lane.slots != seat.slots:
+            pooled = lane.count_row, lane.bias_row, lane.gate_row
+            lane = self._lanes[seat.choice] = make_lane(seat, *pooled)
         return lane
+
+    def _add_lane(self, seat: Seat) -> Lane:
+        choice = seat.choice
+        gate_row = self._gate_row(choice.mixture.trained_gate)
+        count_row = bias_row = -1
+        if choice.occurrences is not None:
+            count_row = self._free_count_rows.pop()
+        if choice.owner.bias.is_used:
+            bias_row = self._free_bias_rows.pop()
+        # Before they are written, which may fail: the rows come back with the lane.
+        lane = self._lanes[choice] = make_lane(seat, count_row, bias_row, gate_row)
+        if choice.occurrences is not None:
+            self._write_counts(count_row, choice.occurrences)
+        if choice.owner.bias.is_used:
+            self._write_bias(bias_row, choice.owner.bias)
+        return lane
+
+    def _gate_row(self, gate: Learned | None) -> int:
+        if gate is None:
+            return 0
+        others = (choice.mixture.trained_gate for choice in self._lanes)
+        return self._gates.row_of(gate, {other.sha256 for other in others if other is not None})
 
     def _release(self, choice: Choice) -> None:
         lane = self._lanes.pop(choice)
@@ -263,10 +252,7 @@ class TailLayout:
             self._free_bias_rows = list(range(self._max_rows))
         if counts is self.inputs.counts and bias is self.inputs.bias:
             return False
-        old = self.inputs
-        self.inputs = TailInputs(
-            old.ints, old.floats, old.seeds, old.named, counts, marks, bias, old.banned
-        )
+        self.inputs = replace(self.inputs, counts=counts, marks=marks, bias=bias)
         return True
 
     def _write_counts(self, row: int, seen: Occurrences) -> None:
@@ -301,43 +287,9 @@ class TailLayout:
         self._device.memory.copy_(self._staged[self._turn].memory, non_blocking=True)
 
 
-def _make_lane(choice: Choice) -> _Lane:
-    request = choice.owner.request
-    mixture, sampling = request.mixture, request.sampling
-    rows = mixture.rows
-    assert sampling.temperature is not None
-    assert sampling.top_p is not None
-    assert sampling.seed is not None
-    ints = {
-        "num_rows": rows,
-        "rule": RULES.index(mixture.merge) if rows > 1 else 0,
-        "gate": GATES.index(mixture.gate) if rows > 1 else 0,
-        "base_named": int(mixture.base_row is not None and mixture.weights[0] > 0),
-        "keep_merged": int(bool(sampling.logprobs and sampling.top_logprobs)),
-        "top_k": sampling.top_k or 0,
-        "order": ORDERS.index(sampling.sampling_order or "openai"),
-        "choice": choice.index,
-    }
-    floats = {
-        "cut": mixture.cut,
-        "temperature": sampling.temperature,
-        "top_p": max(sampling.top_p, _MIN_TOP_P),
-        "min_p": sampling.min_p,
-        "repetition": sampling.repetition_penalty,
-        "presence": sampling.presence_penalty,
-        "frequency": sampling.frequency_penalty,
-        "decay": sampling.penalty_decay,
-    }
-    return _Lane(
-        choice=choice,
-        ints=np.array([ints.get(name, 0) for name in INT_FIELDS], dtype=np.int32),
-        floats=np.array([floats[name] for name in FLOAT_FIELDS], dtype=np.float32),
-        # A 64-bit word, signed as the kernels take it.
-        seed=(sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63),
-        named=np.array(mixture.weights, dtype=np.float32),
-        flags=TailFlags(
-            truncate=bool(sampling.top_k) or sampling.top_p < 1.0 or sampling.min_p > 0.0,
-            mixed=rows > 1,
-            gated=rows > 1 and mixture.gate == "novelty",
-        ),
-    )
+def _write_weights(seats: Sequence[Seat], named: NDArray[np.float32]) -> list[tuple[float, ...]]:
+    """Write the seats' weights to their rows of `named` [B]; return them."""
+    weights = [seat.choice.mixture.weights for seat in seats]
+    for seat, own in zip(seats, weights, strict=True):
+        named[seat.first_row : seat.first_row + len(own)] = own
+    return weights

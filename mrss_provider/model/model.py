@@ -58,7 +58,7 @@ def load_model(
         state_dtype: of the recurrent states, "fp32" or "fp16".
         packed: lay weights out for speed; False keeps them plain, for comparison.
         sparse_ffn: on CUDA, hold the ffns' value matrices of RWKV-7 a second time, so that decoding
-            few rows reads only what is not multiplied by zero; not done where memory is short.
+            one row reads only what is not multiplied by zero; not done where memory is short.
 
     Raises:
         ModelFileError: not such a checkpoint; says what was found and what is needed.

@@ -8,8 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mrss_provider.backend import Delta, FinishReason, StreamInfo, TokenLogprob, Usage
+from mrss_provider.backend import (
+    Delta,
+    FinishReason,
+    StreamInfo,
+    TokenLogprob,
+    TokenTrace,
+    TraceSummary,
+    Usage,
+)
 from mrss_provider.errors import EngineUnavailableError
+from mrss_provider.openai_schema.spelling import num_chars, token_text
+from mrss_provider.openai_schema.traces import trace_fields
 
 Kind = Literal["chat", "text"]
 
@@ -48,6 +58,8 @@ class Choice:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    trace: tuple[TokenTrace, ...] = ()
+    trace_summary: TraceSummary | None = None
 
 
 @dataclass
@@ -72,7 +84,9 @@ class Answer:
         choice = self.choices.setdefault(index, Choice(index))
         choice.text += delta.text
         choice.logprobs += delta.logprobs
+        choice.trace += delta.trace
         choice.finish_reason = delta.finish_reason or choice.finish_reason
+        choice.trace_summary = delta.trace_summary or choice.trace_summary
 
     def ordered(self) -> list[Choice]:
         """Return the choices by index."""
@@ -98,7 +112,7 @@ def mrss_fields(mixture: str, rows: int) -> dict[str, Any]:
 
 
 def chat_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
-    """Write a `chat.completion` object."""
+    """Write a `chat.completion` object; each message's `mrss` has the trace of its answer."""
     mrss = mrss_fields(head.model, head.rows)
     choices = [
         {
@@ -106,7 +120,9 @@ def chat_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
             "message": {
                 "role": "assistant",
                 "content": choice.text,
-                "provider_specific_fields": {"mrss": mrss},
+                "provider_specific_fields": {
+                    "mrss": {**mrss, **trace_fields(choice.trace, choice.trace_summary)}
+                },
             },
             "logprobs": chat_logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
@@ -117,13 +133,14 @@ def chat_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
 
 
 def completion_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
-    """Write a `text_completion` object."""
+    """Write a `text_completion` object; a choice that was traced has an `mrss` of its own."""
     choices = [
         {
             "index": choice.index,
             "text": choice.text,
             "logprobs": text_logprobs(choice.logprobs, 0),
             "finish_reason": choice.finish_reason,
+            **_choice_mrss(choice),
         }
         for choice in answer.ordered()
     ]
@@ -227,27 +244,9 @@ def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]
     }
 
 
-def num_chars(token: bytes) -> int:
-    """Count the characters that begin in `token`."""
-    return sum(byte & 0xC0 != 0x80 for byte in token)
-
-
-def token_text(token: bytes) -> str:
-    """Spell a token so that `token_bytes` reads it back exactly."""
-    try:
-        text = token.decode()
-    except UnicodeDecodeError:
-        text = ""
-    if token and (not text or text.startswith("bytes:")):
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-    return text
-
-
-def token_bytes(text: str) -> bytes:
-    """Read what `token_text` spelled."""
-    if text.startswith("bytes:"):
-        return bytes.fromhex(text.removeprefix("bytes:").replace("\\x", ""))
-    return text.encode()
+def _choice_mrss(choice: Choice) -> dict[str, Any]:
+    traced = trace_fields(choice.trace, choice.trace_summary)
+    return {"mrss": traced} if traced else {}
 
 
 def _chat_token(token_id: int, token: bytes, logprob: float) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from mrss_provider.openai_schema.answers import (
     AnswerHead,
     chat_logprobs,
     mrss_fields,
-    num_chars,
     text_logprobs,
-    token_bytes,
     usage_from_dict,
     usage_to_dict,
 )
+from mrss_provider.openai_schema.spelling import num_chars, token_bytes
+from mrss_provider.openai_schema.traces import read_trace, trace_fields
 from mrss_provider.openai_schema.values import StreamOptions
 
 _OBJECTS = {"chat": "chat.completion.chunk", "text": "text_completion"}
@@ -26,7 +26,8 @@ class ChunkWriter:
     """Writes the chunks of one answer.
 
     The first chunk of all carries `mrss` (in a chat also in the delta's
-    `provider_specific_fields`), the first one of each chat choice carries the role.
+    `provider_specific_fields`), the first one of each chat choice carries the role. A trace is in
+    the `mrss` of the delta's `provider_specific_fields`, or of a text completion's choice.
     """
 
     def __init__(self, head: AnswerHead, options: StreamOptions) -> None:
@@ -64,16 +65,19 @@ class ChunkWriter:
     def _content_chunk(self, delta: Delta, index: int) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}
         mrss, self._mrss = self._mrss, None
+        traced = trace_fields(delta.trace, delta.trace_summary)
         if self._is_chat:
             content: dict[str, Any] = {"content": delta.text}
             if index not in self._seen:
                 self._seen.add(index)
                 content["role"] = "assistant"
-            if mrss is not None:
-                content["provider_specific_fields"] = {"mrss": mrss}
+            if mrss is not None or traced:
+                content["provider_specific_fields"] = {"mrss": {**(mrss or {}), **traced}}
             choice["delta"] = content
         else:
             choice["text"] = delta.text
+            if traced:
+                choice["mrss"] = traced
         if delta.logprobs:
             choice["logprobs"] = self._logprobs(delta, index)
         if self._options.include_num_tokens:
@@ -115,9 +119,18 @@ def read_chunk(chunk: Mapping[str, Any]) -> Delta:
             logprobs,
             choice["finish_reason"],
             None if usage is None else usage_from_dict(usage),
+            *read_trace(_mrss_of(choice)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise EngineError(f"the engine sent a chunk that cannot be read ({exc!r})") from exc
+
+
+def _mrss_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `mrss` object where `_content_chunk` put it, or nothing."""
+    content = choice.get("delta")
+    holder = choice if content is None else content.get("provider_specific_fields") or {}
+    mrss: Mapping[str, Any] = holder.get("mrss") or {}
+    return mrss
 
 
 def error_to_event(error: MRSSError) -> dict[str, Any]:

@@ -165,10 +165,21 @@ COMPLETION_KEYS = KeyTable(
 
 MRSS_KEYS = KeyTable(
     where="mrss",
-    honoured=frozenset({"weights", "merge", "gate", "cut", "sampling_order"}),
+    honoured=frozenset(
+        {
+            "weights",
+            "merge",
+            "gate",
+            "cut",
+            "sampling_order",
+            "trace",
+            "given",
+            "session",
+            "save",
+        }
+    ),
     accepted=frozenset(),
     refused={
-        "trace": Refusal("traces are not served yet; leave it out", neutral=(False,)),
         "reinject": Refusal("only 'never' is served yet", neutral=("never",)),
     },
 )

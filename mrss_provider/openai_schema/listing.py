@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mrss_provider.backend import ModelCard
-from mrss_provider.errors import EngineError, MRSSError, QueueFullError
+from mrss_provider.errors import (
+    AuthenticationError,
+    EngineError,
+    EngineUnavailableError,
+    MRSSError,
+    QueueFullError,
+    RateLimitError,
+)
 
 
 def model_object(card: ModelCard) -> dict[str, Any]:
@@ -52,7 +59,15 @@ def read_model_list(body: Mapping[str, Any]) -> list[ModelCard]:
 
 
 def error_headers(error: MRSSError) -> dict[str, str]:
-    """Return the response headers of an error: `retry-after`, whole seconds, for a full queue."""
+    """Return the response headers of an error: when to try again, in whole seconds, or with what.
+
+    A full queue says when, a server that starts or leaves says soon.
+    """
     if isinstance(error, QueueFullError):
-        return {"retry-after": str(math.ceil(error.retry_after_s))}
+        limits = error.headers if isinstance(error, RateLimitError) else {}
+        return {**limits, "retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, EngineUnavailableError):
+        return {"retry-after": "1"}
+    if isinstance(error, AuthenticationError):
+        return {"www-authenticate": "Bearer"}
     return {}

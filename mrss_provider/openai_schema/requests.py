@@ -35,7 +35,10 @@ def parse_chat_request(body: object) -> ParsedRequest:
         InvalidRequestError: naming the key at fault in `param`.
     """
     known = CHAT_KEYS.select(_with_nested_params(body))
-    messages = values.parse_messages(known)
+    mixture = values.parse_mixture_options(known)
+    session, save = values.parse_session(known)
+    goes_on = session is not None and known.get("messages") == []
+    messages = () if goes_on else values.parse_messages(known)
     sampling = values.parse_sampling(
         known, values.chat_logprobs(known), values.chat_max_tokens(known)
     )
@@ -44,8 +47,11 @@ def parse_chat_request(body: object) -> ParsedRequest:
         sampling=sampling,
         messages=messages,
         n=values.parse_n(known),
-        mixture=values.parse_mixture_options(known),
+        mixture=mixture,
         timeout_s=values.parse_timeout(known),
+        given=values.parse_given(known),
+        session=session,
+        session_save=save,
     )
     return ParsedRequest("chat", (request,), values.parse_stream(known))
 
@@ -69,13 +75,20 @@ def parse_completion_request(body: object) -> ParsedRequest:
             param="best_of",
         )
     sampling = values.parse_sampling(known, values.text_logprobs(known), known.get("max_tokens"))
+    mixture = values.parse_mixture_options(known)
+    session, save = values.parse_session(known)
     shared: dict[str, Any] = {
         "model": values.parse_model(known),
         "sampling": sampling,
         "n": n,
-        "mixture": values.parse_mixture_options(known),
+        "mixture": mixture,
         "timeout_s": values.parse_timeout(known),
+        "given": values.parse_given(known),
+        "session": session,
+        "session_save": save,
     }
+    if session is not None and len(prompts) > 1:
+        raise InvalidRequestError("a session goes on with one prompt", param="prompt")
     requests = tuple(GenerateRequest(prompt=prompt, **shared) for prompt in prompts)
     return ParsedRequest("text", requests, values.parse_stream(known))
 
@@ -98,6 +111,12 @@ def request_to_body(
     mrss = _write_mixture_options(body, request.mixture)
     if request.sampling.sampling_order is not None:
         mrss["sampling_order"] = request.sampling.sampling_order
+    if request.given is not None:
+        mrss["given"] = request.given
+    if request.session is not None:
+        mrss["session"] = request.session
+    if request.session_save:
+        mrss["save"] = True
     if mrss:
         body["mrss"] = mrss
     if request.n != 1:
@@ -139,6 +158,8 @@ def _write_mixture_options(body: dict[str, Any], options: MixtureOptions) -> dic
         value = getattr(options, name)
         if value is not None:
             mrss[name] = value
+    if options.trace:
+        mrss["trace"] = True
     return mrss
 
 

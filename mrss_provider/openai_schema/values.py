@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from mrss_provider.backend import Message, MixtureOptions, Role
 from mrss_provider.errors import ContextLengthError, InvalidRequestError
-from mrss_provider.mixture import GATES, MERGES, check_weight
+from mrss_provider.mixture import Kind, check_weight, parse_method
 from mrss_provider.openai_schema.keys import MRSS_KEYS, SAMPLING_KEYS, STREAM_KEYS, message_keys
 from mrss_provider.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -20,9 +20,9 @@ MAX_CHARS = 2_000_000
 # 30 years: event loops and clocks count so far.
 MAX_TIMEOUT_S = 1e9
 MODEL_PREFIX = "mrss/"
-_MAX_MODEL_CHARS = 1024
+MAX_MODEL_CHARS = 1024
 
-_ROLES: Mapping[str, Role] = {
+ROLES: Mapping[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -49,9 +49,9 @@ class StreamOptions:
 def parse_model(known: Mapping[str, Any]) -> str:
     model = expect(known.get("model"), str, "model", "a name such as 'knowledge+tone'")
     model = _check_text(model, "model").removeprefix(MODEL_PREFIX)
-    if not 0 < len(model) <= _MAX_MODEL_CHARS:
+    if not 0 < len(model) <= MAX_MODEL_CHARS:
         raise InvalidRequestError(
-            f"model must have 1 to {_MAX_MODEL_CHARS} characters, got {len(model)}", param="model"
+            f"model must have 1 to {MAX_MODEL_CHARS} characters, got {len(model)}", param="model"
         )
     return model
 
@@ -76,11 +76,11 @@ def _parse_message(item: object, i: int) -> Message:
             f"{where}.role {role!r} is refused: this engine does not call tools", param=where
         )
     known = message_keys(i).select(raw)
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequestError(
-            f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r}", param=where
+            f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", param=where
         )
-    return Message(_ROLES[role], _parse_content(known.get("content"), f"{where}.content"))
+    return Message(ROLES[role], _parse_content(known.get("content"), f"{where}.content"))
 
 
 def _parse_content(content: object, where: str) -> str:
@@ -106,7 +106,7 @@ def parse_prompts(known: Mapping[str, Any]) -> list[str | tuple[int, ...]]:
         prompts: list[Any] = [prompt]
     else:
         raw = expect(prompt, list, "prompt", "text, token ids, or a list of these")
-        prompts = [raw] if raw and all(type(item) is int for item in raw) else raw
+        prompts = [raw] if set(map(type, raw)) == {int} else raw
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise InvalidRequestError(
             f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt"
@@ -125,11 +125,12 @@ def _parse_prompt(item: object, i: int) -> str | tuple[int, ...]:
         raise InvalidRequestError(
             f"{where} is an empty list; send token ids, or '' to start from nothing", param="prompt"
         )
-    for token_id in ids:
-        if type(token_id) is not int or token_id < 0:
-            raise InvalidRequestError(
-                f"{where}: a token id is an integer >= 0, got {_shown(token_id)}", param="prompt"
-            )
+    # Not one by one: a long prompt must not hold up the answers that are being written.
+    if set(map(type, ids)) != {int} or min(ids) < 0:
+        bad = next(i for i in ids if type(i) is not int or i < 0)
+        raise InvalidRequestError(
+            f"{where}: a token id is an integer >= 0, got {_shown(bad)}", param="prompt"
+        )
     return tuple(ids)
 
 
@@ -243,11 +244,30 @@ def parse_mixture_options(known: Mapping[str, Any]) -> MixtureOptions:
         )
     return MixtureOptions(
         weights=_parse_weights(mrss.get("weights")),
-        merge=_parse_choice(mrss.get("merge"), MERGES, "mrss.merge"),
-        gate=_parse_choice(mrss.get("gate"), GATES, "mrss.gate"),
+        merge=_parse_method(mrss.get("merge"), "merge"),
+        gate=_parse_method(mrss.get("gate"), "gate"),
         cut=_parse_cut(mrss.get("cut")),
         gating_weights=None if gating is None else _parse_gating_weights(gating),
+        trace=expect(mrss.get("trace", False), bool, "mrss.trace", "true or false"),
     )
+
+
+def parse_given(known: Mapping[str, Any]) -> str | None:
+    given = known.get("mrss", {}).get("given")
+    if given is None:
+        return None
+    text = _check_text(expect(given, str, "mrss.given", "a text"), "mrss.given")
+    _check_total_chars([text], "mrss.given")
+    return text
+
+
+def parse_session(known: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the session that a request goes on with, and whether the answer is saved to it."""
+    mrss = known.get("mrss", {})
+    session, save = mrss.get("session"), mrss.get("save")
+    if session is not None:
+        session = _check_text(expect(session, str, "mrss.session", "a text"), "mrss.session")
+    return session, save is not None and expect(save, bool, "mrss.save", "true or false")
 
 
 def _parse_weights(raw: object) -> dict[str, float] | None:
@@ -277,12 +297,8 @@ def _parse_gating_weights(raw: object) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def _parse_choice(value: object, choices: Sequence[str], where: str) -> str | None:
-    if value is None or (isinstance(value, str) and value in choices):
-        return value
-    raise InvalidRequestError(
-        f"{where} must be one of {', '.join(choices)}, got {_shown(value)}", param=where
-    )
+def _parse_method(value: object, kind: Kind) -> str | None:
+    return None if value is None else parse_method(value, kind, f"mrss.{kind}").text
 
 
 def _parse_cut(value: object) -> float | None:

@@ -95,7 +95,7 @@ def check_streamable(call: Call) -> None:
     """Refuse what LiteLLM would drop from a streamed text completion.
 
     Raises:
-        InvalidRequestError: several answers, or log-probabilities, in a streamed completion.
+        InvalidRequestError: several answers, logprobs or a trace in a streamed completion.
     """
     if not call.is_text:
         return
@@ -110,6 +110,12 @@ def check_streamable(call: Call) -> None:
             "logprobs of a streamed completion are dropped by LiteLLM; leave stream out, or ask "
             "/v1/chat/completions",
             param="logprobs",
+        )
+    if call.requests[0].mixture.trace:
+        raise InvalidRequestError(
+            "the trace of a streamed completion is dropped by LiteLLM; leave stream out, or ask "
+            "/v1/chat/completions",
+            param="mrss.trace",
         )
 
 

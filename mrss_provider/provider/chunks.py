@@ -21,10 +21,11 @@ from litellm.types.utils import (
 )
 
 from mrss_provider import backend
-from mrss_provider.backend import StreamInfo, TokenLogprob
+from mrss_provider.backend import StreamInfo
 from mrss_provider.errors import EngineUnavailableError
 from mrss_provider.openai_schema import mrss_fields, usage_to_dict
 from mrss_provider.openai_schema.answers import chat_logprobs
+from mrss_provider.openai_schema.traces import trace_fields
 from mrss_provider.provider.calls import Call
 
 
@@ -51,17 +52,18 @@ class StreamChunks:
         """Return the chunks for deltas that came together: at most two for each choice."""
         if len(deltas) == 1 and self._is_plain(deltas[0]):
             return [self._plain(deltas[0].text)]
-        chunks = []
-        for index, text, logprobs in _merge(deltas):
-            if text or logprobs:
-                chunks.append(self._content(index, text, logprobs, info))
+        chunks = [
+            self._content(delta, info)
+            for delta in _merge(deltas)
+            if delta.text or delta.logprobs or delta.trace or delta.trace_summary
+        ]
         for delta in deltas:
             self._usage = delta.usage or self._usage
             if delta.finish_reason is None:
                 continue
             self._finished[delta.index] = delta.finish_reason
             if delta.index not in self._started:
-                chunks.append(self._content(delta.index, "", (), info))
+                chunks.append(self._content(backend.Delta(delta.index), info))
             if delta.index > 0:
                 chunks.append(self._late_finish(delta.index, delta.finish_reason))
         return chunks
@@ -89,6 +91,7 @@ class StreamChunks:
             and delta.index == 0
             and 0 in self._started
             and not delta.logprobs
+            and not delta.trace
             and delta.finish_reason is None
             and delta.usage is None
         )
@@ -106,15 +109,16 @@ class StreamChunks:
         chunk._hidden_params = {"model_id": self._model_id}
         return chunk
 
-    def _content(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprob], info: StreamInfo
-    ) -> ModelResponseStream:
+    def _content(self, delta: backend.Delta, info: StreamInfo) -> ModelResponseStream:
         is_first = not self._started
-        role = None if index in self._started else "assistant"
-        self._started.add(index)
-        choice = StreamingChoices(index=index, delta=Delta(content=text, role=role))
-        if logprobs:
-            choice.logprobs = ChoiceLogprobs(**(chat_logprobs(logprobs) or {}))
+        role = None if delta.index in self._started else "assistant"
+        self._started.add(delta.index)
+        content = Delta(content=delta.text, role=role)
+        if traced := trace_fields(delta.trace, delta.trace_summary):
+            content.provider_specific_fields = {"mrss": traced}
+        choice = StreamingChoices(index=delta.index, delta=content)
+        if delta.logprobs:
+            choice.logprobs = ChoiceLogprobs(**(chat_logprobs(delta.logprobs) or {}))
         chunk = self._chunk([choice])
         if is_first:
             # On the first chunk alone, since these are serialised the slow way; and not in the
@@ -143,11 +147,18 @@ class StreamChunks:
         return chunk
 
 
-def _merge(deltas: Sequence[backend.Delta]) -> list[tuple[int, str, Sequence[TokenLogprob]]]:
-    """Join the text and log-probabilities of each choice, in order of first appearance."""
-    merged: dict[int, tuple[list[str], list[TokenLogprob]]] = {}
+def _merge(deltas: Sequence[backend.Delta]) -> list[backend.Delta]:
+    """Join what each choice says, in order of first appearance."""
+    merged: dict[int, list[backend.Delta]] = {}
     for delta in deltas:
-        texts, logprobs = merged.setdefault(delta.index, ([], []))
-        texts.append(delta.text)
-        logprobs += delta.logprobs
-    return [(index, "".join(texts), tokens) for index, (texts, tokens) in merged.items()]
+        merged.setdefault(delta.index, []).append(delta)
+    return [
+        backend.Delta(
+            index,
+            "".join(delta.text for delta in own),
+            logprobs=tuple(token for delta in own for token in delta.logprobs),
+            trace=tuple(token for delta in own for token in delta.trace),
+            trace_summary=next((d.trace_summary for d in own if d.trace_summary), None),
+        )
+        for index, own in merged.items()
+    ]

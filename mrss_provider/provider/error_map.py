@@ -34,8 +34,11 @@ TABLE: dict[type[MRSSError], type[Exception]] = {
     errors.ConflictError: litellm.BadRequestError,
     errors.PayloadTooLargeError: litellm.BadRequestError,
     errors.QueueFullError: litellm.RateLimitError,
+    errors.RateLimitError: litellm.RateLimitError,
     errors.EngineUnavailableError: litellm.ServiceUnavailableError,
+    errors.OverloadedError: litellm.ServiceUnavailableError,
     errors.EngineError: litellm.InternalServerError,
+    errors.StorageError: litellm.InternalServerError,
     # A file or a flag is the operator's to mend: the caller's request was fine.
     errors.FileFormatError: litellm.InternalServerError,
     errors.ModelFileError: litellm.InternalServerError,

@@ -6,7 +6,6 @@ Flags are the fields of `EngineConfig` and `ServerConfig`: `--socket PATH --idle
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE")
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value}
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         serve(given)
     except MRSSError as exc:
@@ -39,11 +37,13 @@ def serve(given: Mapping[str, str]) -> None:
         MRSSError: a bad value, an address that is taken, a model that cannot be loaded.
     """
     from mrss_provider.async_engine import AsyncEngine
+    from mrss_provider.server.logs import log_to_stderr
     from mrss_provider.server.run import run_server
 
     env = {**os.environ, **{f"MRSS_{name.upper()}": value for name, value in given.items()}}
     engine_config = EngineConfig.from_env(env=env)
     server_config = ServerConfig.from_env(env=env)
+    log_to_stderr(server_config.log_format)
     run_server(AsyncEngine(engine_config), server_config, model=engine_config.model.name)
 
 

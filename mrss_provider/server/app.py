@@ -7,30 +7,47 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from mrss_provider import __version__
+from mrss_provider.administration import Administers
 from mrss_provider.backend import Backend
 from mrss_provider.config import ServerConfig
-from mrss_provider.errors import EngineError, InvalidRequestError, MRSSError, NotFoundError
+from mrss_provider.errors import (
+    EngineError,
+    InvalidRequestError,
+    MRSSError,
+    NotFoundError,
+)
 from mrss_provider.openai_schema import (
     PROTOCOL,
+    ParsedRequest,
     model_list,
     model_object,
     parse_chat_request,
     parse_completion_request,
 )
-from mrss_provider.server.body import read_json
-from mrss_provider.server.generation import GenerationResponse, error_response, until_disconnect
-from mrss_provider.server.hosts import HostGuard
+from mrss_provider.server.admin import admin_routes
+from mrss_provider.server.auth import Access, KeyRing, caller_of, require_admin
+from mrss_provider.server.body import read_request
+from mrss_provider.server.counting import CountRequests
+from mrss_provider.server.exposition import CONTENT_TYPE, Exposition
+from mrss_provider.server.generation import GenerationResponse, until_disconnect
+from mrss_provider.server.hosts import HostGuard, split_origins
 from mrss_provider.server.lifecycle import Lifecycle
+from mrss_provider.server.openapi import openapi_routes
+from mrss_provider.server.refusals import error_response
+from mrss_provider.server.rwkv_infer import rwkv_infer_routes
+from mrss_provider.server.service import Service
+from mrss_provider.server.sessions import session_routes
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +62,34 @@ class Startable(Protocol):
 
 
 class Routes:
-    """The endpoints over one backend."""
+    """The endpoints over one backend.
 
-    def __init__(
-        self, backend: Backend, config: ServerConfig, lifecycle: Lifecycle, model: str
-    ) -> None:
-        self._backend = backend
-        self._config = config
-        self._lifecycle = lifecycle
+    Args:
+        service: the server's parts.
+        model: what `/version` calls the loaded model.
+    """
+
+    def __init__(self, service: Service, model: str) -> None:
+        self._service = service
+        self._backend = service.backend
+        self._lifecycle = service.lifecycle
         self._model = model
+        self._exposition = Exposition(service.metrics, service.backend, model)
 
     def table(self) -> list[Route]:
-        """Return the routes; those with and without `/v1` are the same."""
+        """Return the routes; those with and without `/v1` are the same, but for `/models`."""
         routes = [
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/version", self.version),
+            Route("/metrics", self.metrics),
             Route("/v1/lease", self.lease),
+            Route("/v1/models", self.models),
         ]
         for prefix in ("/v1", ""):
             routes += [
                 Route(f"{prefix}/chat/completions", self.chat, methods=["POST"]),
                 Route(f"{prefix}/completions", self.completions, methods=["POST"]),
-                Route(f"{prefix}/models", self.models),
                 Route(f"{prefix}/models/{{id:path}}", self.model),
             ]
         return routes
@@ -75,14 +97,12 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
         self._lifecycle.check_open()
-        parsed = parse_chat_request(await read_json(request, self._config.max_body_bytes))
-        return GenerationResponse(self._backend, self._lifecycle, parsed, self._timeout_s)
+        return self._answer(request, parse_chat_request(await self._read(request)))
 
     async def completions(self, request: Request) -> Response:
         """Complete one or more prompts."""
         self._lifecycle.check_open()
-        parsed = parse_completion_request(await read_json(request, self._config.max_body_bytes))
-        return GenerationResponse(self._backend, self._lifecycle, parsed, self._timeout_s)
+        return self._answer(request, parse_completion_request(await self._read(request)))
 
     async def models(self, request: Request) -> Response:
         """List what is served."""
@@ -112,7 +132,7 @@ class Routes:
                 "protocol": PROTOCOL,
                 "version": __version__,
                 "pid": os.getpid(),
-                "model": self._model,
+                "model": _model_file(self._backend) or self._model,
             }
         )
 
@@ -121,9 +141,20 @@ class Routes:
         self._lifecycle.check_open()
         return _LeaseResponse(self._lifecycle)
 
-    @property
-    def _timeout_s(self) -> float:
-        return self._config.request_timeout_s
+    async def metrics(self, request: Request) -> Response:
+        """Tell what was done, in Prometheus's form."""
+        require_admin(request)
+        return Response(self._exposition.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _read(self, request: Request) -> object:
+        return await read_request(request, self._service.config)
+
+    def _answer(self, request: Request, parsed: ParsedRequest) -> GenerationResponse:
+        return GenerationResponse(self._service, parsed, caller_of(request))
+
+
+def _model_file(backend: Backend) -> str | None:
+    return backend.admin.model_file if isinstance(backend, Administers) else None
 
 
 class _LeaseResponse(Response):
@@ -149,6 +180,7 @@ def create_app(
     *,
     lifecycle: Lifecycle | None = None,
     model: str = "",
+    keys: KeyRing | None = None,
 ) -> Starlette:
     """Build the application. A backend with `start` is started with it, and closed at its end.
 
@@ -157,9 +189,15 @@ def create_app(
         config: limits and the address; the defaults when None.
         lifecycle: to drain it, or to learn that it is idle, from outside.
         model: what `/version` calls the loaded model.
+        keys: API keys; those of `config` and the environment when None.
+
+    Raises:
+        ConfigError: the keys cannot be read, or what `config` asks for is not installed.
     """
     config = config or ServerConfig()
     state = lifecycle or Lifecycle(config.idle_exit_s)
+    keys = keys or KeyRing.of(config)
+    service = Service.of(backend, config, state)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -170,9 +208,19 @@ def create_app(
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await backend.aclose()
+            if service.spans is not None:
+                await asyncio.to_thread(service.spans.close)
 
+    routes: list[BaseRoute] = [
+        # `GET /models` is RWKV-Infer's.
+        *rwkv_infer_routes(service),
+        *admin_routes(service),
+        *session_routes(service),
+        *openapi_routes(),
+        *Routes(service, model).table(),
+    ]
     app = Starlette(
-        routes=Routes(backend, config, state, model).table(),
+        routes=routes,
         lifespan=lifespan,
         exception_handlers={
             MRSSError: _on_mrss_error,
@@ -181,8 +229,22 @@ def create_app(
             Exception: _on_defect,
         },
     )
+    # The last one is met first.
+    app.add_middleware(Access, keys=keys, config=config)
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, **_cors(split_origins(config.cors_origins)))
     app.add_middleware(HostGuard, config=config)
+    app.add_middleware(CountRequests, metrics=service.metrics, routes=routes)
     return app
+
+
+def _cors(origins: list[str]) -> dict[str, Any]:
+    return {
+        "allow_origins": origins,
+        "allow_methods": ["GET", "POST", "PUT", "DELETE"],
+        "allow_headers": ["authorization", "content-type"],
+        "expose_headers": ["retry-after", "x-mrss-mixture"],
+    }
 
 
 async def _start(backend: Backend, lifecycle: Lifecycle) -> None:

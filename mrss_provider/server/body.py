@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import NoReturn
 
 from starlette.requests import Request
 
-from mrss_provider.errors import InvalidRequestError, PayloadTooLargeError
+from mrss_provider.config import ServerConfig
+from mrss_provider.errors import InvalidRequestError, PayloadTooLargeError, RequestTimeoutError
+
+
+async def read_request(request: Request, config: ServerConfig) -> object:
+    """Read the body as JSON, within the server's limits.
+
+    Raises:
+        RequestTimeoutError: it does not come within `stall_s`.
+        MRSSError: as `read_json`.
+    """
+    try:
+        async with asyncio.timeout(config.stall_s):
+            return await read_json(request, config.max_body_bytes)
+    except TimeoutError as exc:
+        raise RequestTimeoutError(f"the body was not complete within {config.stall_s:g} s") from exc
 
 
 async def read_json(request: Request, max_bytes: int) -> object:

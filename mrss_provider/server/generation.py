@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager, nullcontext
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mrss_provider.backend import Backend, Delta, DeltaStream, StreamInfo
+from mrss_provider.backend import DeltaStream
 from mrss_provider.errors import EngineError, MRSSError
 from mrss_provider.openai_schema import (
     Answer,
@@ -19,76 +19,107 @@ from mrss_provider.openai_schema import (
     ParsedRequest,
     chat_response,
     completion_response,
-    error_headers,
     error_to_event,
     info_to_headers,
     new_head,
 )
 from mrss_provider.server import sse
-from mrss_provider.server.lifecycle import Lifecycle
-from mrss_provider.server.merged import Merged
+from mrss_provider.server.auth import Caller
+from mrss_provider.server.limits import limited, num_tokens_of
+from mrss_provider.server.merged import merge
+from mrss_provider.server.metrics import Meter
+from mrss_provider.server.refusals import error_response
+from mrss_provider.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 
 class GenerationResponse(Response):
-    """Runs `parsed` on `backend` when it is sent.
+    """Runs `parsed` when it is sent.
 
     The status goes out on admission; whoever hangs up, at any time, ends the answer at once.
 
     Args:
-        backend: where the answer comes from.
-        lifecycle: counts it.
+        service: the server's parts.
         parsed: the request.
-        timeout_s: for requests without a timeout of their own.
+        caller: who asks.
     """
 
-    def __init__(
-        self, backend: Backend, lifecycle: Lifecycle, parsed: ParsedRequest, timeout_s: float
-    ) -> None:
+    def __init__(self, service: Service, parsed: ParsedRequest, caller: Caller) -> None:
         super().__init__()
-        self._backend = backend
-        self._lifecycle = lifecycle
+        self._service = service
         self._parsed = parsed
-        self._timeout_s = timeout_s
+        self._requests = [limited(r, caller, service.config) for r in parsed.requests]
+        self._caller = caller
+        self._allowance = service.allowances.of(caller)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer (ASGI)."""
-        try:
-            with self._lifecycle.running():
-                await until_disconnect(receive, self._run(scope, receive, send))
-        except MRSSError as exc:
-            await error_response(exc)(scope, receive, send)
+        service = self._service
+        with (
+            service.metrics.answer() as meter,
+            service.stalls.watched(scope, send) as watched,
+            self._span(scope, meter),
+        ):
+            try:
+                await self._answer(scope, receive, watched, meter)
+            except MRSSError as exc:
+                meter.fail(exc)
+                await error_response(exc)(scope, receive, watched)
+            except Exception:
+                meter.fail(EngineError("a defect"))
+                raise
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, meter: Meter) -> None:
+        taken = self._allowance.taken(self._caller.limits, num_tokens_of(self._requests))
+        with self._service.lifecycle.running(), taken as reservation:
+            try:
+                await until_disconnect(receive, self._run(scope, receive, send, meter))
+            finally:
+                reservation.num_used = meter.usage.total_tokens
+
+    def _span(self, scope: Scope, meter: Meter) -> AbstractContextManager[None]:
+        spans = self._service.spans
+        return (
+            nullcontext()
+            if spans is None
+            else spans.span(self._parsed, scope, self._caller.id, meter)
+        )
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, meter: Meter) -> None:
         streams: list[DeltaStream] = []
         try:
-            for request in self._parsed.requests:
-                timeout_s = request.timeout_s or self._timeout_s
-                streams.append(await self._backend.open(replace(request, timeout_s=timeout_s)))
-            info = _joined_info(streams)
-            merged = Merged(streams, self._parsed.requests[0].n)
-            head = new_head(self._parsed.kind, info)
+            for request in self._requests:
+                stream = await self._service.backend.open(request)
+                streams.append(stream)
+            n = self._requests[0].n
+            merged = merge(streams, n)
+            head = new_head(self._parsed.kind, merged.info)
+            meter.admit(merged.info, n * len(streams), head.id)
             if self._parsed.stream.stream:
-                await self._send_events(merged, head, info, send)
+                await self._send_events(merged, head, send, meter)
             else:
-                response = await self._collect(merged, head, info)
+                response = await self._collect(merged, head, meter)
                 await response(scope, receive, send)
         finally:
             for stream in streams:
                 await stream.aclose()
 
-    async def _collect(self, merged: Merged, head: AnswerHead, info: StreamInfo) -> Response:
+    async def _collect(self, merged: DeltaStream, head: AnswerHead, meter: Meter) -> Response:
         answer = Answer()
         async for delta in merged:
+            meter.add(delta)
             answer.add(delta)
         write = chat_response if head.kind == "chat" else completion_response
-        return JSONResponse(write(head, answer), headers=info_to_headers(info))
+        return JSONResponse(write(head, answer), headers=self._headers_of(merged))
+
+    def _headers_of(self, merged: DeltaStream) -> dict[str, str]:
+        return info_to_headers(merged.info) | self._allowance.headers()
 
     async def _send_events(
-        self, merged: Merged, head: AnswerHead, info: StreamInfo, send: Send
+        self, merged: DeltaStream, head: AnswerHead, send: Send, meter: Meter
     ) -> None:
-        headers = {**sse.HEADERS, **info_to_headers(info)}
+        headers = {**sse.HEADERS, **self._headers_of(merged)}
         await send(
             {
                 "type": "http.response.start",
@@ -96,21 +127,30 @@ class GenerationResponse(Response):
                 "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
             }
         )
-        writer = ChunkWriter(head, self._parsed.stream)
+        writer = sse.EventWriter(ChunkWriter(head, self._parsed.stream))
+        pacer = self._service.pacer
         events: list[bytes] = []
+        # Several prompts' streams are read ahead: to hold them back would make them slower.
+        is_paced = len(self._requests) == 1
         try:
-            async for delta in merged:
-                events += _events(writer, delta)
-                # What is already here goes out in the same write.
-                if events and not merged.ready():
-                    await _send_body(send, b"".join(events))
-                    events.clear()
+            with pacer.stream():
+                async for delta in merged:
+                    meter.add(delta)
+                    events.append(writer.write(delta))
+                    # What is already here goes out in the same write.
+                    if not merged.ready() and any(events):
+                        await _send_body(send, b"".join(events))
+                        events.clear()
+                        if is_paced:
+                            await pacer.pause()
             events.append(sse.DONE)
         except MRSSError as exc:
+            meter.fail(exc)
             events.append(sse.event(error_to_event(exc)))
         except Exception:
             logger.exception("a defect while answering %s", head.id)
             error = EngineError(f"a defect of the engine; its log tells more under {head.id}")
+            meter.fail(error)
             events.append(sse.event(error_to_event(error)))
         await _send_body(send, b"".join(events), is_last=True)
 
@@ -133,11 +173,6 @@ async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) 
         task.result()
 
 
-def error_response(error: MRSSError) -> Response:
-    """Return `error` with its status, in OpenAI's form."""
-    return JSONResponse(error.to_dict(), error.status_code, headers=error_headers(error))
-
-
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -145,14 +180,3 @@ async def _disconnected(receive: Receive) -> None:
 
 async def _send_body(send: Send, body: bytes, *, is_last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
-
-
-def _events(writer: ChunkWriter, delta: Delta) -> list[bytes]:
-    return [sse.event(chunk) for chunk in writer.chunks(delta)]
-
-
-def _joined_info(streams: Sequence[DeltaStream]) -> StreamInfo:
-    """Return the first stream's info with every prompt's tokens; all are of one mixture."""
-    first = streams[0].info
-    total = sum(stream.info.prompt_tokens for stream in streams)
-    return StreamInfo(first.mixture, first.rows, first.fingerprint, total)

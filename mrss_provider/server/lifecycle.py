@@ -21,12 +21,14 @@ class Lifecycle:
 
     Attributes:
         on_end: called when an idle engine should leave, or one that could not be started.
+        on_ready: each is called whenever a model is ready, the first and those that replace it.
         failure: what the engine could not be started with.
         stopping: set when the server is about to close its connections.
     """
 
     def __init__(self, idle_exit_s: float = 0.0) -> None:
         self.on_end: Callable[[], None] = lambda: None
+        self.on_ready: list[Callable[[], None]] = []
         self.failure: MRSSError | None = None
         self.num_running = 0
         self.num_leases = 0
@@ -34,12 +36,21 @@ class Lifecycle:
         self._idle_exit_s = idle_exit_s
         self._idle_timer: asyncio.TimerHandle | None = None
         self._is_ready = False
+        self._not_ready = "the engine is starting; try again soon"
         self._is_draining = False
         self._changed = asyncio.Event()
 
     def set_ready(self) -> None:
         """Note that the engine is loaded."""
         self._is_ready = True
+        self._update()
+        for call in self.on_ready:
+            call()
+
+    def set_unready(self, why: str) -> None:
+        """Note that there is no model, or soon none; requests may wait for the next one."""
+        self._is_ready = False
+        self._not_ready = why
         self._update()
 
     def set_failed(self, error: MRSSError) -> None:
@@ -56,12 +67,12 @@ class Lifecycle:
         """Return if the engine answers requests at once.
 
         Raises:
-            EngineUnavailableError: it is starting or draining.
+            EngineUnavailableError: it is starting or draining, or there is no model.
             MRSSError: what it failed to start with.
         """
         self.check_open()
         if not self._is_ready:
-            raise EngineUnavailableError("the engine is starting; try again soon")
+            raise EngineUnavailableError(self._not_ready)
 
     def check_open(self) -> None:
         """Return if new requests are taken (they may wait for the engine to start).

@@ -19,34 +19,61 @@ import uvicorn
 from mrss_provider.backend import Backend
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import ConfigError
+from mrss_provider.server import process
 from mrss_provider.server.app import create_app
+from mrss_provider.server.auth import KeyRing, check_exposure
 from mrss_provider.server.lifecycle import Lifecycle
+from mrss_provider.server.stalls import KnowsConnection
 
 logger = logging.getLogger(__name__)
 
 # After the drain nothing should be left; what is hangs.
 _CLOSE_S = 5
 _BACKLOG = 2048
+# What the kernel keeps for a client that reads slowly; megabytes if it is left alone, and then long
+# silences between two writes, during which nobody can tell such a client from one that is gone.
+_SEND_BUFFER_BYTES = 256 << 10
 
 
-def run_server(backend: Backend, config: ServerConfig, *, model: str = "") -> None:
+def run_server(
+    backend: Backend,
+    config: ServerConfig,
+    *,
+    model: str = "",
+    on_ready: Callable[[], None] | None = None,
+) -> None:
     """Serve `backend`; return after SIGTERM, SIGINT, or when an idle engine leaves.
 
+    Args:
+        backend: where answers come from.
+        config: limits and the address.
+        model: what `/version` calls the loaded model.
+        on_ready: called on the event loop whenever a model is ready.
+
     Raises:
-        ConfigError: the address cannot be bound.
+        ConfigError: the address cannot be bound, or others could reach it without a key.
         MRSSError: the backend could not be started.
     """
+    keys = KeyRing.of(config)
+    check_exposure(config, keys)
     listener = Listener(config)
+    process.share_interpreter()
+
+    async def serve() -> None:
+        if config.keys_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
+        logger.info("listening on %s", address_of(config))
+        server = Server(backend, config, listener, model=model, keys=keys)
+        server.lifecycle.on_ready.append(process.settle)
+        if on_ready is not None:
+            server.lifecycle.on_ready.append(on_ready)
+        await server.run_to_end()
+
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(backend, config, listener, model))
+            runner.run(serve())
     finally:
         listener.close()
-
-
-async def _serve(backend: Backend, config: ServerConfig, listener: Listener, model: str) -> None:
-    logger.info("listening on %s", address_of(config))
-    await Server(backend, config, listener, model=model).run_to_end()
 
 
 class Server(uvicorn.Server):
@@ -56,13 +83,20 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, backend: Backend, config: ServerConfig, listener: Listener, *, model: str = ""
+        self,
+        backend: Backend,
+        config: ServerConfig,
+        listener: Listener,
+        *,
+        model: str = "",
+        keys: KeyRing | None = None,
     ) -> None:
         self.lifecycle = Lifecycle(config.idle_exit_s)
         self.lifecycle.on_end = self.end
+        app = create_app(backend, config, lifecycle=self.lifecycle, model=model, keys=keys)
         super().__init__(
             uvicorn.Config(
-                create_app(backend, config, lifecycle=self.lifecycle, model=model),
+                KnowsConnection(app),
                 log_config=None,
                 # Its INFO announces an address of its own invention.
                 log_level="warning",
@@ -180,6 +214,8 @@ def _bind_tcp(config: ServerConfig) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Every connection takes it over.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.bind((config.host, config.port))
         listener.listen(_BACKLOG)
     except BaseException:

@@ -120,10 +120,12 @@ def test_reset_forgets_the_turns_and_model_changes_the_name(
     ("line", "sentence"),
     [
         ("/wieghts tone=1", "unknown command /wieghts"),
-        ("/merge mean", f"merge must be one of {', '.join(MERGES)}, or off, got 'mean'"),
-        ("/gate none", f"gate must be one of {', '.join(GATES)}, or off, got 'none'"),
+        ("/merge mean", f"merge must be one of {', '.join(MERGES)}, got 'mean'"),
+        ("/gate none", f"gate must be one of {', '.join(GATES)}, got 'none'"),
+        ("/gate posterior 0.05", f"gate must be one of {', '.join(GATES)}, got 'posterior 0.05'"),
+        ("/merge power:2 fixed", "bad merge 'power:2 fixed' at position 7: unexpected ' '"),
         ("/weights tone", "a weight is written name=number"),
-        ("/weights tone=-1", "weights: a weight must be finite and >= 0"),
+        ("/weights tone=inf", "weights: a weight must be finite"),
     ],
 )
 def test_a_bad_command_is_refused_with_what_is_allowed(

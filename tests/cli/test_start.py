@@ -16,7 +16,8 @@ from mrss_provider.cli.options import field_help
 from mrss_provider.config import EngineConfig, ServerConfig
 
 MAX_HELP_CPU_S = 0.3
-COMMANDS = ("serve", "chat", "generate", "models", "proxy", "pull", "states", "doctor")
+GROUPS = ("states", "gate", "keys", "session")
+COMMANDS = ("serve", "chat", "generate", "trace", "models", "proxy", "pull", "doctor", *GROUPS)
 
 
 def test_help_lists_every_command_and_loads_nothing_heavy() -> None:

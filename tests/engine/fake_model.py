@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mrss_provider.engine.request import EngineRequest, ResolvedMixture
+from mrss_provider.mixture import parse_method
+from mrss_provider.model.state import StateSnapshot
 from mrss_provider.sampling_params import SamplingParams
 
 SIZE = 12
@@ -50,9 +52,16 @@ class FakePool:
     def __init__(self, num_slots: int) -> None:
         # NaN until written: a slot that is used without its state gives NaN ids.
         self.hidden = torch.full((num_slots, SIZE), torch.nan)
+        self.wkv = self.hidden
 
-    def write(self, slot: int, state: FakeState | None) -> None:
-        self.hidden[slot] = torch.zeros(SIZE) if state is None else state.vector
+    def write(self, slot: int, state: FakeState | StateSnapshot | None) -> None:
+        if isinstance(state, StateSnapshot):
+            self.hidden[slot] = state.wkv
+        else:
+            self.hidden[slot] = torch.zeros(SIZE) if state is None else state.vector
+
+    def snapshot(self, slot: int) -> StateSnapshot:
+        return StateSnapshot(self.hidden[slot].clone(), torch.zeros(1), torch.zeros(1))
 
     def copy(self, src_slot: int, dst_slots: Sequence[int]) -> None:
         for slot in dst_slots:
@@ -101,19 +110,27 @@ class FakeModel:
         )
 
     def prefill(
-        self, token_ids: Tensor, cu_seqlens: Sequence[int], slots: Tensor, pool: FakePool
+        self,
+        token_ids: Tensor,
+        cu_seqlens: Sequence[int],
+        slots: Tensor,
+        pool: FakePool,
+        *,
+        all_positions: bool = False,
     ) -> Tensor:
         lengths = [b - a for a, b in pairwise(cu_seqlens)]
         self._called("prefill", lengths)
         assert len(set(slots.tolist())) == len(slots), "a slot twice in one batch"
         assert cu_seqlens[-1] == len(token_ids)
         assert min(lengths) > 0
-        last = []
-        for i, slot in enumerate(slots.tolist()):
-            for token in token_ids[cu_seqlens[i] : cu_seqlens[i + 1]].tolist():
-                hidden = self._read(token, slot, pool)
-            last.append(hidden)
-        return torch.stack(last)
+        hidden = torch.stack(
+            [
+                self._read(token, slot, pool)
+                for i, slot in enumerate(slots.tolist())
+                for token in token_ids[cu_seqlens[i] : cu_seqlens[i + 1]].tolist()
+            ]
+        )
+        return hidden if all_positions else hidden[[end - 1 for end in cu_seqlens[1:]]]
 
     def head(self, hidden: Tensor) -> Tensor:
         assert len(hidden)
@@ -149,12 +166,16 @@ def mixture(
     cut: float = 0.0,
 ) -> ResolvedMixture:
     """Lay out rows as the library does: None, the base, comes first; equal weights of sum 1."""
+    shares = tuple(weights or [1 / len(states)] * len(states))
     return ResolvedMixture(
         canonical="+".join("base" if s is None else s.name for s in states),
         states=tuple(states),  # type: ignore[arg-type]
-        weights=tuple(weights or [1 / len(states)] * len(states)),
-        merge=merge,
-        gate=gate,
+        names=tuple("base" if s is None else s.name for s in states),
+        groups=("",) * len(states),
+        ratios=shares,
+        weights=shares,
+        merge=parse_method(merge, "merge", "merge"),
+        gate=parse_method(gate, "gate", "gate"),
         cut=cut,
         base_row=0 if states[0] is None else None,
         fingerprint="fp_test",

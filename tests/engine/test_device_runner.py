@@ -12,10 +12,12 @@ from fake_model import VOCAB, FakeModel, fake_state, mixture, request
 from mrss_kernels import reference_tail
 from torch import Tensor
 
+from mrss_provider import mixture as names
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine import merge
+from mrss_provider.engine import merges
 from mrss_provider.engine.device_runner import DeviceRunner
 from mrss_provider.engine.engine import Engine
+from mrss_provider.engine.merges.linear import Linear
 from mrss_provider.engine.request import EngineRequest, TokenOutput
 
 A, B, C = (fake_state(name) for name in ("amber", "blue", "cyan"))
@@ -155,13 +157,14 @@ def test_a_step_is_launched_before_the_one_before_is_looked_at() -> None:
 def test_a_rule_without_a_kernel_is_picked_by_torch_and_its_neighbours_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Loudest(merge.Linear):
+    class Loudest(Linear):
         name = "loudest"
 
-        def merge(self, rows: merge.Rows, weights: Tensor) -> Tensor:
+        def merge(self, rows: merges.Rows, weights: Tensor) -> Tensor:
             return rows.logits.amax(1)
 
-    monkeypatch.setitem(merge.MERGE_RULES, "loudest", Loudest())
+    monkeypatch.setitem(names.MERGES, "loudest", ())
+    monkeypatch.setitem(merges.MERGE_RULES, "loudest", Loudest)
     loudest = mixture(A, B, weights=[0.5, 0.5], merge="loudest")
     later = arrivals() | {
         4: [request("loudest", [2, 2], loudest, max_tokens=5, temperature=1.0, seed=9)]

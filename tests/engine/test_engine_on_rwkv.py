@@ -16,12 +16,25 @@ from mrss_provider.engine.philox import uniform
 from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.engine.sampler import sample
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.mixture import GATES, MERGES
+from mrss_provider.mixture import MERGES
 from mrss_provider.model import Model, TunedState, load_model
 from mrss_provider.sampling_params import SamplingParams
 
 PROMPT = tuple(range(5, 60, 2))
 ALLOWED = range(300)
+
+GATES_TO_TRY = (
+    "fixed",
+    "confidence:0.5",
+    "schedule:a=0.25@0,1@12",
+    "posterior",
+    "posterior-novelty",
+)
+# Every rule under the default gate, and every other gate under rules of both kinds by turns.
+METHODS = [
+    *(f"{merge}~novelty" for merge in MERGES),
+    *(f"{('linear', 'delta')[i % 2]}~{gate}" for i, gate in enumerate(GATES_TO_TRY)),
+]
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ def test_one_hot_weights_are_that_state_bit_for_bit(loaded: Loaded) -> None:
     assert loaded.answer("a+b", MixtureOptions(gating_weights=(0.0, 2.0))) == alone
 
 
-@pytest.mark.parametrize("rules", [f"{merge}~{gate}" for merge in MERGES for gate in GATES])
+@pytest.mark.parametrize("rules", METHODS)
 def test_order_and_scale_of_weights_do_not_matter(loaded: Loaded, rules: str) -> None:
     first = loaded.answer(f"a:1+b:2+c:0.5~{rules}")
     assert loaded.answer(f"c:1+b:4+a:2~{rules}") == first
@@ -204,7 +217,7 @@ def test_linear_keeps_within_its_bound_on_its_own_text(loaded: Loaded) -> None:
     torch.testing.assert_close(mixed, (rows + log_weights).logsumexp(0), atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rules", [f"{merge}~{gate}" for merge in MERGES for gate in GATES])
+@pytest.mark.parametrize("rules", METHODS)
 def test_reported_log_probs_are_of_a_distribution(loaded: Loaded, rules: str) -> None:
     outputs = loaded.answer(f"a+b+offset~{rules}", top_logprobs=20, temperature=0.5)
     for output in outputs:
@@ -213,6 +226,75 @@ def test_reported_log_probs_are_of_a_distribution(loaded: Loaded, rules: str) ->
         assert [value for _, value in output.top] == sorted(
             (value for _, value in output.top), reverse=True
         )
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *(f"{rule}~novelty" for rule in ("linear", "geometric", "power", "route")),
+        "linear~fixed",
+        "linear~confidence",
+    ],
+)
+def test_a_row_with_all_of_the_weight_is_that_state(loaded: Loaded, rules: str) -> None:
+    """Not by leaving rows out: the other one's weight is as small as a weight can be."""
+    alone = loaded.answer("b", temperature=0.7)
+    # Beside it novelty and confidence may make up for a factor of e^27 or so.
+    mixed = loaded.answer(f"a:1e-30+b~{rules}", temperature=0.7)
+    assert ids(mixed) == ids(alone)
+    torch.testing.assert_close(log_probs(mixed), log_probs(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_a_product_that_sums_to_one_is_geometric(loaded: Loaded) -> None:
+    """A named base makes it so."""
+    product = loaded.answer("base+a+b:0.5~product~fixed")
+    assert product == loaded.answer("base+a+b:0.5~geometric~fixed")
+
+
+def test_a_product_of_two_equal_states_is_one_of_them_at_half_the_temperature(
+    loaded: Loaded,
+) -> None:
+    alone = loaded.answer("a", temperature=0.5)
+    assert ids(loaded.answer("a+a2~product~fixed", temperature=1.0)) == ids(alone)
+
+
+def test_power_meets_linear_and_geometric(loaded: Loaded) -> None:
+    for exponent, limit in ((1, "linear"), (0, "geometric")):
+        power = loaded.answer(f"a+b:0.5~power:{exponent}~fixed")
+        expected = loaded.answer(f"a+b:0.5~{limit}~fixed")
+        assert ids(power) == ids(expected)
+        torch.testing.assert_close(log_probs(power), log_probs(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_contrast_with_nothing_against_is_delta(loaded: Loaded) -> None:
+    assert loaded.answer("a+b:0.5~contrast") == loaded.answer("a+b:0.5~delta")
+    # With a base, strengths stay as they are.
+    away = loaded.answer("base+a:-0.5~contrast~fixed", MixtureOptions(cut=0.0), max_tokens=20)
+    base, state = (
+        teacher_forced(loaded.model, state, PROMPT, ids(away))[:, ALLOWED]
+        for state in (None, loaded.library.get("a"))
+    )
+    expected = (1.5 * base - 0.5 * state).log_softmax(-1)[range(20), ids(away)]
+    torch.testing.assert_close(log_probs(away).double(), expected, atol=3e-4, rtol=0)
+
+
+def test_a_gate_that_cannot_tell_leaves_the_named_weights(loaded: Loaded) -> None:
+    fixed = loaded.answer("a+b:0.5~linear~fixed")
+    for gate in ("schedule:a=2@0,2@50+b=2@3", "confidence:1000", "novelty:1000"):
+        like = loaded.answer(f"a+b:0.5~linear~{gate}")
+        assert ids(like) == ids(fixed)
+        torch.testing.assert_close(log_probs(like), log_probs(fixed), atol=0.02, rtol=0.02)
+
+
+def test_neighbours_with_other_parameters_do_not_change_an_answer(loaded: Loaded) -> None:
+    wanted = [
+        loaded.request(f"a+b+c:0.5~{rules}", request_id=str(i), seed=i)
+        for i, rules in enumerate((*METHODS, "power:2~novelty:0.1", "contrast~novelty:1,2"))
+    ]
+    together = loaded.run(*wanted, max_rows=128)
+    for one in wanted:
+        alone = loaded.run(one)[f"{one.id}/0"]
+        assert ids(together[f"{one.id}/0"]) == ids(alone)
 
 
 MIXED_BAG = [

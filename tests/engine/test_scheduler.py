@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mrss_provider.engine.scheduler import PREFILL_BLOCK_LEN, Batch, Scheduler, deal
+from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN, deal
+from mrss_provider.engine.scheduler import Batch, Scheduler
 from mrss_provider.engine.tail import Picked
 from mrss_provider.errors import QueueFullError
 
@@ -163,7 +164,7 @@ class Answers(RuleBasedStateMachine):
             assert not (set(before) & set(waiting))
             after = self.arrived[self.arrived.index(waiting[0]) :]
             assert not (set(after) & set(self.scheduler._running))
-            assert self.scheduler._waiting[0].rows > self.scheduler.num_free_rows
+            assert self.scheduler._waiting.head().rows > self.scheduler.num_free_rows
 
     def teardown(self) -> None:
         """Whatever happened, everybody is served in the end, and all slots come back."""

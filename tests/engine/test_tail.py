@@ -26,6 +26,15 @@ MIXTURES = [
     mixture(None, A, B, weights=[0.2, 0.4, 0.4], merge="delta", gate="novelty", cut=0.1),
     mixture(None, A, B, weights=[0, 0.5, 0.5], gate="novelty"),
     mixture(None, A, B, weights=[0.5, 0.25, 0.25], merge="geometric", gate="novelty"),
+    mixture(A, B, C, weights=[1, 1, 0.5], merge="product", gate="confidence"),
+    mixture(None, A, B, weights=[0, 1, 0.5], merge="product", gate="novelty:1,2"),
+    mixture(A, B, C, merge="power", gate="confidence:2"),
+    mixture(A, B, weights=[0.1, 0.9], merge="power:-2"),
+    mixture(A, B, C, merge="power:0.001"),
+    mixture(None, A, B, weights=[1, 0.5, -0.5], merge="contrast", cut=0.1),
+    mixture(None, A, B, weights=[0, 1, -0.5], merge="contrast", gate="novelty", cut=0.1),
+    mixture(None, A, B, C, weights=[0, 0.3, 0.3, 0.4], merge="route", gate="novelty"),
+    mixture(None, A, B, weights=[0, 1, 0.5], merge="delta", gate="posterior-novelty", cut=0.1),
 ]
 
 
@@ -49,7 +58,7 @@ def test_one_row_comes_back_bit_for_bit() -> None:
     assert merge_rows(logits, [([2], mixture(A)), ([0], mixture(None))]).equal(logits[[2, 0]])
 
 
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("count", [2, 60])
 def test_a_batch_equals_its_requests_one_by_one_bit_for_bit(count: int) -> None:
     """Mixtures of all kinds and sizes, their rows scattered over the batch."""
     mixed = [MIXTURES[i % len(MIXTURES)] for i in range(count)]
@@ -76,7 +85,10 @@ def test_neighbours_do_not_change_a_bit_of_a_merge_of_any_kind(vocab_size: int) 
         parts = [(range(g * mixed.rows, (g + 1) * mixed.rows), mixed) for g in range(4)]
         together = merge_rows(logits, parts)
         for g, part in enumerate(parts):
-            assert merge_rows(logits, [part])[0].equal(together[g]), (mixed.merge, mixed.gate)
+            assert merge_rows(logits, [part])[0].equal(together[g]), (
+                mixed.merge.text,
+                mixed.gate.text,
+            )
 
 
 def test_the_vocabulary_of_a_group_may_exceed_a_chunk() -> None:

@@ -20,6 +20,14 @@ MIXTURES = [
     mixture(None, A, B, weights=[0, 1, 1], merge="delta", gate="novelty", cut=0.1),
     mixture(None, A, B, weights=[0, 0.5, 0.5], gate="novelty"),
 ]
+OTHERS = [
+    mixture(A, B, weights=[0.3, 0.7], merge="power:-1"),
+    mixture(A, B, merge="power:0.001", gate="confidence"),
+    mixture(A, B, weights=[1, 0.5], merge="product", gate="confidence:1"),
+    mixture(None, A, B, weights=[0, 1, -0.5], merge="contrast", gate="novelty:0.3,2", cut=0.1),
+    mixture(None, A, B, weights=[0, 0.5, 0.5], merge="route", gate="novelty"),
+    mixture(None, A, B, weights=[0, 1, 0.5], merge="delta", gate="posterior-novelty", cut=0.1),
+]
 SAMPLING = [
     SamplingParams(temperature=0.0, top_p=1.0, seed=1, logprobs=True, top_logprobs=3),
     SamplingParams(temperature=1.0, top_p=1.0, seed=2, logit_bias={5: 3.0, 6: -100}),
@@ -34,7 +42,7 @@ def random_rows(seed: int, count: int) -> torch.Tensor:
     return torch.randn(count, V, generator=generator) * 4
 
 
-@pytest.mark.parametrize("mixed", MIXTURES)
+@pytest.mark.parametrize("mixed", MIXTURES + OTHERS)
 def test_merged_logits_equal_the_cpus(mixed: ResolvedMixture) -> None:
     parts = [(range(g * mixed.rows, (g + 1) * mixed.rows), mixed) for g in range(4)]
     logits = random_rows(0, 4 * mixed.rows)

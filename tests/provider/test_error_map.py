@@ -32,7 +32,7 @@ def test_every_error_has_a_row_of_its_own_and_maps(cls):
 @pytest.mark.parametrize("cls", ours(), ids=lambda cls: cls.__name__)
 def test_status_is_ours_unless_the_operator_is_to_blame(cls):
     mapped = to_litellm(cls("x"), "mrss/base")
-    if issubclass(cls, errors.FileFormatError | errors.ConfigError):
+    if issubclass(cls, errors.FileFormatError | errors.ConfigError | errors.StorageError):
         assert mapped.status_code == 500
     elif cls in (errors.ConflictError, errors.PayloadTooLargeError):
         assert mapped.status_code == 400

@@ -9,7 +9,7 @@ import threading
 from dataclasses import replace
 
 import uvicorn
-from fakes import FakeBackend, Wait, text
+from fakes import SUMMARY, FakeBackend, Wait, text, traced
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mrss_provider.backend import TokenLogprob
@@ -71,6 +71,9 @@ class ScriptedBackend(FakeBackend):
                 replace(word, logprobs=(TokenLogprob(i, word.text.encode(), -float(i)),))
                 for i, word in enumerate(words)
             ]
+        if request.mixture.trace:
+            words = [traced(word.text) for word in words]
+            words[-1] = replace(words[-1], finish_reason="stop", trace_summary=SUMMARY)
         if prompt.startswith("wait"):
             wait = self._waits[prompt] = Wait()
             return [wait, *words] if "first" in prompt else [words[0], wait, *words[1:]]

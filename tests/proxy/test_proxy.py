@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 from engine_processes import own_engines, start_engine
-from fakes import FINGERPRINT, PROMPT_TOKENS, ROWS
+from fakes import FINGERPRINT, PROMPT_TOKENS, ROWS, SUMMARY
 from proxy_process import NUM_WORKERS
 from scripted_engine import WAIT_S, WORDS
 
@@ -102,6 +102,21 @@ def test_streamed_choices_all_finish_and_keep_their_logprobs(chat):
     assert texts == dict.fromkeys(range(3), len(ANSWER))
     assert tokens == dict.fromkeys(range(3), 3)
     assert finished == dict.fromkeys(range(3), "stop")
+
+
+def test_trace_survives_the_proxy_whole_and_streamed(chat):
+    traced = {"extra_body": {"mrss": {"trace": True}}}
+    message = chat(**traced).choices[0].message
+    whole = message.provider_specific_fields["mrss"]
+    found = []
+    for chunk in chat(stream=True, **traced):
+        fields = getattr(chunk.choices[0].delta, "provider_specific_fields", None) or {}
+        found.append(fields.get("mrss", {}))
+    streamed = [token for mrss in found for token in mrss.get("trace", ())]
+    assert [token["token"] for token in whole["trace"]] == list(WORDS)
+    assert streamed == whole["trace"]
+    (share,) = [mrss["spoken_share"] for mrss in found if "spoken_share" in mrss]
+    assert share == whole["spoken_share"] == SUMMARY.spoken_share
 
 
 def test_completion_answers_every_prompt_raw(client, backend, unique):

@@ -136,7 +136,7 @@ def test_what_is_known_on_admission_has_a_status(error, status, stream):
         response = client.post("/v1/chat/completions", json={**CHAT, "stream": stream})
     assert response.status_code == status
     assert response.json() == error.to_dict()
-    assert response.headers.get("retry-after") == ("2" if status == 429 else None)
+    assert response.headers.get("retry-after") == {429: "2", 503: "1"}.get(status)
 
 
 def test_a_refused_prompt_closes_those_before_it():
@@ -257,7 +257,8 @@ def test_wrong_routes_have_openai_errors_and_no_cors(method, path, status):
 @pytest.mark.parametrize("path", ["/v1/models", "/models"])
 def test_models_are_listed_and_shown(path):
     with client_of(FakeBackend()) as client:
-        listed = client.get(path).json()
+        # `GET /models` is RWKV-Infer's list.
+        listed = client.get("/v1/models").json()
         shown = [client.get(f"{path}/{name}") for name in ("tone", "mrss/tone", "none")]
     assert [Model.model_validate(item).id for item in listed["data"]] == [
         "base",
@@ -284,6 +285,25 @@ def test_models_are_listed_and_shown(path):
 def test_a_local_server_answers_to_local_names_only(host, status):
     with client_of(FakeBackend()) as client:
         assert client.get("/health", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1", 200),
+        ("https://page.example", 403),
+        ("http://localhost.page.example", 403),
+        ("null", 403),
+        ("https://friend.example", 200),
+    ],
+)
+def test_a_page_of_another_origin_changes_nothing(origin, status):
+    with client_of(FakeBackend(), cors_origins="https://friend.example") as client:
+        headers = {"origin": origin}
+        assert client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == status
+        # What it reads, its browser keeps from it.
+        assert client.get("/health", headers=headers).status_code == 200
 
 
 def test_a_public_or_unix_server_checks_no_names(tmp_path):
