@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 KEEP_EVERY = 512
-"""Tokens of an answer between two copies of its rows while it runs. A copy moves a whole row: every 32
-tokens they would be a good part of a GPU's time."""
+"""Tokens of an answer between two copies of its rows while it runs. A copy moves a whole row: every
+32 tokens they would be a good part of a GPU's time."""
 
 
 @dataclass(eq=False)
