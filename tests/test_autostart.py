@@ -284,7 +284,12 @@ def test_a_second_server_on_a_socket_says_so_and_leaves_it_alone(place):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--port", "x"], "MRSS_PORT must be an integer, got 'x'"), (["--dtype", "x"], "dtype must")],
+    [
+        pytest.param(
+            ["--port", "x"], "MRSS_PORT must be an integer, got 'x'", marks=pytest.mark.slow
+        ),
+        (["--dtype", "x"], "dtype must"),
+    ],
 )
 def test_a_bad_flag_is_one_sentence_and_status_1(flags, words):
     run = subprocess.run(

@@ -39,7 +39,7 @@ async def turns(engine, model, **sampling):
 
 
 @pytest.mark.parametrize("model", ["base", "knowledge+tone"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_turn_reads_its_new_tokens_and_no_others(model, temperature):
     async def main():
         async with AsyncEngine(CONFIG) as engine:

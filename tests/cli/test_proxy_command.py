@@ -31,7 +31,10 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in (15, 1))],
+    [
+        pytest.param(s, marks=pytest.mark.slow)
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_what_it_prints_works_and_after_the_signal_all_is_gone(number: int) -> None:

@@ -65,7 +65,11 @@ def test_an_alias_fetches_the_newest_file_and_prints_its_path(hub: FakeHub, tmp_
 
 @pytest.mark.parametrize(
     ("repo", "template", "context"),
-    [("rwkv7-g1-0.1b", "g1", 8192), ("fla-hub/rwkv7-0.1B-g1", "g1", 0), ("some/large", "world", 0)],
+    [
+        pytest.param("rwkv7-g1-0.1b", "g1", 8192, marks=pytest.mark.slow),
+        ("fla-hub/rwkv7-0.1B-g1", "g1", 0),
+        pytest.param("some/large", "world", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_card_names_the_chat_template_and_is_never_replaced(
     hub: FakeHub, tmp_path: Path, repo: str, template: str, context: int

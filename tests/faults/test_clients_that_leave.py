@@ -64,7 +64,7 @@ def test_in_mid_answer(server, stream):
                 # Gone without a word, as a machine whose power was cut.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         # Events of a stream are much alike.
-        size += (29 if stream else 59) if size < 900 else 900
+        size += (61 if stream else 119) if size < 900 else 900
         is_complete = is_complete or size > 6000
     check_served(server, expected)
 

@@ -85,7 +85,9 @@ def split(outputs, wanted):
     return shed
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 5, 7])
+@pytest.mark.parametrize(
+    "step", [0, 3, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 5, 7))]
+)
 def test_the_older_half_goes_on_as_if_nothing_had_been(step, on_device):
     model = Halfway()
     engine = make_engine(model, on_device=on_device, lazy_rows="on")
@@ -146,7 +148,7 @@ def test_an_answer_that_is_dropped_while_it_reads_again_leaves_no_slot_behind(on
     assert engine.num_free_rows == 16
 
 
-@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("step", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 4))])
 def test_an_answer_taken_up_again_and_one_begun_in_the_cache_go_on(step, on_device):
     long = tuple(1 + (7 * i) % (VOCAB - 2) for i in range(100))
     whole = request("x", long, DELTA, max_tokens=20, seed=3, temperature=1.0)

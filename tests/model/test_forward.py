@@ -89,7 +89,10 @@ def test_prefill_returns_last_hidden_states_unless_asked_for_all(model, token_id
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("version", [7, 6])
-@pytest.mark.parametrize("shape", [TINY, WIDE], ids=["tiny", "wide"])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(TINY, id="tiny"), pytest.param(WIDE, id="wide", marks=pytest.mark.slow)],
+)
 def test_a_rows_bits_do_not_depend_on_its_batch_or_slot(version, shape, dtype, tmp_path):
     model = load(write_checkpoint(tmp_path / "m.pth", version, shape), dtype=dtype)
     rng = random.Random(version)

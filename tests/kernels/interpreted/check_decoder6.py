@@ -72,7 +72,14 @@ def compare(tmp_path, slots, dtype, *, offset=False, shape=SHAPE, num_slots=6):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slots", [[3], [4, 0, 1], [5, 1, -1, 0, 3, 2]])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param([3], marks=pytest.mark.slow),
+        pytest.param([4, 0, 1], marks=pytest.mark.slow),
+        [5, 1, -1, 0, 3, 2],
+    ],
+)
 def test_fused_steps_equal_the_layer_by_layer_ones(tmp_path, slots, dtype) -> None:
     compare(tmp_path, slots, dtype)
 

@@ -115,7 +115,7 @@ def assert_merged(batch, same):
 
 
 class TestMerge:
-    @pytest.mark.parametrize("vocab", [SMALL, LARGE])
+    @pytest.mark.parametrize("vocab", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
     def test_every_rule_and_gate_is_as_good_as_the_engines(self, vocab):
         mixed = PAIRS if vocab == SMALL else PAIRS[:: len(ROW_GATES) + 1]
         batch = batch_of(mixed, [sampling()] * len(mixed), vocab)

@@ -91,13 +91,13 @@ def test_decoding_rows_alone_equal_the_layer_by_layer_form(tmp_path) -> None:
     compare(tmp_path, [1, 1, 1], [4, 0, 1], "fp16")
 
 
-@pytest.mark.parametrize("grouped_tokens", [2, 64])
+@pytest.mark.parametrize("grouped_tokens", [pytest.param(2, marks=pytest.mark.slow), 64])
 def test_padding_touches_no_state(tmp_path, grouped_tokens) -> None:
     options = {"padding": (0, 0, 3), "grouped_tokens": grouped_tokens}
     compare(tmp_path, [3, 1], [4, 0], "fp32", **options)
 
 
-@pytest.mark.parametrize("grouped_tokens", [2, 64])
+@pytest.mark.parametrize("grouped_tokens", [2, pytest.param(64, marks=pytest.mark.slow)])
 def test_time_offsets_are_applied(tmp_path, grouped_tokens) -> None:
     compare(tmp_path, [5, 1], [4, 0], "fp32", offset=True, grouped_tokens=grouped_tokens)
 

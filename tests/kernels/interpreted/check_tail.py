@@ -72,7 +72,7 @@ class TestOneRow:
 
 
 class TestDraw:
-    @pytest.mark.parametrize("vocab", [SMALL, LARGE])
+    @pytest.mark.parametrize("vocab", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
     def test_draws_equal_the_engines(self, vocab):
         """Every sampling under changing mixtures, several steps, one banned id."""
         mixed = list(itertools.islice(itertools.cycle(MIXTURES), len(SAMPLINGS)))
@@ -212,6 +212,7 @@ class TestDraw:
         batch.launch(mixed=False)
         assert batch.ids == [300]
 
+    @pytest.mark.slow
     def test_draws_follow_the_distribution(self):
         """Chi-square over the draws of many answers to one prompt, under top-k."""
         logits = torch.full((1, SMALL), -torch.inf, device=DEVICE)
