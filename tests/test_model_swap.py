@@ -130,11 +130,11 @@ def test_what_outlasts_the_drain_ends_with_a_clear_error(config, texts):
         (ModelOrder("broken.pth"), ModelFileError),
         (ModelOrder("absent.pth"), NotFoundError),
         (ModelOrder("../elsewhere.pth"), InvalidRequestError),
-        (ModelOrder("away/tone.pth"), InvalidRequestError),
-        (ModelOrder("away.pth"), InvalidRequestError),
+        pytest.param(ModelOrder("away/tone.pth"), InvalidRequestError, marks=pytest.mark.slow),
+        pytest.param(ModelOrder("away.pth"), InvalidRequestError, marks=pytest.mark.slow),
         (ModelOrder("linked"), InvalidRequestError),
         (ModelOrder("second", dtype="int8"), ConfigError),
-        (ModelOrder("second", template="none"), ConfigError),
+        pytest.param(ModelOrder("second", template="none"), ConfigError, marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_model_at_work(config, order, error):

@@ -19,7 +19,7 @@ def test_a_short_soak_ends_as_it_should(tmp_path):
     model = write_model_folder(tmp_path / "model")
     out = tmp_path / "soak.jsonl"
     command = [sys.executable, SOAK, "--model", model, "--states", states, "--out", out]
-    command += ["--minutes", "0.1", "--clients", "6", "--kill-every-s", "1", "--pause-s", "0.05"]
+    command += ["--minutes", "0.05", "--clients", "6", "--kill-every-s", "1", "--pause-s", "0.05"]
     soak = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert soak.returncode == 0, soak.stdout + soak.stderr
     (line,) = map(json.loads, out.read_text().splitlines())

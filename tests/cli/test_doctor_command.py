@@ -50,6 +50,7 @@ def write_config(path: Path, model: str = "mrss/calm", handlers: str = HANDLER) 
     return path
 
 
+@pytest.mark.slow
 def test_a_sound_installation_ends_with_a_sentence_that_was_generated(
     where: list[object], tmp_path: Path
 ) -> None:

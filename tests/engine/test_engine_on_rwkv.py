@@ -81,7 +81,13 @@ class Loaded:
         return self.run(self.request(name, options, **sampling))["x/0"]  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=[7, 6], ids=["rwkv7", "rwkv6"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(7, id="rwkv7"),
+        pytest.param(6, id="rwkv6", marks=pytest.mark.slow),
+    ],
+)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = tmp_path_factory.mktemp("tiny")
     model = load_model(

@@ -333,7 +333,7 @@ def test_the_posterior_believes_the_state_that_would_have_written_the_prompt(
                 assert choice.mixture.weights != pytest.approx(weights, abs=1e-4)
 
 
-@pytest.mark.parametrize("version", [7, 6])
+@pytest.mark.parametrize("version", [7, pytest.param(6, marks=pytest.mark.slow)])
 def test_real_rows_that_sleep_and_wake_give_the_same_text(version: int, tmp_path: Path) -> None:
     """And in company, where they catch up in other pieces, the same numbers bit for bit."""
     path = tiny_model.write_checkpoint(tmp_path / "tiny.pth", version)

@@ -262,7 +262,13 @@ class Tiny:
         return EngineRequest("x", prompt, self.library.resolve(name), params)
 
 
-@pytest.fixture(scope="module", params=[7, 6], ids=["rwkv7", "rwkv6"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(7, id="rwkv7"),
+        pytest.param(6, id="rwkv6", marks=pytest.mark.slow),
+    ],
+)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     path = tiny_model.write_checkpoint(folder / "tiny.pth", request.param)

@@ -12,7 +12,13 @@ TEXT = [5 + (7 * i) % 280 for i in range(700)]
 REST = [9, 8, 7, 6, 5]
 
 
-@pytest.fixture(scope="module", params=[7, 6], ids=["rwkv7", "rwkv6"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(7, id="rwkv7"),
+        pytest.param(6, id="rwkv6", marks=pytest.mark.slow),
+    ],
+)
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
     return load_model(

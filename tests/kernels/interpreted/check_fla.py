@@ -63,7 +63,7 @@ def _interpretable_fla(monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [pytest.param(6, marks=pytest.mark.slow), 7])
 def test_fla_equals_reference(version) -> None:
     lengths, slots = [0, 3, 70], [8, 2]
     inputs = vectors(version, lengths[-1], torch.float16, seed=3)

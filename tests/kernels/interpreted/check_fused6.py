@@ -97,6 +97,7 @@ class TestAddNormCodes:
     def test_two_launches_equal_reference(self, rows, dtype):
         compare_codes(rows, dtype, num_parts=3, gated=True, fused=False)
 
+    @pytest.mark.slow
     def test_several_rows_in_one_launch_equal_reference(self):
         compare_codes(2, torch.float16, num_parts=2, gated=True)
 
@@ -106,7 +107,7 @@ class TestAddNormCodes:
     def test_more_rows_than_the_skinny_product_takes_equal_reference(self):
         compare_codes(39, torch.float32, num_parts=1, gated=True, fused=False, rank=64)
 
-    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("fused", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_the_first_layer_looks_up_its_tokens(self, fused):
         compare_codes(2, torch.float16, embed=True, fused=fused)
 

@@ -77,11 +77,13 @@ def test_few_tokens_equal_the_layer_by_layer_form(tmp_path, dtype) -> None:
     compare(tmp_path, [1, 4, 2], [4, 0, 1], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32"] if INTERPRETED else DTYPES)
 def test_many_tokens_equal_the_layer_by_layer_form(tmp_path, dtype) -> None:
     compare(tmp_path, [9, 1], [4, 0], dtype, grouped_tokens=8)
 
 
+@pytest.mark.slow
 def test_library_products_equal_the_layer_by_layer_form(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(linear_ops, "MAX_ROWS", 4)
     compare(tmp_path, [7, 3], [4, 0], "fp16", ffn_chunk_len=3, grouped_tokens=8)

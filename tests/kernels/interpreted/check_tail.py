@@ -140,7 +140,7 @@ class TestDraw:
             assert batch.ids == twin.ids
             assert_nothing_is_left(batch)
 
-    @pytest.mark.parametrize("pairs", [2, 256])
+    @pytest.mark.parametrize("pairs", [2, pytest.param(256, marks=pytest.mark.slow)])
     def test_the_lowest_ids_are_kept_among_equals(self, pairs, monkeypatch):
         """Ties at the boundary of top-k, of top-p, of both; the two zeros are equal."""
         monkeypatch.setattr(tail_ops, "PAIRS", pairs)
