@@ -172,6 +172,7 @@ def test_an_engine_leaves_after_its_last_client(place):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_gives_its_lease_back(place):
     code = (
         "import asyncio, sys, test_autostart as t\n"
@@ -263,6 +264,7 @@ def test_no_other_server_looks_at_a_socket_between_its_bind_and_its_listen(place
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_second_server_on_a_socket_says_so_and_leaves_it_alone(place):
     path = place.folder / "s"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -291,6 +293,7 @@ def test_a_second_server_on_a_socket_says_so_and_leaves_it_alone(place):
         (["--dtype", "x"], "dtype must"),
     ],
 )
+@pytest.mark.slow
 def test_a_bad_flag_is_one_sentence_and_status_1(flags, words):
     run = subprocess.run(
         [sys.executable, "-m", "mrss_provider.server", *flags],

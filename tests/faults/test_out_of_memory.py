@@ -109,6 +109,7 @@ def test_the_older_half_goes_on_as_if_nothing_had_been(step, on_device):
     assert engine.num_free_rows == 16
 
 
+@pytest.mark.slow
 def test_memory_that_stays_short_ends_with_nobody_stuck(on_device):
     model = Halfway()
     engine = make_engine(model, on_device=on_device)

@@ -175,6 +175,7 @@ def test_a_state_inside_the_checkpoint_is_what_rows_start_from(version, tmp_path
     assert torch.equal(pool.wkv[:, 1], wkv)
 
 
+@pytest.mark.slow
 def test_the_package_reads_a_state_inside_an_rwkv6_as_we_do(tmp_path, token_ids):
     path = tmp_path / "m.pth"
     torch.save(checkpoint(6) | tuned_state(scale=0.5), path)

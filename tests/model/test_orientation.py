@@ -49,6 +49,7 @@ def test_the_orientation_check_reports_what_each_reading_scores(
 
 
 @pytest.mark.parametrize("begins", [False, True], ids=["text", "text after a 0"])
+@pytest.mark.slow
 def test_the_orientation_check_of_a_bos_state_reads_a_leading_0(model, tmp_path, token_ids, begins):
     tensors = checkpoint(model.config.version)
     states = tuned_state(scale=0.5)
@@ -72,6 +73,7 @@ def test_the_orientation_check_of_a_bos_state_reads_a_leading_0(model, tmp_path,
     assert check.nll_base == pytest.approx(nll(None, 0), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_orientation_check_of_a_long_text_is_bounded(model, tmp_path, monkeypatch):
     sizes = []
     head = model.head

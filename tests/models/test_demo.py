@@ -131,6 +131,7 @@ def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
     assert both[0] <= found["both"] <= both[1], texts
 
 
+@pytest.mark.slow
 def test_the_bundled_gate_beats_fixed_weights_and_novelty_on_facts_it_never_saw(bench, library):
     gate = library.gates["harbour"]
     assert gate.metadata.states == {n: state.sha256 for n, state in library.states.items()}

@@ -75,6 +75,7 @@ def test_a_document_is_marked_token_by_token(encoder):
     assert sum(example.fact) == kinds.count(FACT)
 
 
+@pytest.mark.slow
 def test_training_in_small_learns_and_writes_what_it_did(entries, encoder, tmp_path, capsys):
     rng = random.Random(0)
     batch = pack_rows(rng, encoder, 2, 64, max_facts=2)

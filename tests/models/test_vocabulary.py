@@ -37,6 +37,7 @@ def test_it_has_every_byte_and_at_most_4096_entries_from_id_1():
     assert not [token for token in ENTRIES if not token]
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_world_gives():
     assert world_vocab() == ENTRIES
 

@@ -105,6 +105,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_forked_child_answers_on_a_thread_of_its_own():
     tests = Path(__file__).parent.parent
     result = subprocess.run(

@@ -373,6 +373,7 @@ def test_killed_engine_is_a_503_and_its_successor_serves(chat, folder):
         second.wait(WAIT_S)
 
 
+@pytest.mark.slow
 def test_engine_is_started_once_for_all_and_again_after_sigkill(chat, folder):
     def ask(_=None):
         return chat("Who are you?", model="auto/knowledge+tone", max_tokens=4, seed=1)

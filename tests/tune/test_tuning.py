@@ -181,6 +181,7 @@ def test_an_initial_state_of_another_shape_is_refused_with_both_shapes(weights):
         tune_state(weights, always(EXAMPLE), config(), initial=torch.zeros(1, 2))
 
 
+@pytest.mark.slow
 def test_the_generator_of_a_job_is_its_own(weights):
     drawn = []
 

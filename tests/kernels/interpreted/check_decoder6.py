@@ -84,6 +84,7 @@ def test_fused_steps_equal_the_layer_by_layer_ones(tmp_path, slots, dtype) -> No
     compare(tmp_path, slots, dtype)
 
 
+@pytest.mark.slow
 def test_time_offsets_are_applied(tmp_path) -> None:
     compare(tmp_path, [4, 0, 1], "fp32", offset=True)
 

@@ -108,6 +108,7 @@ class TestAddNormCodes:
         compare_codes(39, torch.float32, num_parts=1, gated=True, fused=False, rank=64)
 
     @pytest.mark.parametrize("fused", [pytest.param(True, marks=pytest.mark.slow), False])
+    @pytest.mark.slow
     def test_the_first_layer_looks_up_its_tokens(self, fused):
         compare_codes(2, torch.float16, embed=True, fused=fused)
 

@@ -164,6 +164,7 @@ class TestMerge:
         batch.launch(truncate=False)
         assert_merged(batch, same)
 
+    @pytest.mark.slow
     def test_rows_of_other_places_and_more_than_a_tile_are_gated(self):
         """19 rows of which some are silenced, under every gate; 12 are more than one tile."""
         named = [0.0, *[1.0, 0.0, 0.5] * 6]

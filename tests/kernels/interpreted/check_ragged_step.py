@@ -89,6 +89,7 @@ def test_library_products_equal_the_layer_by_layer_form(tmp_path, monkeypatch) -
     compare(tmp_path, [7, 3], [4, 0], "fp16", ffn_chunk_len=3, grouped_tokens=8)
 
 
+@pytest.mark.slow
 def test_decoding_rows_alone_equal_the_layer_by_layer_form(tmp_path) -> None:
     compare(tmp_path, [1, 1, 1], [4, 0, 1], "fp16")
 

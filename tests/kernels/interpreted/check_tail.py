@@ -192,6 +192,7 @@ class TestDraw:
         batch.launch(mixed=False)
         assert_same(batch, picked)
 
+    @pytest.mark.slow
     def test_all_equal_logits_keep_exactly_as_many_as_asked(self):
         logits = torch.zeros(1, LARGE, device=DEVICE)
         params = [sampling(top_k=3), sampling(top_p=0.01), sampling(top_p=0.5, top_k=700)]
@@ -237,6 +238,7 @@ class TestDraw:
 
 
 class TestPenalties:
+    @pytest.mark.slow
     def test_counts_decay_and_grow_as_the_engines(self):
         """Five steps: tokens, and at the end counts and marks, which the kernels kept alone."""
         params = [
@@ -342,6 +344,7 @@ class TestRequests:
             assert alone.outputs.log_probs.equal(together.outputs.log_probs[g : g + 1])
             assert alone.outputs.merged.equal(together.outputs.merged[g : g + 1])
 
+    @pytest.mark.slow
     def test_the_plain_form_picks_the_same(self):
         """The twin has the kernels' arguments, and changes the same tensors."""
         mixed = [*MIXTURES, MIXTURES[0], MIXTURES[0]]
