@@ -114,6 +114,7 @@ def test_the_first_request_starts_an_engine_and_others_share_it(place):
     assert os.getsid(place.pids[0]) == place.pids[0]
 
 
+@pytest.mark.slow
 def test_processes_that_race_start_one_engine(place):
     code = (
         "import asyncio, sys, test_autostart as t\n"

@@ -164,6 +164,7 @@ def test_without_save_a_session_stays_where_it_is(config):
 
 
 @pytest.mark.parametrize("model", ["base", "knowledge+tone"])
+@pytest.mark.slow
 def test_a_chat_over_a_session_is_the_chat_over_whole_histories(model):
     system = Message("system", "You are the keeper of a small harbour, and you answer kindly.")
     questions = ("Good morning! Who are you?", "Where do you live?", "Thank you, good night!")

@@ -91,6 +91,7 @@ def test_a_cache_that_cannot_be_written_changes_no_answer(server):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "other"])
+@pytest.mark.slow
 def test_cache_files_that_are_damaged_change_no_answer(tmp_path, damage):
     config = replace(write_folders(tmp_path), cache_dir=tmp_path / "cache")
     with served(tmp_path, config) as found:

@@ -120,6 +120,7 @@ def test_every_state_and_mixture_loads_without_complaint(library):
         ("linear novelty", (0.8, 1.0), (0.8, 1.0), (0.7, 1.0)),
     ],
 )
+@pytest.mark.slow
 def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
     bench, ways, way, knows, toned, both
 ):

@@ -90,6 +90,7 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_little_until_then(conf
     assert "a client took nothing for 0.8 s and is dropped" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_slowly_is_served_for_as_long_as_it_reads(config, caplog):
     backend = FloodBackend()
     pause = threading.Event()

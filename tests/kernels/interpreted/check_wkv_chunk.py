@@ -84,6 +84,7 @@ def compare(inputs, lengths, form, *, pool_dtype=torch.float32, on_host=True, pa
 
 
 @pytest.mark.parametrize("lengths", [[1], [2], [15], [16], [17], [63], [100], [1, 33, 2, 17, 48]])
+@pytest.mark.slow
 def test_lengths_equal_reference(lengths) -> None:
     compare(vectors(sum(lengths), torch.float32), lengths, FORMS["fp32"])
 
