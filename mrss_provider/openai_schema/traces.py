@@ -19,7 +19,7 @@ def trace_fields(tokens: Sequence[TokenTrace], summary: TraceSummary | None) -> 
     """Write a trace as entries of an `mrss` object; empty if nothing was traced."""
     entries: dict[str, Any] = {}
     if tokens:
-        entries["trace"] = [token_trace_to_dict(token) for token in tokens]
+        entries["tokens"] = [token_trace_to_dict(token) for token in tokens]
     if summary is not None:
         entries["spoken_share"] = dict(summary.spoken_share)
         entries["influence_half_life"] = dict(summary.influence_half_life)
@@ -35,7 +35,7 @@ def read_trace(mrss: Mapping[str, Any]) -> tuple[tuple[TokenTrace, ...], TraceSu
     summary = None
     if "spoken_share" in mrss:
         summary = TraceSummary(mrss["spoken_share"], mrss["influence_half_life"])
-    return tuple(_token_from_dict(raw) for raw in mrss.get("trace", ())), summary
+    return tuple(_token_from_dict(raw) for raw in mrss.get("tokens", ())), summary
 
 
 def token_trace_to_dict(trace: TokenTrace) -> dict[str, Any]:

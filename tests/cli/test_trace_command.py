@@ -168,7 +168,7 @@ def test_json_has_the_trace_and_its_sums(
     trace(FakeBackend(ANSWER), runner, REQUEST, html=None, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["text"] == "Arr, Bridge"
-    assert [token["who"] for token in told["trace"]] == ["tone", "tone", "knowledge"]
+    assert [token["who"] for token in told["tokens"]] == ["tone", "tone", "knowledge"]
     assert told["spoken_share"] == SUMMARY.spoken_share
 
 

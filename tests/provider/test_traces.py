@@ -89,7 +89,7 @@ def test_choices_of_a_stream_keep_their_own_traces(backend, chat):
     for chunk in chat(stream=True, n=3):
         for choice in chunk.choices:
             fields = getattr(choice.delta, "provider_specific_fields", None) or {}
-            by_choice[choice.index] += len(fields.get("mrss", {}).get("trace", ()))
+            by_choice[choice.index] += len(fields.get("mrss", {}).get("tokens", ()))
     assert by_choice == dict.fromkeys(range(3), 2)
 
 

@@ -112,9 +112,9 @@ def test_trace_survives_the_proxy_whole_and_streamed(chat):
     for chunk in chat(stream=True, **traced):
         fields = getattr(chunk.choices[0].delta, "provider_specific_fields", None) or {}
         found.append(fields.get("mrss", {}))
-    streamed = [token for mrss in found for token in mrss.get("trace", ())]
-    assert [token["token"] for token in whole["trace"]] == list(WORDS)
-    assert streamed == whole["trace"]
+    streamed = [token for mrss in found for token in mrss.get("tokens", ())]
+    assert [token["token"] for token in whole["tokens"]] == list(WORDS)
+    assert streamed == whole["tokens"]
     (share,) = [mrss["spoken_share"] for mrss in found if "spoken_share" in mrss]
     assert share == whole["spoken_share"] == SUMMARY.spoken_share
 
