@@ -1,0 +1,69 @@
+"""The seam: what a front end asks for, what it gets back, and the `Backend` protocol.
+
+A leaf. `AsyncEngine` (in this process) and `Client` (over HTTP) are both a `Backend`, so the
+server and the LiteLLM provider are written and tested against this package alone.
+"""
+
+from mrss_provider.backend.answer import (
+    AGREED,
+    Delta,
+    DeltaStream,
+    FinishReason,
+    StreamInfo,
+    TokenLogprob,
+    TokenTrace,
+    ToolCallDelta,
+    TopLogprob,
+    TraceSummary,
+    Usage,
+)
+from mrss_provider.backend.capabilities import (
+    CacheStats,
+    EngineStats,
+    KeepsSessions,
+    Observable,
+    SessionInfo,
+)
+from mrss_provider.backend.protocol import (
+    Backend,
+    ModelCard,
+)
+from mrss_provider.backend.request import (
+    GenerateRequest,
+    Grammar,
+    Message,
+    MixtureOptions,
+    Role,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+__all__ = [
+    "AGREED",
+    "Backend",
+    "CacheStats",
+    "Delta",
+    "DeltaStream",
+    "EngineStats",
+    "FinishReason",
+    "GenerateRequest",
+    "Grammar",
+    "KeepsSessions",
+    "Message",
+    "MixtureOptions",
+    "ModelCard",
+    "Observable",
+    "Role",
+    "SessionInfo",
+    "StreamInfo",
+    "TokenLogprob",
+    "TokenTrace",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolChoice",
+    "TopLogprob",
+    "TraceSummary",
+    "Usage",
+]

@@ -1,0 +1,193 @@
+"""What a front end asks for: messages, tools, a grammar, and the `GenerateRequest` around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mrss_provider.errors import InvalidRequestError
+from mrss_provider.sampling_params import SamplingParams
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function, as the assistant made it.
+
+    Attributes:
+        id: what the tool's answer refers to.
+        name: of the function.
+        arguments: a JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat, its text already joined from the OpenAI content parts.
+
+    Attributes:
+        role: who speaks; `tool` is the answer of a function.
+        content: the text.
+        tool_calls: what the assistant called in this turn.
+        tool_call_id: the call that a tool's message answers.
+    """
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call.
+
+    Attributes:
+        name: of the function.
+        description: what it is for; may be empty.
+        parameters: JSON Schema of its arguments, an object.
+        strict: whether its arguments must follow the schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether tools are called.
+
+    Attributes:
+        mode: `none` never, `auto` as the model likes, `required` at least one.
+        name: the only one that may be called; `mode` is `required` then.
+        parallel: whether one answer may have several calls.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What every answer that ends by itself conforms to.
+
+    Attributes:
+        kind: how `text` says it: a JSON Schema (as JSON text), a regular expression that matches
+            the whole answer, or a Lark grammar whose start rule is `start`.
+        text: the schema, expression or grammar.
+        param: the key of the request that asked for it, for errors.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    param: str = "response_format"
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """A request's `mrss` object and RWKV-Infer's `mrss_gatingweight`.
+
+    Attributes:
+        weights: state name -> weight (a ratio), replacing those of the name.
+        merge: merge rule by name.
+        gate: gate by name.
+        cut: plausibility cut in [0, 1) for the rules that have one; 0 is off.
+        gating_weights: RWKV-Infer's list, in the order of the terms as typed.
+        trace: tell of each token which state spoke.
+    """
+
+    weights: Mapping[str, float] | None = None
+    merge: str | None = None
+    gate: str | None = None
+    cut: float | None = None
+    gating_weights: tuple[float, ...] | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One request for `n` answers to one prompt.
+
+    Exactly one of `messages` (a chat, rendered by the engine's template) and `prompt` (text, or
+    token ids, taken as they are) is given.
+
+    Attributes:
+        model: the mixture as typed, without LiteLLM's `mrss/`.
+        timeout_s: for the whole answer, seconds; None is the server's limit.
+        given: a text that takes the place of the answer: its tokens are read, none is drawn. `n`
+            is 1 then, and `sampling` has neither `max_tokens` nor `stop`.
+        owner: who asks: the id of an API key, never the key; "" where no keys are in use. Set by
+            the server, not by what was sent.
+        max_prompt_len: longest prompt that the owner may send, in tokens; 0 is the engine's limit
+            alone. Set by the server too.
+        max_answer_len: most tokens that the owner may ask for; the same.
+        session: a saved conversation that this goes on with: `messages` or `prompt` is what is new,
+            and empty where the last answer goes on. `n` is 1 then.
+        session_save: put the conversation after the answer in the place of the saved one.
+        grammar: what the answer conforms to; None is any text.
+        tools: functions that the model is told of; none in a text completion.
+        tool_choice: whether it calls them.
+        thinking: whether it thinks before it answers; None is what the template does by itself.
+    """
+
+    model: str
+    sampling: SamplingParams
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    n: int = 1
+    mixture: MixtureOptions = field(default_factory=MixtureOptions)
+    timeout_s: float | None = None
+    given: str | None = None
+    owner: str = ""
+    max_prompt_len: int = 0
+    max_answer_len: int = 0
+    session: str | None = None
+    session_save: bool = False
+    grammar: Grammar | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    thinking: bool | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.messages is None) != (self.prompt is None)
+        self._check_session()
+        if self.given is not None:
+            self._check_given(self.given)
+
+    def _check_session(self) -> None:
+        if self.session is None:
+            if self.session_save:
+                raise InvalidRequestError(
+                    "mrss.save needs mrss.session, the id of the conversation that is saved",
+                    param="mrss.save",
+                )
+        elif self.n != 1 or self.given is not None:
+            key = "n" if self.n != 1 else "mrss.given"
+            raise InvalidRequestError(
+                f"a session goes on with one answer, which is not given; leave {key} out", param=key
+            )
+
+    def _check_given(self, given: str) -> None:
+        if not given:
+            raise InvalidRequestError("given must be a text, got ''", param="mrss.given")
+        sampling = self.sampling
+        for key, value, neutral in (
+            ("n", self.n, 1),
+            ("max_tokens", sampling.max_tokens, None),
+            ("stop", sampling.stop, ()),
+        ):
+            if value != neutral:
+                raise InvalidRequestError(
+                    f"{key} must be left out with mrss.given, whose text is the one answer, whole; "
+                    f"got {value!r}",
+                    param=key,
+                )
