@@ -63,6 +63,7 @@ def test_time_offsets_are_applied(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("slots", [pytest.param([3], marks=pytest.mark.slow), [5, 1, -1, 0, 3, 2]])
+@pytest.mark.slow
 def test_reading_the_ffn_sparsely_changes_nothing(tmp_path, slots) -> None:
     compare(tmp_path, slots, "fp32", offset=False, sparse_ffn=True)
 

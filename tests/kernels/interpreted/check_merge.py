@@ -184,6 +184,7 @@ class TestMerge:
             base = batch.logits[pick.rows[0]]
             torch.testing.assert_close(batch.outputs.merged[g], base, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_a_row_alone_and_a_chosen_row_keep_every_bit(self):
         weights = ((0.0, 1.0, 0.0), (0.2, 0.4, 0.4), (0.6, 0.4))
         mixed = [mixture(*weights[0], merge=m) for m in ("linear", "geometric", "power", "power:0")]
@@ -195,6 +196,7 @@ class TestMerge:
             row = pick.rows[0 if g == 7 else 1]
             assert batch.outputs.merged[g].equal(batch.logits[row]), g
 
+    @pytest.mark.slow
     def test_equal_and_lonely_likeliest_tokens_have_a_margin(self):
         """A learned gate: ties within a block, across blocks, and rows of one token."""
         mixed = [mixture(0.2, 0.3, 0.5, gate="learned:check", base=True, seed=g) for g in range(4)]
@@ -209,6 +211,7 @@ class TestMerge:
         batch.launch(truncate=False)
         assert_merged(batch, same)
 
+    @pytest.mark.slow
     def test_neighbours_and_place_do_not_change_a_bit(self):
         """Each rule under another gate, beside all others and alone."""
         mixed = PAIRS[:: len(ROW_GATES) + 1]

@@ -101,6 +101,7 @@ def test_padding_touches_no_state(tmp_path, grouped_tokens) -> None:
 
 
 @pytest.mark.parametrize("grouped_tokens", [2, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_time_offsets_are_applied(tmp_path, grouped_tokens) -> None:
     compare(tmp_path, [5, 1], [4, 0], "fp32", offset=True, grouped_tokens=grouped_tokens)
 

@@ -141,6 +141,7 @@ class TestDraw:
             assert_nothing_is_left(batch)
 
     @pytest.mark.parametrize("pairs", [2, pytest.param(256, marks=pytest.mark.slow)])
+    @pytest.mark.slow
     def test_the_lowest_ids_are_kept_among_equals(self, pairs, monkeypatch):
         """Ties at the boundary of top-k, of top-p, of both; the two zeros are equal."""
         monkeypatch.setattr(tail_ops, "PAIRS", pairs)
@@ -313,6 +314,7 @@ class TestRequests:
         assert batch.inputs.ints[:, 2:].equal(before)
         assert batch.token_ids.tolist() == [batch.ids[0], -5, -5]
 
+    @pytest.mark.slow
     def test_answers_share_the_rows_of_their_prompt(self):
         params = [sampling(seed=9, logit_bias={3: -100, 4: 1.0}, top_p=0.9)] * 4
         picks = [pick_of(range(1, 5), MIXTURES[4], p, choice=g) for g, p in enumerate(params)]
