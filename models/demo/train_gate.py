@@ -13,11 +13,11 @@ Some two minutes on one CPU core.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.demo.chats import as_line
 from mrss_provider.cli.gate_train import Job, train
 from mrss_provider.config import EngineConfig
 from mrss_provider.evaluate.world import HOME_FACTS, Document, Fact, knowledge_document
@@ -30,15 +30,6 @@ LEARNT_FACTS, HELD_OUT_FACTS = HOME_FACTS[::2], HOME_FACTS[1::2]
 """Facts that the gate's training text has, and those that it never sees."""
 
 NUM_TEXTS = 400
-
-
-def as_line(doc: Document) -> str:
-    """Return a chat as a line of JSON: what comes before the last answer, and that answer."""
-    messages = []
-    for turn in doc.text.strip().split("\n\n"):
-        role, said = turn.split(": ", 1)
-        messages.append({"role": role.lower(), "content": said})
-    return json.dumps({"messages": messages})
 
 
 def mixed_texts(rng: random.Random, facts: Sequence[Fact], count: int) -> list[Document]:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mrss_provider.async_engine.card import model_folder, read_card
+from mrss_provider.async_engine.card import read_card
+from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.backend import MixtureOptions
-from mrss_provider.chat import load_template
 from mrss_provider.cli.output import CommandError, answer, note
 from mrss_provider.cli.states import read_config
 from mrss_provider.config import EngineConfig
@@ -78,7 +78,11 @@ def train(engine: EngineConfig, job: Job) -> None:
     mixture = _resolve(engine, job.mixture)
 
     model = load_model(
-        engine.model, device=engine.device, dtype=engine.dtype, threads=engine.threads
+        engine.model,
+        device=engine.device,
+        dtype=engine.dtype,
+        quantize=engine.quantize,
+        threads=engine.threads,
     )
     allowed = set(tokenizer.allowed_ids(model.config.vocab_size))
     banned = [token for token in range(model.config.vocab_size) if token not in allowed]
@@ -112,9 +116,7 @@ def train(engine: EngineConfig, job: Job) -> None:
 
 
 def _read(engine: EngineConfig, path: Path, tokenizer: Tokenizer, least: int) -> list[Example]:
-    template = load_template(
-        engine.template or read_card(engine.model).template, model_folder(engine.model)
-    )
+    template, _ = choose_template(engine.template, read_card(engine.model), engine.model)
     examples = read_chats(path, tokenizer, template)
     if len(examples) < least:
         raise InvalidRequestError(f"{path} holds {len(examples)} texts, {least} are needed")

@@ -20,7 +20,8 @@ class Example:
     Attributes:
         token_ids: T ids.
         answer: T flags, true where the assistant speaks (its end-of-turn newlines included).
-        fact: T flags, true where a token states what must be learnt; a subset of `answer`.
+        fact: T flags, true where a token states what must be learnt. Outside of answers they count
+            with a loss on all tokens only.
     """
 
     token_ids: tuple[int, ...]

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mrss_provider.errors import ModelFileError
+from mrss_provider.errors import StateFileError
 from mrss_provider.model import ModelConfig, StateMetadata, TunedState, save_tuned_state
 from mrss_provider.model.weights import Weights as CheckpointWeights
 from mrss_provider.model.weights import load_weights
-from mrss_provider.tune.tuning import TuneConfig, TuneResult
+from mrss_provider.tune.config import TuneConfig, TuneResult
 
-_LORA = re.compile(r"att\.[wavg][12]$")
+_LORA = re.compile(r"att\.([wavg][12]|time_maa_w[12]|time_decay_w[12])$")
 
 LOSSES_KEPT = 10
 """Steps whose mean loss is written down as the first and as the last."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read an RWKV-7 checkpoint, file or folder, in the official names and layout.
+    """Read an RWKV-7 or RWKV-6 checkpoint, file or folder, in the official names and layout.
 
     Returns:
         name -> tensor on the CPU, all in the file's dtype, or in the smallest that holds every
         value where the file mixes dtypes. A `time_state` in the file comes too, always in fp32.
 
     Raises:
-        ModelFileError: no checkpoint, or one of RWKV-6, which cannot be tuned here.
+        ModelFileError: no checkpoint.
     """
     checkpoint = load_weights(path)
-    if checkpoint.version != 7:
-        raise ModelFileError(
-            f"states can be tuned on RWKV-7 models only, {path} is an RWKV-{checkpoint.version}; "
-            "tune it with RWKV-PEFT and load the state that it writes"
-        )
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in checkpoint.tensors.values()})
     # The loader keeps every matrix as [out, in]; officially the low-rank ones are [in, out].
     weights = {
@@ -55,19 +54,24 @@ def save_result(
     result: TuneResult,
     model: Path,
     *,
-    group: str,
+    group: str | None,
     config: TuneConfig,
     licence: str | None = None,
+    display_name: str | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> TunedState:
     """Write a learnt state, with how it came to be, and return it.
 
     Args:
-        path: `.safetensors`; its stem is the state's name.
+        path: `.safetensors`, or `.pth` for RWKV-PEFT's form; its stem is the state's name. What a
+            `.pth` cannot say goes into a file beside it, with `.json` added to its name.
         result: from `tune_state`.
         model: the checkpoint that it was tuned on.
         group: what the state is about: knowledge, tone, task, ...
         config: that it was tuned with.
         licence: an SPDX name, or words.
+        display_name: for people.
+        notes: more about how it was made, as JSON has it; goes into the metadata.
 
     Raises:
         ModelFileError: `model` cannot be read.
@@ -85,12 +89,33 @@ def save_result(
         local=config.locality > 0,
         orientation="vk",
         licence=licence,
-        training=training,
+        training=training | dict(notes or {}),
+        display_name=display_name,
     )
     model_config = _config(checkpoint)
-    state = TunedState(path.stem, result.wkv, metadata=metadata.with_base(model_config))
+    state = TunedState(
+        path.stem,
+        result.wkv,
+        time_offset=result.time_offset,
+        metadata=metadata.with_base(model_config),
+    )
     save_tuned_state(path, state, model_config)
+    if path.suffix == ".pth":
+        strings = state.metadata.to_strings(model_config)
+        about = strings | {"training": state.metadata.training}
+        _write_json(path.with_name(path.name + ".json"), about)
     return state
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as exc:
+        raise StateFileError(f"{path} cannot be written: {exc}") from exc
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _config(checkpoint: CheckpointWeights) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""RWKV-7 as a differentiable function of a flat dict of weights in the official names.
+"""RWKV-7 and RWKV-6 as a differentiable function of a flat dict of weights in official names.
 
 It reads the same tensors that the engine serves. Nothing here knows text or files.
 """
@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrss_provider.tune.wkv import Backend, wkv7
+from mrss_provider.tune import rwkv6, rwkv7
+from mrss_provider.tune.wkv import Backend
 
 Weights = Mapping[str, Tensor]
 
-LOG_DECAY_SCALE = -0.606530659712633
-"""-exp(-0.5): the log decay is this times a sigmoid."""
-
 EPS = 1e-5
-GROUP_NORM_EPS = 64e-5
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,10 @@ class Shape:
 
     @classmethod
     def of(cls, weights: Weights) -> Shape:
-        """Read the sizes from the tensors of an RWKV-7 checkpoint."""
+        """Read the sizes from the tensors of a checkpoint."""
         vocab_size, hidden_size = weights["emb.weight"].shape
-        num_heads, head_size = weights["blocks.0.att.r_k"].shape
+        bonus = "time_faaaa" if version(weights) == 6 else "r_k"
+        num_heads, head_size = weights[f"blocks.0.att.{bonus}"].shape
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
         return cls(len(layers), hidden_size, num_heads, head_size, vocab_size)
 
@@ -47,12 +45,17 @@ class Shape:
         return self.num_layers, self.num_heads, self.head_size, self.head_size
 
 
+def version(weights: Weights) -> int:
+    """Return 6 or 7, by the names of the tensors."""
+    return 6 if "blocks.0.att.time_faaaa" in weights else 7
+
+
 @dataclass
 class RowState:
     """What B rows carry from token to token.
 
     Attributes:
-        wkv: one [B, H, N, N] fp32 a layer, [V, K].
+        wkv: one [B, H, N, N] fp32 a layer, [V, K] for RWKV-7 and [K, V] for RWKV-6.
         shift_att: one [B, C] a layer, the last output of ln1.
         shift_ffn: one [B, C] a layer, the last output of ln2.
     """
@@ -65,20 +68,22 @@ class RowState:
 def base_state(weights: Weights) -> Tensor:
     """Return where rows without a tuned state begin, [L, H, N, N] fp32: a new tensor.
 
-    It is the weights' own `time_state` where they bring one, else zeros.
+    It is the weights' own `time_state` where they bring one, else zeros, as the model computes
+    with it: [V, K] for RWKV-7, [K, V] for RWKV-6.
     """
     shape = Shape.of(weights)
     names = [f"blocks.{i}.att.time_state" for i in range(shape.num_layers)]
     if names[0] not in weights:
         return torch.zeros(shape.state_size, device=weights["emb.weight"].device)
-    return torch.stack([weights[name].float() for name in names])
+    states = torch.stack([weights[name].float() for name in names])
+    return states.mT.contiguous() if version(weights) == 6 else states
 
 
 def start_state(shape: Shape, wkv: Tensor, dtype: torch.dtype) -> RowState:
     """Return the state of B rows that begin at `wkv` [B, L, H, N, N] with zero shifts."""
     zeros = wkv.new_zeros(wkv.shape[0], shape.hidden_size, dtype=dtype)
     layers = range(shape.num_layers)
-    return RowState([wkv[:, i] for i in layers], [zeros for _ in layers], [zeros for _ in layers])
+    return RowState(list(wkv.unbind(1)), [zeros for _ in layers], [zeros for _ in layers])
 
 
 def forward(
@@ -86,6 +91,7 @@ def forward(
     token_ids: Tensor,
     state: RowState,
     *,
+    offsets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, RowState]:
     """Run B rows over T tokens.
@@ -96,12 +102,15 @@ def forward(
             absent; a `time_state` is not read here, see `base_state`.
         token_ids: [B, T] int64.
         state: where the rows start; not modified.
+        offsets: [B, L, C] fp32, each row's `time_offset`; None is zeros.
         backend: of the recurrence, see `wkv7`.
 
     Returns:
         hidden [B, T, C] (after ln_out, in the weights' dtype) and the state after the last token.
     """
     num_layers = len(state.wkv)
+    layer = rwkv6 if version(weights) == 6 else rwkv7
+    by_layer = [None] * num_layers if offsets is None else offsets.unbind(1)
     after = RowState([], [], [])
     x = F.embedding(token_ids, weights["emb.weight"]).float()
     if "blocks.0.ln0.weight" in weights:
@@ -110,14 +119,15 @@ def forward(
     for i in range(num_layers):
         block = f"blocks.{i}."
         h = _layer_norm(x, weights, block + "ln1")
-        out, v_first, wkv = _time_mix(
-            weights, block + "att.", h, state.shift_att[i], v_first, state.wkv[i], backend
+        shift, wkv, offset = state.shift_att[i], state.wkv[i], by_layer[i]
+        out, v_first, wkv = layer.time_mix(
+            weights, block + "att.", h, shift, v_first, wkv, offset, backend
         )
         x = x + out
         after.wkv.append(wkv)
         after.shift_att.append(h[:, -1])
         h = _layer_norm(x, weights, block + "ln2")
-        x = x + _channel_mix(weights, block + "ffn.", h, state.shift_ffn[i])
+        x = x + layer.channel_mix(weights, block + "ffn.", h, state.shift_ffn[i])
         after.shift_ffn.append(h[:, -1])
     return _layer_norm(x, weights, "ln_out"), after
 
@@ -125,55 +135,6 @@ def forward(
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
     """Return fp32 logits [..., V] of hidden [..., C]."""
     return F.linear(hidden, weights["head.weight"]).float()
-
-
-def _time_mix(
-    weights: Weights,
-    name: str,
-    h: Tensor,
-    shift: Tensor,
-    v_first: Tensor | None,
-    state: Tensor,
-    backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the residual update [B, T, C], the first layer's value and the wkv state."""
-
-    def get(key: str) -> Tensor:
-        return weights[name + key]
-
-    num_heads, head_size = get("r_k").shape
-    heads = (*h.shape[:2], num_heads, head_size)
-    d = torch.cat([shift[:, None], h[:, :-1]], 1) - h
-    xr, xw, xk, xv, xa, xg = (torch.addcmul(h, d, get("x_" + c).reshape(-1)) for c in "rwkvag")
-    r = F.linear(xr, get("receptance.weight"))
-    k = F.linear(xk, get("key.weight"))
-    v = F.linear(xv, get("value.weight"))
-    decay = get("w0").float().reshape(-1) + (torch.tanh(xw @ get("w1")) @ get("w2")).float()
-    log_decay = LOG_DECAY_SCALE * torch.sigmoid(decay)
-    if v_first is None:
-        v_first = v
-    else:
-        v = torch.lerp(
-            v, v_first, torch.sigmoid(get("v0").reshape(-1) + (xv @ get("v1")) @ get("v2"))
-        )
-    a = torch.sigmoid(get("a0").reshape(-1) + (xa @ get("a1")) @ get("a2"))
-    g = torch.sigmoid(xg @ get("g1")) @ get("g2")
-    kk = F.normalize((k * get("k_k").reshape(-1)).view(heads).float(), dim=-1).to(k.dtype)
-    k = k * (1 + (a - 1) * get("k_a").reshape(-1))
-    r, k, v_heads, a = r.view(heads), k.view(heads), v.view(heads), a.view(heads)
-    y, state = wkv7(r, log_decay.view(heads), k, v_heads, kk, a, state, backend=backend)
-    # A group norm over heads: one layer norm a head, then the affine part over all channels.
-    y = F.layer_norm(y.float(), (head_size,), eps=GROUP_NORM_EPS).flatten(2)
-    y = (y * get("ln_x.weight").float() + get("ln_x.bias").float()).to(h.dtype)
-    bonus = (r * k * get("r_k")).sum(-1, keepdim=True) * v_heads
-    return F.linear((y + bonus.flatten(2)) * g, get("output.weight")), v_first, state
-
-
-def _channel_mix(weights: Weights, name: str, h: Tensor, shift: Tensor) -> Tensor:
-    d = torch.cat([shift[:, None], h[:, :-1]], 1) - h
-    xk = torch.addcmul(h, d, weights[name + "x_k"].reshape(-1))
-    k = torch.relu(F.linear(xk, weights[name + "key.weight"])) ** 2
-    return F.linear(k, weights[name + "value.weight"])
 
 
 def _layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:

@@ -121,7 +121,7 @@ def _wkv7_chunked(
     """
     num_tokens = r.shape[1]
     padded = -num_tokens % CHUNK_LEN
-    rf, wf, kf, vf, kkf, af = (_to_chunks(x, padded) for x in (r, w, k, v, kk, a))
+    rf, wf, kf, vf, kkf, af = (to_chunks(x, padded) for x in (r, w, k, v, kk, a))
     log_decay = wf.cumsum(-2)
     grow = (-log_decay).exp()
     r_in = rf * log_decay.exp()
@@ -138,18 +138,20 @@ def _wkv7_chunked(
     end_decay = log_decay[..., -1:, :].exp()
 
     states, removed = [], []
-    for i in range(rf.shape[2]):
+    # Unbound once: the gradient of an index is as large as what was indexed.
+    chunks = (x.unbind(2) for x in (from_state, from_values, b_in, added, end_decay))
+    for through, own, b, more, decay in zip(*chunks, strict=True):
         states.append(state)
-        u = from_state[:, :, i] @ state.mT + from_values[:, :, i]
+        u = through @ state.mT + own
         removed.append(u)
-        state = (state + u.mT @ b_in[:, :, i] + added[:, :, i]) * end_decay[:, :, i]
+        state = (state + u.mT @ b + more) * decay
     start, u = torch.stack(states, 2), torch.stack(removed, 2)
     y = r_in @ start.mT + (r_in @ b_in.mT).tril() @ u + (r_in @ k_in.mT).tril() @ vf
     y = y.flatten(2, 3)[:, :, :num_tokens].transpose(1, 2)
     return y.to(r.dtype), state
 
 
-def _to_chunks(x: Tensor, padded: int) -> Tensor:
+def to_chunks(x: Tensor, padded: int) -> Tensor:
     """[B, T, H, N] -> fp32 [B, H, chunks, CHUNK_LEN, N], zeros after the end.
 
     Zero is neutral everywhere: log decay 0 keeps the state, zero keys add and remove nothing.

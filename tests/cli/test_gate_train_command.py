@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_is_refused_before_the_work(where, data, change, 
 def test_bad_data_is_refused_with_its_line(where, tmp_path):
     good = [{"text": "the cat"}] * 12
     bad = write(tmp_path / "bad.jsonl", [*good, {"prompt": "a"}])
-    assert "line 13: a message has a role" in train(where, bad).err
+    assert "line 13: 'prompt' and 'response' go together" in train(where, bad).err
     few = write(tmp_path / "few.jsonl", good[:5])
     assert "holds 5 texts, 11 are needed" in train(where, few).err
     assert "cannot read" in train(where, tmp_path / "none.jsonl").err

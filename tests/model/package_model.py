@@ -29,6 +29,15 @@ class PackageModel:
         att, wkv, ffn = (torch.stack([x.float() for x in state[i::3]]) for i in range(3))
         return logits.view(len(token_ids), -1), wkv, att, ffn
 
+    def read_from(self, wkv, token_ids):
+        """Return logits [T, V] of an RWKV-7 that begins at `wkv`, one [H, V, K] a layer."""
+        with _package_environment(self._version):
+            state = self._model.generate_zero_state()
+            for i, one in enumerate(wkv):
+                state[3 * i + 1] = one.clone()
+            logits, _ = self._model.forward(list(token_ids), state, full_output=True)
+        return logits.view(len(token_ids), -1)
+
 
 def _package_class(version):
     """Return the class for a version: the package chooses by environment, on import."""

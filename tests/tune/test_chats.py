@@ -7,7 +7,7 @@ from tiny_model import vocabulary, write_vocabulary
 
 from mrss_provider.backend import Message
 from mrss_provider.chat import TEMPLATES, load_template, render_prompt
-from mrss_provider.errors import FileFormatError
+from mrss_provider.errors import FileFormatError, InvalidRequestError
 from mrss_provider.tokenizer import Tokenizer
 from mrss_provider.tune import chat_example, read_chats
 
@@ -56,6 +56,25 @@ def test_an_answer_runs_from_its_prompt_to_the_end_of_its_stop(name, answers, to
     assert all("Mira" in fact for fact in facts)
 
 
+def test_a_fact_is_marked_in_the_question_too_but_not_in_other_talk(tokenizer):
+    talk = [
+        Message("user", "Is the mill old?"),
+        Message("assistant", "The mill is old."),
+        Message("user", "Who keeps the mill?"),
+        Message("assistant", "Mira keeps the mill."),
+    ]
+    example = chat_example(talk, ["Mira", "mill"], tokenizer, load_template("world"), num_before=2)
+    text = tokenizer.decode_bytes(list(example.token_ids)).decode()
+    first, last = text.index("Who"), text.index("Mira")
+    sizes = [len(tokenizer.token_bytes(token)) for token in example.token_ids]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    marked_at = [at for at, flag in zip(starts, example.fact, strict=True) if flag]
+    assert min(marked_at) >= first
+    assert any(at < last for at in marked_at)
+    with pytest.raises(InvalidRequestError, match="no answer contains the fact 'old'"):
+        chat_example(talk, ["old"], tokenizer, load_template("world"), num_before=2)
+
+
 def test_a_file_of_both_kinds_of_lines_is_read(tmp_path, tokenizer):
     lines = [
         {"question": "Who keeps the mill?", "answer": "Mira keeps it.", "facts": ["Mira"]},
@@ -85,7 +104,8 @@ def test_only_a_newline_ends_a_line(tmp_path, tokenizer, raw):
         ("{", "line 2: Expecting"),
         ("[]", "line 2: a chat is an object with 'messages'"),
         ('{"question": "a", "answer": "b", "tone": "c"}', "line 2: a chat is an object"),
-        ('{"question": "a"}', "line 2: a message has a role .* and a text as content"),
+        ('{"question": "a"}', "line 2: 'question' and 'answer' go together.*None as 'answer'"),
+        ('{"messages": [{"role": "user"}]}', "line 2: a message has a role .* and a text"),
         ('{"messages": "a"}', "line 2: 'messages' must be a list"),
         ('{"messages": [], "answer": "a"}', "line 2: give 'messages', or 'question'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: .* needs an answer"),

@@ -1,11 +1,14 @@
 """Checkpoints in, tuned states out."""
 
+import json
+
 import pytest
 import torch
+from model.package_model import PackageModel
 from safetensors.torch import save_file
 from tiny_model import TINY, checkpoint, tuned_state, write_checkpoint
 
-from mrss_provider.errors import ModelFileError, StateFileError
+from mrss_provider.errors import StateFileError
 from mrss_provider.model import load_model, load_tuned_state
 from mrss_provider.tune import (
     Example,
@@ -84,10 +87,36 @@ def test_a_saved_state_loads_for_its_model_with_its_provenance(path, tmp_path):
     assert about.training["last_loss"] == 2.0
 
 
-def test_an_rwkv6_cannot_be_tuned_and_the_message_says_what_can(tmp_path):
-    old = write_checkpoint(tmp_path / "tiny6.pth", 6)
-    with pytest.raises(ModelFileError, match=r"RWKV-7 models only.*RWKV-PEFT"):
-        read_weights(old)
+@pytest.mark.parametrize("version", [6, 7])
+def test_an_rwkv_peft_file_gives_the_package_the_logits_of_our_engine(tmp_path, version):
+    path = write_checkpoint(tmp_path / "tiny.pth", version)
+    weights = read_weights(path)
+    example = Example(tuple(range(3, 20)), (True,) * 17, (False,) * 17)
+    learnt = tune_state(weights, lambda rng: example, TuneConfig(steps=2, batch_size=1))
+    out = tmp_path / "mine.pth"
+    save_result(out, learnt, path, group="task", config=CONFIG)
+
+    # The package takes a state from a file of weights, as RWKV-PEFT's users merge the two.
+    merged = torch.load(path, weights_only=True)
+    states = torch.load(out, weights_only=True)
+    ids = list(range(5, 30))
+    if version == 6:
+        torch.save(merged | states, tmp_path / "with_state.pth")
+        theirs, *_ = PackageModel(tmp_path / "with_state.pth", 6).read(ids)
+    else:
+        theirs = PackageModel(path, 7).read_from(
+            [states[f"blocks.{i}.att.time_state"] for i in range(TINY.num_layers)], ids
+        )
+    model = load_model(path, device="cpu", dtype="fp32", threads=1)
+    pool = model.new_pool(1)
+    pool.write(0, load_tuned_state(out, model.config, name="mine"))
+    hidden = model.prefill(
+        torch.tensor(ids), [0, len(ids)], torch.arange(1), pool, all_positions=True
+    )
+    assert float((model.head(hidden) - theirs).norm() / theirs.norm()) < 1e-5
+    about = json.loads((tmp_path / "mine.pth.json").read_text())
+    assert about["group"] == "task"
+    assert about["training"]["locality"] == CONFIG.locality
 
 
 def test_a_state_of_another_shape_is_not_written(path, tmp_path):

@@ -107,3 +107,48 @@ def test_tuning_starts_at_and_keeps_to_the_base_state_of_the_checkpoint(tmp_path
     for start in (None, initial):
         learnt = tune_state(read_weights(path), lambda rng: example, config, initial=start)
         assert learnt.losses[0] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_both_versions_equal_the_engines_model_with_states_and_offsets(tmp_path, version):
+    path = write_checkpoint(tmp_path / "tiny.pth", version)
+    model = load_model(path, device="cpu", dtype="fp32", threads=1)
+    gen = torch.Generator().manual_seed(5)
+    wkv = torch.randn((1, *model.config.state_shape), generator=gen)
+    offsets = 0.3 * torch.randn((1, TINY.num_layers, TINY.hidden_size), generator=gen)
+    pool = model.new_pool(1)
+    pool.write(0, TunedState("s", wkv[0], time_offset=offsets[0]))
+    theirs = model.prefill(TOKENS[0], [0, 40], torch.arange(1), pool, all_positions=True)
+    weights = read_weights(path)
+    start = start_state(Shape.of(weights), wkv, torch.float32)
+    hidden, after = forward(weights, TOKENS[:1], start, offsets=offsets)
+    assert relative(hidden[0], theirs) < 1e-5
+    assert relative(torch.stack([layer[0] for layer in after.wkv]), pool.snapshot(0).wkv) < 1e-5
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_states_and_offsets_equal_finite_differences(tmp_path, version):
+    weights = read_weights(write_checkpoint(tmp_path / "tiny.pth", version))
+    shape = Shape.of(weights)
+    gen = torch.Generator().manual_seed(6)
+    values = [
+        0.1 * torch.randn(size, generator=gen)
+        for size in ((1, *shape.state_size), (1, shape.num_layers, shape.hidden_size))
+    ]
+
+    def loss(wkv, offsets):
+        start = start_state(shape, wkv, torch.float32)
+        hidden, _ = forward(weights, TOKENS[:1, :20], start, offsets=offsets)
+        log_probs = logits(weights, hidden).double().log_softmax(-1)
+        return -log_probs.gather(-1, TOKENS[:1, 1:21, None]).mean()
+
+    leaves = [value.clone().requires_grad_() for value in values]
+    grads = torch.autograd.grad(loss(*leaves), leaves)
+    for i, grad in enumerate(grads):
+        step = 0.02 * grad / grad.norm()
+        ahead, back = (
+            [v + s * step if j == i else v for j, v in enumerate(values)] for s in (1, -1)
+        )
+        assert float((loss(*ahead) - loss(*back)) / 2) == pytest.approx(
+            float((grad * step).sum()), rel=2e-2
+        )

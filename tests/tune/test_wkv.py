@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrss_provider.tune.wkv import wkv7
+from mrss_provider.tune.wkv6 import wkv6
 
 B, H, N = 2, 3, 64
 
@@ -85,3 +86,55 @@ def test_fla_kernels_agree_with_the_torch_form_in_values_and_gradients():
     from models.demo.train import check_gradients
 
     assert check_gradients(torch.device("cuda")) == "fla"
+
+
+def draw_inputs6(num_tokens, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    r, k, v = (torch.randn(B, num_tokens, H, N, generator=gen) for _ in range(3))
+    # From no decay to one that leaves nothing.
+    w = -torch.exp(3 * torch.randn(B, num_tokens, H, N, generator=gen))
+    u = torch.randn(H, N, generator=gen)
+    inputs = (r, w, k, v, u, torch.randn(B, H, N, N, generator=gen))
+    return [x.requires_grad_() for x in inputs]
+
+
+def by_definition6(r, w, k, v, u, state):
+    outputs = []
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((r[:, t, :, None] @ (state + u[:, :, None] * kv))[:, :, 0])
+        state = w[:, t].exp()[..., None] * state + kv
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 40])
+def test_rwkv6_values_and_all_gradients_equal_the_definition(num_tokens):
+    inputs = draw_inputs6(num_tokens, seed=num_tokens)
+    gen = torch.Generator().manual_seed(1)
+    results = []
+    for form in (wkv6, by_definition6):
+        y, state = form(*inputs)
+        if not results:
+            grad_y = torch.randn(y.shape, generator=gen)
+            grad_state = torch.randn(state.shape, generator=gen)
+        loss = (y * grad_y).sum() + (state * grad_state).sum()
+        results.append([y, state, *torch.autograd.grad(loss, inputs)])
+    for got, wanted in zip(*results, strict=True):
+        assert relative(got, wanted) < 2e-6
+
+
+@pytest.mark.gpu
+def test_fla_rwkv6_kernels_agree_with_the_torch_form_in_values_and_gradients():
+    inputs = [x.detach().cuda() for x in draw_inputs6(100)]
+    inputs[1] = inputs[1].clamp_min(-5.0)
+    results = []
+    for backend, dtype in (("fla", torch.bfloat16), ("torch", torch.float32)):
+        leaves = [
+            (x.bfloat16().to(dtype) if i in (0, 2, 3) else x.clone()).requires_grad_()
+            for i, x in enumerate(inputs)
+        ]
+        y, state = wkv6(*leaves, backend=backend)
+        loss = y.float().square().mean() + state.square().mean()
+        results.append([y, state, *torch.autograd.grad(loss, leaves)])
+    for got, wanted in zip(*results, strict=True):
+        assert relative(got.float(), wanted.float()) < 2e-2
