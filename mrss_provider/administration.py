@@ -48,6 +48,7 @@ class MixtureSpec:
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
+    template: str | None = None
     description: str = ""
     display_name: str = ""
 
@@ -68,6 +69,7 @@ class ModelOrder:
         path: of the checkpoint, inside the folder of models.
         display_name: what people call it; empty takes the model's own name.
         dtype: of the weights; None keeps the engine's setting.
+        quantize: "none" or "int8", as the engine's option; None keeps the engine's setting.
         template: chat template by name; None takes the model's.
         stop: what ends a chat's answer; None takes the template's.
         defaults: of sampling; None takes the model's card.
@@ -78,6 +80,7 @@ class ModelOrder:
     path: str
     display_name: str = ""
     dtype: str | None = None
+    quantize: str | None = None
     template: str | None = None
     stop: tuple[str, ...] | None = None
     defaults: Defaults | None = None

@@ -134,6 +134,7 @@ def test_what_outlasts_the_drain_ends_with_a_clear_error(config, texts):
         pytest.param(ModelOrder("away.pth"), InvalidRequestError, marks=pytest.mark.slow),
         (ModelOrder("linked"), InvalidRequestError),
         (ModelOrder("second", dtype="int8"), ConfigError),
+        (ModelOrder("second", quantize="fp8"), ConfigError),
         pytest.param(ModelOrder("second", template="none"), ConfigError, marks=pytest.mark.slow),
     ],
 )
@@ -166,6 +167,17 @@ def test_a_load_that_fails_late_brings_the_old_model_back(config, texts):
         return await waiting
 
     assert run(config, main, loader=loader) == texts["first"]
+
+
+def test_the_next_model_may_be_quantised_and_the_one_after_it_not(config):
+    async def main(engine):
+        precisions = []
+        for quantize in ("int8", None, "none"):
+            await engine.admin.load_model(ModelOrder("second", quantize=quantize))
+            precisions.append(engine._slot.loaded.library.model_config.precision)
+        return precisions
+
+    assert run(config, main) == ["fp32+int8", "fp32+int8", "fp32"]
 
 
 def test_a_removed_model_can_be_replaced(config, texts):
@@ -250,7 +262,9 @@ def test_an_order_says_more_than_a_path(config):
     async def main(engine):
         info = await engine.admin.load_model(order)
         loaded = engine._slot.loaded
-        request = await engine._engine_request(ask("My Model tone", messages=None), loaded)
+        mixture = loaded.library.resolve("My Model tone")
+        asked = ask("My Model tone", messages=None)
+        request = await engine._engine_request(asked, loaded, mixture)
         return info, loaded.template.stop, request, await engine.admin.request_ids()
 
     info, stop, request, ids = run(config, main)

@@ -10,6 +10,9 @@ import torch
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of weights by the names that `EngineConfig.dtype` uses."""
 
+QUANTIZATIONS: Final = ("none", "int8")
+"""What `EngineConfig.quantize` may be."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -17,9 +20,10 @@ class ModelConfig:
 
     Attributes:
         version: 6 or 7.
-        dtype: of the large weights as loaded: "fp32", "bf16" or "fp16".
+        dtype: of the weights as loaded, those apart that are quantised: "fp32", "bf16" or "fp16".
         fingerprint: sha256 (hex) of layer 0's key weight, as stored in the file.
         name: the file's or folder's name, for people.
+        quantize: how the large matrices are held: "none" is in `dtype`, or "int8".
     """
 
     version: int
@@ -32,6 +36,15 @@ class ModelConfig:
     dtype: str
     fingerprint: str
     name: str = ""
+    quantize: str = "none"
+
+    @property
+    def precision(self) -> str:
+        """What the weights are held in, for people and for keys: "fp16", or "fp16+int8".
+
+        States of one checkpoint in different precisions differ, and none stands for another.
+        """
+        return self.dtype if self.quantize == "none" else f"{self.dtype}+{self.quantize}"
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

@@ -17,12 +17,22 @@ def configure_cpu(threads: int) -> int:
     """Set torch's intra-op threads and keep freed memory in the process; return the threads.
 
     Args:
+        threads: as `set_threads` takes them.
+    """
+    count = set_threads(threads)
+    keep_freed_memory()
+    return count
+
+
+def set_threads(threads: int) -> int:
+    """Set torch's intra-op threads; return how many there are.
+
+    Args:
         threads: 0 takes physical cores - 1, at least 1: with as many OpenMP threads as cores,
             anything else that runs makes a step wait for the slowest thread (37 -> 180 ms seen).
     """
     count = threads if threads > 0 else max(1, physical_cores() - 1)
     torch.set_num_threads(count)
-    _keep_freed_memory()
     return count
 
 
@@ -44,14 +54,16 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _keep_freed_memory() -> None:
-    """Tell glibc not to hand freed temporaries back to the system.
+def keep_freed_memory() -> None:
+    """Give back what is free now, and tell glibc to keep what is freed from now on.
 
     Otherwise each step maps and faults the same pages in again: 34 -> 17 ms a step at 4 rows.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)

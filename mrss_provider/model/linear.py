@@ -38,12 +38,13 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.reciprocal(torch.exp(-x) + 1)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
     "tanh": torch.tanh,
     "sigmoid": sigmoid,
 }
+"""What a linear may end with; a row's bits do not depend on its batch in any of them."""
 
 
 class Linear(Protocol):
@@ -112,7 +113,7 @@ class PlainLinear:
     def __init__(self, weight: Tensor, activation: Activation = "none") -> None:
         self.weight = weight.contiguous()
         self.input_dtype = weight.dtype
-        self._activate = _ACTIVATIONS[activation]
+        self._activate = ACTIVATIONS[activation]
         self._min_rows = 4 if weight.device.type == "cpu" else 1
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class _FbgemmLinear:
         self._packed = ops.linear_prepack_fp16(weight.float().contiguous(), None)
         fused = activation == "relu"
         self._op = ops.linear_relu_dynamic_fp16 if fused else ops.linear_dynamic_fp16
-        self._activate = None if fused or activation == "none" else _ACTIVATIONS[activation]
+        self._activate = None if fused or activation == "none" else ACTIVATIONS[activation]
         self._is_avx2 = torch.backends.cpu.get_cpu_capability() != "AVX512"
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -12,19 +12,12 @@ from mrss_kernels import prefill_choice
 from torch import Tensor
 from torch.nn import functional as F
 
-from mrss_provider.errors import ConfigError, ModelFileError
-from mrss_provider.model.config import DTYPES, ModelConfig
-from mrss_provider.model.cpu import configure_cpu
-from mrss_provider.model.linear import (
-    Activation,
-    Backend,
-    Linear,
-    PlainLinear,
-    make_head,
-    make_linear,
-    pick_backend,
-    pick_dtype,
-)
+from mrss_provider.errors import ConfigError
+from mrss_provider.model.config import DTYPES, QUANTIZATIONS, ModelConfig
+from mrss_provider.model.cpu import keep_freed_memory, set_threads
+from mrss_provider.model.int8 import Int8Form, pick_int8_form
+from mrss_provider.model.linear import Backend, PlainLinear, pick_backend, pick_dtype
+from mrss_provider.model.loader import Loader
 from mrss_provider.model.rwkv6 import Layer6
 from mrss_provider.model.rwkv7 import NORM_EPS, Layer7
 from mrss_provider.model.state import STATE_DTYPES, StatePool, StateSnapshot
@@ -45,6 +38,7 @@ def load_model(
     dtype: str = "auto",
     threads: int = 0,
     state_dtype: str = "fp32",
+    quantize: str = "none",
     packed: bool = True,
     sparse_ffn: bool = False,
 ) -> Model:
@@ -56,13 +50,15 @@ def load_model(
         dtype: of the weights: "fp32", "bf16", "fp16"; "auto" as `pick_dtype` says.
         threads: CPU threads of this whole process; 0 is physical cores - 1, at least 1.
         state_dtype: of the recurrent states, "fp32" or "fp16".
+        quantize: "int8" holds the large matrices and the head in 8 bits; on a CPU.
         packed: lay weights out for speed; False keeps them plain, for comparison.
         sparse_ffn: on CUDA, hold the ffns' value matrices of RWKV-7 a second time, so that decoding
             one row reads only what is not multiplied by zero; not done where memory is short.
 
     Raises:
         ModelFileError: not such a checkpoint; says what was found and what is needed.
-        ConfigError: an unknown dtype or device, or CUDA where there is none.
+        ConfigError: an unknown dtype, device or quantisation, CUDA where there is none, or a
+            quantisation that the device does not have.
     """
     for key, value, allowed in (
         ("dtype", dtype, ["auto", *DTYPES]),
@@ -72,13 +68,38 @@ def load_model(
             raise ConfigError(
                 f"{key} must be one of {', '.join(allowed)}, got {value!r}", param=key
             )
+    check_quantize(quantize, device)
     where = _device(device)
     weights = load_weights(path)
     name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
     if where.type == "cpu":
-        configure_cpu(threads)
+        set_threads(threads)
     backend = pick_backend(where, name, packed=packed)
-    return Model(weights, where, name, state_dtype, backend, sparse_ffn=sparse_ffn)
+    int8 = pick_int8_form(packed=packed) if quantize == "int8" else None
+    model = Model(weights, where, name, state_dtype, backend, int8=int8, sparse_ffn=sparse_ffn)
+    if where.type == "cpu":
+        # Not before: the temporaries of loading are large, and no step needs as much.
+        keep_freed_memory()
+    return model
+
+
+def check_quantize(quantize: str, device: str) -> None:
+    """Refuse a quantisation that `device`, by its name in `load_model`, does not have.
+
+    Raises:
+        ConfigError: an unknown one, int8 anywhere but on a CPU, or no such device.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r:.40}",
+            param="quantize",
+        )
+    if quantize != "none" and _device(device).type != "cpu":
+        raise ConfigError(
+            f"{quantize} weights are offered on a CPU, not on cuda; choose quantize none, or "
+            f"device cpu",
+            param="quantize",
+        )
 
 
 class Model:
@@ -101,6 +122,7 @@ class Model:
         state_dtype: str,
         backend: Backend,
         *,
+        int8: Int8Form | None = None,
         sparse_ffn: bool = False,
     ) -> None:
         """Convert and lay out the weights; see `load_model`."""
@@ -116,11 +138,12 @@ class Model:
             dtype=dtype,
             fingerprint=weights.fingerprint,
             name=weights.name,
+            quantize="none" if int8 is None else "int8",
         )
         self.device = device
         self.base_state = _base_state(weights, device)
         self._state_dtype = state_dtype
-        load = _Loader(weights, device, DTYPES[dtype], backend)
+        load = Loader(weights, device, DTYPES[dtype], backend, int8)
         self._embedding = load.matrix("emb.weight", own=True)
         self._ln0 = load.norm("blocks.0.ln0") if "blocks.0.ln0.weight" in weights.tensors else None
         layer = Layer7 if weights.version == 7 else Layer6
@@ -129,7 +152,7 @@ class Model:
             for i in range(weights.num_layers)
         ]
         self._ln_out = load.norm("ln_out")
-        self._head = make_head(load.matrix("head.weight", own=backend == "plain"), backend)
+        self._head = load.head()
 
     def new_pool(self, num_slots: int) -> StatePool:
         """Allocate the states of `num_slots` rows, each at the base state."""
@@ -290,80 +313,6 @@ class Model:
 
     def _norm_out(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *self._ln_out, NORM_EPS)
-
-
-class _Loader:
-    """Hands out a checkpoint's tensors in the dtype and on the device that they are used in."""
-
-    def __init__(
-        self,
-        weights: Weights,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: Backend,
-    ) -> None:
-        self._name = weights.name
-        self._tensors = weights.tensors
-        self._device = device
-        self._dtype = dtype
-        self._backend = backend
-
-    def matrix(self, name: str, *, own: bool) -> Tensor:
-        """Return a matrix in the weights' dtype.
-
-        Args:
-            name: in the checkpoint.
-            own: copy it, so that it is never a view of the mapped file.
-
-        Raises:
-            ModelFileError: values that this dtype cannot hold, or NaN.
-        """
-        tensor = self._tensors[name].to(self._device, self._dtype, copy=own)
-        if not torch.isfinite(tensor).all():
-            raise ModelFileError(
-                f"{self._name}: {name} holds NaN, or values beyond the range of {self._dtype}: "
-                f"try another dtype"
-            )
-        return tensor
-
-    def vectors(self, prefix: str) -> dict[str, Tensor]:
-        """Return the fp32 vectors (and the [H, N] ones) of a layer, without the prefix."""
-        small = ("att.r_k", "att.time_faaaa")
-        return {
-            name.removeprefix(prefix): tensor.to(self._device, torch.float32, copy=True)
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix) and (tensor.ndim == 1 or name.endswith(small))
-        }
-
-    def norm(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of a norm, fp32."""
-        weight, bias = (
-            self._tensors[f"{name}.{part}"].to(self._device, torch.float32, copy=True)
-            for part in ("weight", "bias")
-        )
-        return weight, bias
-
-    def linears(self, prefix: str) -> _MakeLinear:
-        """Return the factory of a layer's linears."""
-        return _MakeLinear(self, prefix, self._backend)
-
-
-class _MakeLinear:
-    """Builds the linear of a name; `name.3` is the third of stacked matrices."""
-
-    def __init__(self, loader: _Loader, prefix: str, backend: Backend) -> None:
-        self._loader = loader
-        self._prefix = prefix
-        self._backend = backend
-
-    def __call__(self, name: str, activation: Activation) -> Linear:
-        stacked, _, index = name.rpartition(".")
-        own = self._backend == "plain"
-        if index.isdigit():
-            weight = self._loader.matrix(self._prefix + stacked, own=own)[int(index)]
-        else:
-            weight = self._loader.matrix(self._prefix + name, own=own)
-        return make_linear(weight, self._backend, activation)
 
 
 def _device(name: str) -> torch.device:

@@ -59,7 +59,7 @@ def dump_snapshots(blob: SnapshotBlob, config: ModelConfig) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "model": config.fingerprint,
-        "dtype": config.dtype,
+        "dtype": config.precision,
         "num_rows": str(len(blob.rows)),
     }
     metadata["sha256"] = _digest(tensors, metadata)
@@ -107,15 +107,16 @@ def load_snapshots(data: bytes, config: ModelConfig, state_dtype: torch.dtype) -
         state_dtype: of its pool's wkv.
 
     Raises:
-        StateFileError: damaged, no snapshot, made for another model or dtype, or not finite.
+        StateFileError: damaged, no snapshot, made for another model, dtype or quantisation, or not
+            finite.
     """
     metadata = read_metadata(data)
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StateFileError(f"not a snapshot: its format must be {FORMAT} {VERSION}")
-    if (metadata.get("model"), metadata.get("dtype")) != (config.fingerprint, config.dtype):
+    if (metadata.get("model"), metadata.get("dtype")) != (config.fingerprint, config.precision):
         raise StateFileError(
-            f"the snapshot belongs to another model or dtype than the loaded one "
-            f"({config.name}, {config.dtype})"
+            f"the snapshot belongs to another model, dtype or quantisation than the loaded one "
+            f"({config.name}, {config.precision})"
         )
     try:
         tensors = load(data)

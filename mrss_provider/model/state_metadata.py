@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mrss_provider.chat import TEMPLATES
 from mrss_provider.errors import StateFileError
 from mrss_provider.model.config import ModelConfig
 
@@ -37,6 +38,7 @@ class StateMetadata:
         licence: an SPDX name, or words.
         training: how it was made; anything that JSON holds.
         display_name: for people; may have spaces.
+        template: chat template by name, where it was tuned on another one than its model's.
     """
 
     group: str | None = None
@@ -50,6 +52,7 @@ class StateMetadata:
     licence: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     display_name: str | None = None
+    template: str | None = None
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], path: Path) -> StateMetadata:
@@ -78,6 +81,7 @@ class StateMetadata:
             licence=strings.get("licence"),
             training=_json(strings, "training", path),
             display_name=strings.get("display_name"),
+            template=_choice(strings, "template", tuple(TEMPLATES), path),
         )
 
     def with_base(self, config: ModelConfig) -> StateMetadata:
@@ -115,6 +119,7 @@ class StateMetadata:
             "loss_on": self.loss_on,
             "licence": self.licence,
             "display_name": self.display_name,
+            "template": self.template,
         }
         return strings | {key: text for key, text in texts.items() if text is not None}
 

@@ -396,4 +396,5 @@ def _average_metadata(states: Sequence[TunedState], shares: Sequence[float]) -> 
         base_sha256=base.base_sha256,
         licence=first.licence if len(licences) == 1 else None,
         training={"average_of": parts},
+        template=first.template if len({s.metadata.template for s in states}) == 1 else None,
     )
