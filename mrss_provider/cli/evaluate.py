@@ -1,0 +1,138 @@
+"""`mrss evaluate`: whether mixing gives answers with both the knowledge and the tone, measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mrss_provider.cli.output import CommandError, answer, note, table
+from mrss_provider.cli.states import read_config
+from mrss_provider.config import DEMO_MODEL, EngineConfig
+from mrss_provider.evaluate.measuring import QUICK, Plan
+from mrss_provider.evaluate.own_task import OwnTask
+from mrss_provider.evaluate.report import headline, report_page
+from mrss_provider.evaluate.run import Job, run
+from mrss_provider.evaluate.systems import Pair
+from mrss_provider.evaluate.task import Task, WorldTask
+
+_QUICK_FACTS = 12
+
+
+def evaluate(
+    config: EngineConfig,
+    *,
+    knowledge: str,
+    tone: str,
+    pairs: Sequence[Path],
+    baselines: Sequence[Path],
+    data: tuple[Path, Path] | None,
+    voice: str | None,
+    samples: int | None,
+    seed: int | None,
+    is_quick: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure, print the table and the verdict, write `report.html` and `report.json` to `out`.
+
+    Raises:
+        CommandError: options that do not go together.
+        MRSSError: as `run`.
+    """
+    if baselines and len(baselines) != max(1, len(pairs)):
+        raise CommandError(
+            f"give --baselines once for each --pair, got {len(baselines)} for "
+            f"{max(1, len(pairs))} pair(s)"
+        )
+    if data is None and config.model != DEMO_MODEL:
+        raise CommandError(
+            "the bundled questions are about the bundled model's world; for another model give "
+            "--knowledge-data and --tone-data"
+        )
+    plan = QUICK if is_quick else Plan()
+    if samples is not None:
+        plan = replace(plan, samples=samples)
+    if seed is not None:
+        plan = replace(plan, seed=seed)
+    task = _task(data, voice, is_quick=is_quick)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    folders = list(pairs) or [config.states]
+    job = Job(
+        config,
+        read_config(config.model),
+        task,
+        [Pair(folder, knowledge, tone) for folder in folders],
+        baselines,
+        plan,
+        is_quick,
+        out,
+    )
+    with _progress() as (tell, on_done):
+        report = run(job, tell, on_done)
+    if out is not None:
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(report_page(report), encoding="utf-8")
+        note(f"wrote {out / 'report.html'}")
+    if as_json:
+        answer(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def _task(data: tuple[Path, Path] | None, voice: str | None, *, is_quick: bool) -> Task:
+    if data is None:
+        return WorldTask(voice or "pirate", facts=_QUICK_FACTS if is_quick else None)
+    if voice is not None:
+        raise CommandError("--voice is of the bundled world; --tone-data tells your own manner")
+    return OwnTask.read(*data)
+
+
+def _print(report: dict[str, Any]) -> None:
+    rows = [
+        (
+            system["name"],
+            str(system["rows"]),
+            f"{system['knowledge']:.2f}",
+            f"{system['tone']:.2f}",
+            f"{system['both']:.2f}",
+            f"[{system['ci_both'][0]:.2f}, {system['ci_both'][1]:.2f}]",
+            "" if system["nll"] is None else f"{system['nll']:.3f}",
+        )
+        for system in report["systems"]
+    ]
+    answer(f"{report['task']}; {report['facts']} facts, {report['samples']} answers each, T=1")
+    answer(table(("system", "rows", "know", "tone", "both", "95 %", "nats"), rows))
+    answer("")
+    for number, pair in enumerate(report["pairs"], 1):
+        if len(report["pairs"]) > 1:
+            answer(f"pair {number}")
+        for condition in (*pair["preconditions"], *pair["conditions"]):
+            mark = {True: "yes", False: "NO", None: "?"}[condition["holds"]]
+            answer(f"  {mark:<4} {condition['text']}; measured {condition['value']}")
+        for text in pair["negatives"]:
+            answer(f"  {text}")
+    answer(headline(report))
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """Yield what names the part under way and counts answers, on stderr if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (lambda name: None), (lambda: None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        shown = bar.add_task("loading the model")
+        yield (
+            lambda name: bar.update(shown, description=name),
+            lambda: bar.advance(shown),
+        )

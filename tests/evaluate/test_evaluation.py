@@ -1,0 +1,219 @@
+"""An evaluation finds what is in answers, goes on where it stopped, and shows text as text."""
+
+import asyncio
+import json
+import shutil
+
+import pytest
+from command import mrss
+from fakes import FakeBackend, text
+
+from mrss_provider.backend import Delta, TokenLogprob
+from mrss_provider.cli.states import read_config
+from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL
+from mrss_provider.errors import FileFormatError, InvalidRequestError
+from mrss_provider.evaluate.asking import T1, TOP_P, Asker
+from mrss_provider.evaluate.evaluation import evaluate_pair, pooled
+from mrss_provider.evaluate.measuring import Journal, Measurer, Plan
+from mrss_provider.evaluate.report import report_page
+from mrss_provider.evaluate.systems import DEFAULT, Pair, compared, digest_of, make_folder
+from mrss_provider.evaluate.task import WorldTask
+
+FACT_OF = {}
+
+
+class Watched(WorldTask):
+    """Notes which fact each question asks for."""
+
+    def questions(self, part, samples, **options):
+        asked = super().questions(part, samples, **options)
+        FACT_OF.update({q.messages[-1].content: q.fact for q in asked})
+        return asked
+
+
+TASK = Watched(facts=6)
+PLAN = Plan(
+    samples=2,
+    dev_samples=1,
+    decodings=(T1, TOP_P),
+    turns=(0, 2),
+    temperatures=(0.5,),
+    curves=("linear~fixed",),
+)
+PAIR = Pair(BUNDLED_STATES, "knowledge", "tone")
+SYSTEMS = compared(PAIR, ["joint"], is_quick=True)
+ROWS = {**{system.model: 2 for system in SYSTEMS}, "knowledge+tone": 3}
+
+
+def toned(fact):
+    return next(g.text for g in TASK.given_answers("test", seed=1, toned=True) if g.fact == fact)
+
+
+def script(request):
+    """The mixture says the fact in the voice, the others something else; `<b>` in every answer."""
+    if request.given is not None:
+        nats = 0.5 if request.model == "knowledge+tone" else 2.0
+        tokens = [piece.encode() for piece in request.given.split(" ")]
+        return [
+            Delta(
+                text=request.given,
+                num_tokens=len(tokens),
+                logprobs=tuple(TokenLogprob(1, token, -nats) for token in tokens),
+            )
+        ]
+    fact = FACT_OF.get(request.messages[-1].content)
+    if request.model == "knowledge+tone" and fact is not None and fact % 2:
+        return [text(toned(fact))]
+    return [text("<b>I did not understand that.</b>")]
+
+
+class AnyName(FakeBackend):
+    """Knows every name."""
+
+    def __init__(self):
+        super().__init__(script)
+
+    async def open(self, request):
+        self.cards = [type(self.cards[0])(name, "state") for name in _names(request.model)]
+        return await super().open(request)
+
+
+def _names(model):
+    terms = model.partition("~")[0].split("+")
+    return [term.partition(":")[0] for term in terms]
+
+
+def evaluate(journal, backend=None):
+    backend = backend or AnyName()
+    measurer = Measurer(TASK, Asker(backend), PLAN, journal)
+    return asyncio.run(evaluate_pair(measurer, TASK, PAIR, SYSTEMS, PLAN, ROWS))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return evaluate(Journal(None, {}))
+
+
+def test_the_default_has_what_its_answers_have_and_the_others_have_not(found):
+    by_name = {system["name"]: system for system in found.systems}
+    assert by_name[DEFAULT]["both"] == 1.0
+    assert by_name[DEFAULT]["rows"] == 3
+    assert by_name[DEFAULT]["nll"] == pytest.approx(0.5)
+    assert by_name["tone alone"]["both"] == 0.0
+    assert by_name["joint"]["trained_on_both"]
+    assert by_name["linear, best fixed weights"]["rows"] == 2
+    assert found.gains["T=1"]["base"]["gain"][0] == 1.0
+    # The knowledge state alone knows nothing here.
+    assert found.works is False
+    assert any(text.startswith("N5") for text in found.negatives)
+
+
+def test_pooled_pairs_keep_the_answers_about_one_fact_together(found):
+    (default, *_) = pooled([found, found], seed=0)
+    assert (default["name"], default["both"]) == (DEFAULT, 1.0)
+    assert default["both_by_pair"] == [1.0, 1.0]
+    assert pooled([found], seed=0) is found.systems
+
+
+def test_a_run_goes_on_where_it_stopped_and_says_the_same(tmp_path, found):
+    path = tmp_path / "answers.jsonl"
+    whole = AnyName()
+    assert evaluate(Journal(path, {"seed": 1}), whole).to_json() == found.to_json()
+    lines = path.read_text().splitlines()
+    # A kill in the middle of a line.
+    path.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    backend = AnyName()
+    assert evaluate(Journal(path, {"seed": 1}), backend).to_json() == found.to_json()
+    assert 0 < len(backend.requests) < len(whole.requests)
+    silent = AnyName()
+    assert evaluate(Journal(path, {"seed": 1}), silent).to_json() == found.to_json()
+    assert silent.requests == []
+
+
+def test_the_answers_of_another_run_are_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    Journal(path, {"seed": 1})
+    with pytest.raises(InvalidRequestError, match="of another evaluation"):
+        Journal(path, {"seed": 2})
+
+
+def test_what_a_model_wrote_is_text_in_the_page(found):
+    report = {
+        "model": "<i>demo</i>",
+        "task": "a task",
+        "facts": 6,
+        "tone_accuracy": 0.9,
+        "quick": False,
+        "samples": 2,
+        "seed": 5,
+        "model_fingerprint": "0" * 64,
+        "works": found.works,
+        "systems": found.systems,
+        "pairs": [json.loads(json.dumps(found.to_json()))],
+    }
+    page = report_page(report)
+    assert "<b>" not in page
+    assert "<i>demo" not in page
+    assert "&lt;b&gt;I did not understand that." in page
+    assert "<script" not in page
+    assert "http:" not in page.replace("http-equiv", "")
+
+
+def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("my own notes\nwithout an end")
+    with pytest.raises(FileFormatError, match="not what mrss evaluate writes"):
+        Journal(path, {"seed": 1})
+    assert path.read_text() == "my own notes\nwithout an end"
+
+
+def test_a_states_name_that_a_baseline_has_is_refused(tmp_path):
+    for name in ("average", "tone"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(InvalidRequestError, match="'average' is that of a baseline"):
+        make_folder(Pair(tmp_path, "average", "tone"), None, tmp_path, None)
+
+
+def test_the_same_files_are_the_same_evaluation_and_others_are_not(tmp_path):
+    model = read_config(DEMO_MODEL)
+    digests = []
+    for number in range(3):
+        own, into = tmp_path / f"own{number}", tmp_path / f"into{number}"
+        for folder in (own, into):
+            folder.mkdir()
+        for name in ("knowledge", "tone"):
+            # The third pair has the voice for its knowledge.
+            other = "tone" if number == 2 else name
+            shutil.copy(BUNDLED_STATES / f"{other}.safetensors", own / f"{name}.safetensors")
+        assert make_folder(Pair(own, "knowledge", "tone"), None, into, model) == []
+        digests.append(digest_of(into))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_folder_without_baselines_is_refused(tmp_path):
+    with pytest.raises(InvalidRequestError, match="there are no states in"):
+        make_folder(PAIR, tmp_path / "nowhere", tmp_path, None)
+
+
+def test_another_model_needs_questions_of_its_own(tmp_path):
+    result = mrss("evaluate", "--model", tmp_path)
+    assert result.code == 1
+    assert "--knowledge-data" in result.err
+
+
+def test_both_files_go_together():
+    result = mrss("evaluate", "--tone-data", "x.jsonl")
+    assert result.code == 2
+    assert "go together" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_bundled_states_have_both_at_once(tmp_path):
+    result = mrss("evaluate", "--quick", "--json", "--out", tmp_path)
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    by_name = {system["name"]: system for system in report["systems"]}
+    assert by_name[DEFAULT]["both"] >= 0.8
+    assert by_name["linear, fixed"]["both"] < by_name[DEFAULT]["both"]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
