@@ -18,13 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mrss_provider.backend import GenerateRequest, ModelCard
-from mrss_provider.client import DEFAULT_TIMEOUT_S, Client, ClientStream, EngineStatus
+from mrss_provider.backend import Embeddings, EmbedRequest, GenerateRequest, ModelCard
+from mrss_provider.client import DEFAULT_TIMEOUT_S, Client, EngineStatus
+from mrss_provider.client_stream import ClientStream
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import (
     ConfigError,
@@ -36,6 +37,9 @@ from mrss_provider.http1 import Connection
 from mrss_provider.openai_schema import PROTOCOL, check_protocol
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Timed = TypeVar("_Timed", GenerateRequest, EmbedRequest)
 
 IDLE_EXIT_S = 60.0
 ENGINE_COMMAND = (sys.executable, "-m", "mrss_provider.server")
@@ -136,16 +140,27 @@ class LocalEngine:
         Raises:
             MRSSError: as `Backend.open`.
         """
+        return await self._ask(self._client.open, request)
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Embed texts, starting the engine first if need be.
+
+        Raises:
+            MRSSError: as `Embeds.embed`.
+        """
+        return await self._ask(self._client.embed, request)
+
+    async def _ask(self, ask: Callable[[_Timed], Awaitable[_T]], request: _Timed) -> _T:
         deadline = time.monotonic() + (request.timeout_s or DEFAULT_TIMEOUT_S)
         await self.ensure(request.timeout_s or DEFAULT_TIMEOUT_S)
         try:
-            return await self._client.open(_with_deadline(request, deadline))
+            return await ask(_with_deadline(request, deadline))
         except EngineUnavailableError as exc:
             # It died or left since we last heard of it; nothing was admitted, so ask the next.
             logger.info("the engine is gone (%s), looking for another", exc)
             self._drop_lease()
         await self.ensure(deadline - time.monotonic())
-        return await self._client.open(_with_deadline(request, deadline))
+        return await ask(_with_deadline(request, deadline))
 
     async def models(self) -> list[ModelCard]:
         """Return the names that are served, starting the engine first if need be.
@@ -276,7 +291,7 @@ class LocalEngine:
             self._lease = None
 
 
-def _with_deadline(request: GenerateRequest, deadline: float) -> GenerateRequest:
+def _with_deadline(request: _Timed, deadline: float) -> _Timed:
     if request.timeout_s is None:
         return request
     # What the start took is gone; a moment must be left for a sentence from the engine.

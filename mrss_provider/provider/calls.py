@@ -67,7 +67,7 @@ def read_call(
         InvalidRequestError: a parameter that cannot be honoured, as `openai_schema` says.
     """
     extras = litellm_params or {}
-    body = _body(optional_params, logging_obj)
+    body = own_parameters(optional_params, logging_obj)
     body["model"] = model
     is_text = extras.get("text_completion") is True
     if is_text:
@@ -86,7 +86,7 @@ def read_call(
         is_text=is_text,
         address=api_base or None,
         api_key=api_key or None,
-        timeout_s=_seconds(timeout),
+        timeout_s=seconds(timeout),
         model_id=(extras.get("model_info") or {}).get("id"),
     )
 
@@ -95,7 +95,8 @@ def check_streamable(call: Call) -> None:
     """Refuse what LiteLLM would drop from a streamed text completion.
 
     Raises:
-        InvalidRequestError: several answers, logprobs or a trace in a streamed completion.
+        InvalidRequestError: several answers, the best of several, logprobs or a trace in a streamed
+            completion.
     """
     if not call.is_text:
         return
@@ -104,6 +105,12 @@ def check_streamable(call: Call) -> None:
             "a streamed completion has one answer behind LiteLLM, which drops the others' finish "
             "reasons; send one prompt with n=1, leave stream out, or ask /v1/chat/completions",
             param="stream",
+        )
+    if call.requests[0].best_of is not None:
+        raise InvalidRequestError(
+            "best_of above n cannot be streamed, as which answers are best is known at their end; "
+            f"leave stream or best_of out, got {call.requests[0].best_of}",
+            param="best_of",
         )
     if call.requests[0].sampling.logprobs:
         raise InvalidRequestError(
@@ -119,7 +126,7 @@ def check_streamable(call: Call) -> None:
         )
 
 
-def _body(optional_params: Mapping[str, Any], logging_obj: Any) -> dict[str, Any]:
+def own_parameters(optional_params: Mapping[str, Any], logging_obj: Any) -> dict[str, Any]:
     """Return the request's own parameters; a flat one wins over the same in `extra_body`.
 
     In the proxy `extra_body` is the deployment's preset, and a client's parameters are flat.
@@ -139,17 +146,22 @@ def _body(optional_params: Mapping[str, Any], logging_obj: Any) -> dict[str, Any
     return body
 
 
-def _seconds(timeout: object) -> float:
+def seconds(timeout: object) -> float:
+    """Return LiteLLM's timeout in seconds.
+
+    Raises:
+        InvalidRequestError: it is no number above 0.
+    """
     if isinstance(timeout, httpx.Timeout):
         timeout = timeout.read
     if timeout is None:
         return DEFAULT_TIMEOUT_S
     try:
-        seconds = float(timeout)  # type: ignore[arg-type]
+        value = float(timeout)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        seconds = math.nan
-    if not seconds > 0:
+        value = math.nan
+    if not value > 0:
         raise InvalidRequestError(
             f"timeout must be a number of seconds above 0, got {timeout!r}", param="timeout"
         )
-    return seconds
+    return value

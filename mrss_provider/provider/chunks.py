@@ -3,18 +3,24 @@
 LiteLLM's stream wrapper drops what comes after a finish reason, and takes the finish reason from
 the first choice of a chunk only. So: content; the finish of every choice but the first, each behind
 an empty first choice; the usage on a chunk without content; last, the first choice's finish.
+
+A chunk says one kind of thing: LiteLLM's bridges to other wires look at the first kind that they
+find in a chunk, and at its first tool call.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litellm.types.utils import (
+    ChatCompletionDeltaToolCall,
     ChoiceLogprobs,
     Delta,
+    Function,
     ModelResponseStream,
     StreamingChoices,
     Usage,
@@ -49,14 +55,13 @@ class StreamChunks:
         self._template: ModelResponseStream | None = None
 
     def write(self, deltas: Sequence[backend.Delta], info: StreamInfo) -> list[ModelResponseStream]:
-        """Return the chunks for deltas that came together: at most two for each choice."""
+        """Return the chunks for deltas that came together: one for what each choice says in a row.
+
+        A choice that finishes here gets one more.
+        """
         if len(deltas) == 1 and self._is_plain(deltas[0]):
             return [self._plain(deltas[0].text)]
-        chunks = [
-            self._content(delta, info)
-            for delta in _merge(deltas)
-            if delta.text or delta.logprobs or delta.trace or delta.trace_summary
-        ]
+        chunks = [self._content(piece, info) for piece in _pieces(deltas) if _says_something(piece)]
         for delta in deltas:
             self._usage = delta.usage or self._usage
             if delta.finish_reason is None:
@@ -90,6 +95,8 @@ class StreamChunks:
             delta.text != ""
             and delta.index == 0
             and 0 in self._started
+            and not delta.reasoning
+            and not delta.tool_calls
             and not delta.logprobs
             and not delta.trace
             and delta.finish_reason is None
@@ -113,7 +120,7 @@ class StreamChunks:
         is_first = not self._started
         role = None if delta.index in self._started else "assistant"
         self._started.add(delta.index)
-        content = Delta(content=delta.text, role=role)
+        content = _delta(delta, role)
         if traced := trace_fields(delta.trace, delta.trace_summary):
             content.provider_specific_fields = {"mrss": traced}
         choice = StreamingChoices(index=delta.index, delta=content)
@@ -147,18 +154,92 @@ class StreamChunks:
         return chunk
 
 
-def _merge(deltas: Sequence[backend.Delta]) -> list[backend.Delta]:
-    """Join what each choice says, in order of first appearance."""
-    merged: dict[int, list[backend.Delta]] = {}
+def _delta(piece: backend.Delta, role: str | None) -> Delta:
+    if piece.reasoning:
+        return Delta(role=role, reasoning_content=piece.reasoning)
+    if piece.tool_calls:
+        return Delta(role=role, tool_calls=[_tool_call(call) for call in piece.tool_calls])
+    return Delta(role=role, content=piece.text)
+
+
+def _tool_call(call: backend.ToolCallDelta) -> ChatCompletionDeltaToolCall:
+    return ChatCompletionDeltaToolCall(
+        index=call.position,
+        id=call.id,
+        type="function",
+        function=Function(name=call.name, arguments=call.arguments),
+    )
+
+
+@dataclass
+class _Run:
+    """Deltas of one choice in a row that say one kind of thing; None is nothing yet."""
+
+    kind: str | int | None = None
+    deltas: list[backend.Delta] = field(default_factory=list)
+
+
+def _pieces(deltas: Sequence[backend.Delta]) -> Iterator[backend.Delta]:
+    """Yield what each choice says, joined, one kind a piece; choices as they first appear."""
+    runs: dict[int, list[_Run]] = {}
     for delta in deltas:
-        merged.setdefault(delta.index, []).append(delta)
-    return [
-        backend.Delta(
-            index,
-            "".join(delta.text for delta in own),
-            logprobs=tuple(token for delta in own for token in delta.logprobs),
-            trace=tuple(token for delta in own for token in delta.trace),
-            trace_summary=next((d.trace_summary for d in own if d.trace_summary), None),
-        )
-        for index, own in merged.items()
-    ]
+        own = runs.setdefault(delta.index, [_Run()])
+        for part in _parts(delta):
+            kind = _kind(part)
+            if own[-1].kind is None:
+                own[-1].kind = kind
+            elif kind is not None and kind != own[-1].kind:
+                own.append(_Run(kind))
+            own[-1].deltas.append(part)
+    for index, own in runs.items():
+        for run in own:
+            yield _joined(index, run.deltas)
+
+
+def _parts(delta: backend.Delta) -> Iterator[backend.Delta]:
+    """Split a delta into kinds. What belongs to its tokens goes with the first part."""
+    if not delta.reasoning and not delta.tool_calls:
+        yield delta
+        return
+    pieces: list[dict[str, Any]] = []
+    if delta.reasoning:
+        pieces.append({"reasoning": delta.reasoning})
+    if delta.text:
+        pieces.append({"text": delta.text})
+    pieces += [{"tool_calls": (call,)} for call in delta.tool_calls]
+    yield replace(delta, **{"text": "", "reasoning": "", "tool_calls": (), **pieces[0]})
+    for piece in pieces[1:]:
+        yield backend.Delta(delta.index, **piece)
+
+
+def _kind(part: backend.Delta) -> str | int | None:
+    if part.tool_calls:
+        return part.tool_calls[0].position
+    if part.reasoning:
+        return "reasoning"
+    return "text" if part.text else None
+
+
+def _joined(index: int, parts: Sequence[backend.Delta]) -> backend.Delta:
+    calls = [call for part in parts for call in part.tool_calls]
+    arguments = "".join(call.arguments for call in calls)
+    return backend.Delta(
+        index,
+        "".join(part.text for part in parts),
+        logprobs=tuple(token for part in parts for token in part.logprobs),
+        trace=tuple(token for part in parts for token in part.trace),
+        trace_summary=next((part.trace_summary for part in parts if part.trace_summary), None),
+        reasoning="".join(part.reasoning for part in parts),
+        tool_calls=(replace(calls[0], arguments=arguments),) if calls else (),
+    )
+
+
+def _says_something(piece: backend.Delta) -> bool:
+    return bool(
+        piece.text
+        or piece.reasoning
+        or piece.tool_calls
+        or piece.logprobs
+        or piece.trace
+        or piece.trace_summary
+    )

@@ -6,17 +6,18 @@ import asyncio
 import os
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from litellm.llms.custom_llm import CustomLLM
-from litellm.types.utils import ModelResponse, TextCompletionResponse
+from litellm.types.utils import EmbeddingResponse, ModelResponse, TextCompletionResponse
 
-from mrss_provider.backend import Backend, DeltaStream, GenerateRequest, StreamInfo
+from mrss_provider.backend import Backend, DeltaStream, Embeds, GenerateRequest, StreamInfo
 from mrss_provider.errors import InvalidRequestError, RequestTimeoutError
 from mrss_provider.openai_schema import Answer
 from mrss_provider.provider.answers import RunningAnswer
 from mrss_provider.provider.calls import Call, check_streamable, read_call
 from mrss_provider.provider.chunks import StreamChunks
+from mrss_provider.provider.embeddings import EmbedCall, read_embed_call, to_embeddings
 from mrss_provider.provider.engines import Engines
 from mrss_provider.provider.error_map import PROVIDER, to_litellm
 from mrss_provider.provider.io_thread import IOThread
@@ -94,13 +95,20 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
         """
         return self._stream(kwargs)
 
-    def embedding(self, **kwargs: Any) -> NoReturn:
-        """Refuse: not supported yet."""
-        raise _unsupported("embeddings", kwargs)
+    def embedding(self, **kwargs: Any) -> EmbeddingResponse:
+        """Embed texts for the sync SDK."""
+        try:
+            return self.run(self._embed(read_embed_call(kwargs)))
+        except Exception as exc:
+            raise to_litellm(exc, _name(kwargs)) from exc
 
-    async def aembedding(self, **kwargs: Any) -> NoReturn:
-        """Refuse: not supported yet."""
-        raise _unsupported("embeddings", kwargs)
+    async def aembedding(self, **kwargs: Any) -> EmbeddingResponse:
+        """Embed texts. Cancelling this aborts the work."""
+        try:
+            embedding = self._process.io.submit(self._embed(read_embed_call(kwargs)))
+            return await asyncio.wrap_future(embedding)
+        except Exception as exc:
+            raise to_litellm(exc, _name(kwargs)) from exc
 
     @property
     def _process(self) -> _Process:
@@ -128,6 +136,19 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
         if self._backend is not None and call.address is None:
             return await self._backend.open(request)
         return await self._process.engines.open(call.address, call.api_key, request)
+
+    async def _embed(self, call: EmbedCall) -> EmbeddingResponse:
+        if self._backend is None or call.address is not None:
+            found = await self._process.engines.embed(call.address, call.api_key, call.request)
+        elif isinstance(self._backend, Embeds):
+            found = await self._backend.embed(call.request)
+        else:
+            raise InvalidRequestError(
+                "the engine of this process cannot embed; leave it out of `register`, or give an "
+                "AsyncEngine",
+                param="model",
+            )
+        return to_embeddings(found, call)
 
     async def _collect(self, call: Call) -> ModelResponse | TextCompletionResponse:
         answer = Answer()
@@ -189,11 +210,3 @@ def _keep_out_of_cache(logging_obj: Any) -> None:
 
 def _name(kwargs: dict[str, Any]) -> str:
     return f"{PROVIDER}/{kwargs.get('model', '')}"
-
-
-def _unsupported(what: str, kwargs: dict[str, Any]) -> Exception:
-    error = InvalidRequestError(
-        f"{what} are not supported yet by the provider mrss, which answers chats and completions",
-        param="model",
-    )
-    return to_litellm(error, _name(kwargs))

@@ -42,6 +42,19 @@ def register(engine: Backend | None = None) -> None:
     )
 
 
+def abilities(card: ModelCard) -> dict[str, bool]:
+    """Return what LiteLLM's model list and configurations say that a model can do."""
+    has_tools = "tools" in card.supports
+    return {
+        "supports_function_calling": has_tools,
+        "supports_tool_choice": has_tools,
+        "supports_parallel_function_calling": has_tools,
+        "supports_response_schema": True,
+        "supports_reasoning": "thinking" in card.supports,
+        "supports_vision": False,
+    }
+
+
 def _entry(card: ModelCard) -> dict[str, Any]:
     entry = {
         "litellm_provider": PROVIDER,
@@ -51,8 +64,7 @@ def _entry(card: ModelCard) -> dict[str, Any]:
         # Unsaid, LiteLLM warns.
         "cache_read_input_token_cost": 0.0,
         "cache_creation_input_token_cost": 0.0,
-        "supports_function_calling": False,
-        "supports_vision": False,
+        **abilities(card),
     }
     if card.context_len:
         entry |= {"max_tokens": card.context_len, "max_input_tokens": card.context_len}

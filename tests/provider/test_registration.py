@@ -8,6 +8,7 @@ from fakes import FakeBackend
 from litellm.caching.caching import Cache
 
 import mrss_provider
+from mrss_provider.backend import ModelCard
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -49,6 +50,19 @@ def test_engine_in_process_answers_and_its_names_are_known(capfd):
     litellm.completion("mrss/tone", messages=HI)
     assert len(backend.requests) == 2
     assert "WARNING" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("clean")
+def test_model_list_says_what_the_engine_says_of_itself():
+    able = ModelCard("able", "state", "", 0, 2048, supports=("tools", "thinking", "embeddings"))
+    mrss_provider.register(FakeBackend(cards=[ModelCard("base", "base"), able]))
+    assert litellm.supports_function_calling("mrss/able")
+    assert litellm.supports_response_schema("mrss/able")
+    assert litellm.supports_reasoning("mrss/able")
+    assert not litellm.supports_vision("mrss/able")
+    assert litellm.get_model_info("mrss/able")["max_input_tokens"] == 2048
+    assert not litellm.supports_function_calling("mrss/base")
+    assert not litellm.supports_reasoning("mrss/base")
 
 
 @pytest.mark.usefixtures("clean")

@@ -20,7 +20,7 @@ NUM_WORKERS = 2
 class Proxy:
     """A `litellm` process; `lines` is what it wrote."""
 
-    def __init__(self, config, env):
+    def __init__(self, config, env, num_workers=NUM_WORKERS):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -31,7 +31,7 @@ class Proxy:
         command = [
             str(Path(sys.executable).parent / "litellm"),
             *("--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
-            *("--num_workers", str(NUM_WORKERS), "--telemetry", "False"),
+            *("--num_workers", str(num_workers), "--telemetry", "False"),
         ]
         self.process = subprocess.Popen(
             command,
@@ -43,7 +43,7 @@ class Proxy:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        for _ in range(NUM_WORKERS):
+        for _ in range(num_workers):
             if not self._started.acquire(timeout=START_S) or self._has_failed:
                 self.stop()
                 pytest.fail("the proxy did not start:\n" + "".join(self.lines[-40:]))

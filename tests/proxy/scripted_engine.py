@@ -6,27 +6,36 @@ What an answer does is told by the prompt, so that tests which share a proxy sha
 import socket
 import struct
 import threading
+from array import array
 from dataclasses import replace
 
 import uvicorn
-from fakes import SUMMARY, FakeBackend, Wait, text, traced
+from fakes import FINGERPRINT, PROMPT_TOKENS, SUMMARY, FakeBackend, Wait, text, traced
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mrss_provider.backend import TokenLogprob
+from mrss_provider.backend import Delta, Embeddings, TokenLogprob, ToolCallDelta
 from mrss_provider.errors import ContextLengthError, QueueFullError, UnknownNameError
 from mrss_provider.mixture import parse_mixture
 from mrss_provider.server.app import create_app
 
 KNOWN = ("base", "knowledge", "tone")
 WORDS = (" one", " two", " three")
+CALLS = (
+    Delta(reasoning="Hm.", num_tokens=1),
+    Delta(tool_calls=(ToolCallDelta(0, "call_0", "paint", '{"a":'),), num_tokens=1),
+    Delta(tool_calls=(ToolCallDelta(0, arguments=" 1}"),), num_tokens=1),
+    Delta(tool_calls=(ToolCallDelta(1, "call_1", "paint", "{}"),), num_tokens=1),
+    Delta(finish_reason="tool_calls"),
+)
 WAIT_S = 10.0
 
 
 class ScriptedBackend(FakeBackend):
     """Answers WORDS, or as the prompt says.
 
-    "wait first ..." and "wait later ..." block before or after the first word, "full" and
-    "too long" are refused, "break" breaks off with an error that is none of ours.
+    "call ..." thinks and calls twice, "wait first ..." and "wait later ..." block before or after
+    the first word, "full" and "too long" are refused, "break" breaks off with an error that is
+    none of ours.
     """
 
     def __init__(self):
@@ -49,6 +58,11 @@ class ScriptedBackend(FakeBackend):
         with self._opened:
             self._opened.notify_all()
         return stream
+
+    async def embed(self, request):
+        """Return vectors that tell how long each input is."""
+        vectors = tuple(array("f", [len(text), 1.0]) for text in request.inputs)
+        return Embeddings(request.model, FINGERPRINT, vectors, PROMPT_TOKENS)
 
     def asked(self, prompt):
         """Return (request, stream) of every admitted request with this prompt."""
@@ -77,6 +91,8 @@ class ScriptedBackend(FakeBackend):
         if prompt.startswith("wait"):
             wait = self._waits[prompt] = Wait()
             return [wait, *words] if "first" in prompt else [words[0], wait, *words[1:]]
+        if prompt.startswith("call"):
+            return CALLS
         if prompt == "break":
             return [words[0], ZeroDivisionError("a secret")]
         return words
