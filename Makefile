@@ -12,9 +12,10 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 # Stamps: an install that has nothing to do costs nothing.
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
-INSTALLED_RAY := $(VENV)/.installed-ray
+INSTALLED_FULL := $(VENV)/.installed-full
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_FUZZ := $(VENV)/.installed-fuzz
+INSTALLED_CONFORMANCE := $(VENV)/.installed-conformance
 
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -24,7 +25,7 @@ BENCH += state_dtype
 BENCH_GPU := decode mixture prefill sparse_ffn tail serve_gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test test-full compat test-gpu test-wheel soak fuzz bench bench-gpu plots docs wheel clean
+.PHONY: help install run check test test-full compat conformance test-litellm test-gpu test-wheel soak fuzz bench bench-gpu plots docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -44,8 +45,15 @@ check: $(INSTALLED_TEST)  ## lint, format, types, layers
 test: $(INSTALLED_TEST)  ## the test suite, as CI runs it
 	$(PYTEST)
 
-test-full: $(INSTALLED_RAY)  ## the suite with its slow tests
+test-full: $(INSTALLED_FULL)  ## the suite with its slow tests
 	$(PYTEST) -m "not gpu"
+
+# SHORT=1: only the cells that `make test` asks too.
+conformance: $(INSTALLED_CONFORMANCE)  ## other people's clients on every route (SHORT=1: a few cells)
+	$(PY) -m pytest $(if $(SHORT),,-m "not gpu") tests/conformance
+
+test-litellm: $(INSTALLED_TEST)  ## the provider's tests on the oldest and the newest LiteLLM
+	$(PY) tests/litellm_versions.py
 
 compat: $(INSTALLED_TEST)  ## RWKV-Infer's README, replayed with curl against mrss serve
 	$(PY) -m pytest -m "not gpu" tests/compat
@@ -89,8 +97,12 @@ $(INSTALLED_TEST): pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@ $(INSTALLED)
 
-$(INSTALLED_RAY): pyproject.toml constraints.txt | $(PY)
-	$(PIP_INSTALL) -e '.[test,ray]'
+$(INSTALLED_FULL): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[test,ray,browser,conformance]'
+	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
+
+$(INSTALLED_CONFORMANCE): pyproject.toml constraints.txt | $(PY)
+	$(PIP_INSTALL) -e '.[test,conformance]'
 	@touch $@ $(INSTALLED) $(INSTALLED_TEST)
 
 $(INSTALLED_FUZZ): pyproject.toml constraints.txt | $(PY)

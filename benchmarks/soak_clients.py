@@ -45,6 +45,8 @@ QUESTIONS = (
 CHECKED = {"model": "knowledge+tone", "prompt": "Hello", "max_tokens": 12, "seed": 7}
 CHECKED |= {"temperature": 1.0, "ignore_eos": True}
 
+Call = Callable[[], Coroutine[Any, Any, str]]
+
 
 class Clients:
     """Everybody who asks, and what became of them.
@@ -69,6 +71,19 @@ class Clients:
             transport=transport, base_url="http://localhost", timeout=120.0
         )
         self._expected: str | None = None
+        self._kinds: dict[Call, float] = {
+            self.read_all: 8,
+            self.read_whole: 4,
+            self.check: 2,
+            self.leave: 3,
+            self.cancel: 2,
+            self.read_slowly: 1,
+            self.talk: 2,
+            self.ask_nonsense: 1,
+            self.be_impatient: 1,
+        }
+        # Each kind comes once before chance decides, however short the soak is.
+        self._unasked = list(self._kinds)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -77,20 +92,11 @@ class Clients:
 
     async def work(self, until: float, pause_s: float) -> None:
         """Ask one request after the other, of random kinds, until a monotonic time."""
-        kinds: list[tuple[Callable[[], Coroutine[Any, Any, str]], float]] = [
-            (self.read_all, 8),
-            (self.read_whole, 4),
-            (self.check, 2),
-            (self.leave, 3),
-            (self.cancel, 2),
-            (self.read_slowly, 1),
-            (self.talk, 2),
-            (self.ask_nonsense, 1),
-            (self.be_impatient, 1),
-        ]
-        calls, weights = zip(*kinds, strict=True)
+        calls, weights = list(self._kinds), list(self._kinds.values())
         while time.monotonic() < until:
             (call,) = self._rng.choices(calls, weights)
+            if self._unasked:
+                call = self._unasked.pop()
             try:
                 end = await call()
             except QueueFullError:

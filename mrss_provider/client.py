@@ -8,15 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 
-from mrss_provider.backend import Delta, GenerateRequest, ModelCard, StreamInfo
+from mrss_provider.backend import (
+    Embeddings,
+    EmbedRequest,
+    GenerateRequest,
+    ModelCard,
+    Tokens,
+)
+from mrss_provider.client_stream import ClientStream, translate
 from mrss_provider.errors import (
     ConfigError,
     EngineError,
@@ -24,16 +30,18 @@ from mrss_provider.errors import (
     InvalidRequestError,
     MRSSError,
     QueueFullError,
-    RequestTimeoutError,
     error_from_dict,
 )
 from mrss_provider.http1 import Connection, LeanTransport
 from mrss_provider.openai_schema import (
     StreamOptions,
-    error_from_event,
+    detokenize_body,
+    embed_request_to_body,
     info_from_headers,
-    read_chunk,
+    read_detokenized,
+    read_embeddings,
     read_model_list,
+    read_tokens,
     request_to_body,
 )
 
@@ -45,18 +53,29 @@ _GRACE_S = 2.0
 # For answers that take no computing.
 _SHORT_ANSWER_S = 30.0
 _MAX_BODY_BYTES = 16 << 20
+# 2,048 vectors of 4,096 numbers as base64 take 45 MB.
+_MAX_VECTOR_BYTES = 64 << 20
 _STREAM = StreamOptions(stream=True, include_usage=True, include_num_tokens=True)
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
 class EngineVersion:
-    """What `GET /version` tells. `protocol` is the number that client and server must share."""
+    """What `GET /version` tells.
+
+    Attributes:
+        protocol: the number that client and server must share.
+        version: of the package.
+        pid: of the process.
+        model: name of its file or folder.
+        playground: where a browser on that machine finds the page; None where it has no port.
+    """
 
     protocol: int
     version: str
     pid: int
     model: str
+    playground: str | None = None
 
 
 class Client:
@@ -103,13 +122,7 @@ class Client:
             MRSSError: whatever the server refused the request with.
         """
         path = "/v1/completions" if request.messages is None else "/v1/chat/completions"
-        try:
-            body = _ENCODE(request_to_body(request, _STREAM)).encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidRequestError(
-                f"the text must be whole Unicode characters, got half of a surrogate pair "
-                f"({exc.object[exc.start]!r})"
-            ) from exc
+        body = _encode(request_to_body(request, _STREAM))
         loop = asyncio.get_running_loop()
         timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S) + _GRACE_S
         deadline = loop.time() + timeout_s
@@ -125,6 +138,29 @@ class Client:
         stream = ClientStream(info, connection, left_s, self._streams.discard)
         self._streams.add(stream)
         return stream
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Return a vector of each input.
+
+        Raises:
+            EngineUnavailableError: nobody answers at the address.
+            MRSSError: whatever the server refused the request with.
+        """
+        body = embed_request_to_body(request, "base64")
+        timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S) + _GRACE_S
+        return read_embeddings(
+            await self._post_json("/v1/embeddings", body, timeout_s, _MAX_VECTOR_BYTES)
+        )
+
+    async def tokenize(self, request: GenerateRequest) -> Tokens:
+        """Return the tokens that an answer's prompt would have; raises as `embed`."""
+        body = request_to_body(request)
+        return read_tokens(await self._post_json("/v1/tokenize", body, _SHORT_ANSWER_S))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; raises as `embed`."""
+        body = detokenize_body(token_ids)
+        return read_detokenized(await self._post_json("/v1/detokenize", body, _SHORT_ANSWER_S))
 
     async def models(self) -> list[ModelCard]:
         """Return the names that are served, `base` first.
@@ -142,7 +178,9 @@ class Client:
         """
         raw = await self._get_json("/version")
         try:
-            return EngineVersion(raw["protocol"], raw["version"], raw["pid"], raw["model"])
+            return EngineVersion(
+                raw["protocol"], raw["version"], raw["pid"], raw["model"], raw.get("playground")
+            )
         except KeyError as exc:
             raise EngineUnavailableError(
                 f"{self.address} is not an mrss engine (its /version has no {exc})"
@@ -195,6 +233,12 @@ class Client:
             )
         return body
 
+    async def _post_json(
+        self, path: str, body: dict[str, Any], timeout_s: float, max_bytes: int = _MAX_BODY_BYTES
+    ) -> object:
+        response = await self._send("POST", path, timeout_s, _encode(body))
+        return await self._read_json(response, max_bytes)
+
     async def _send(self, method: str, path: str, timeout_s: float, body: bytes) -> httpx.Response:
         """Send a request and return the answer, its body unread, if its status is 200."""
         self._check_open()
@@ -216,14 +260,16 @@ class Client:
             error_from_dict(response.status_code, await self._read_json(response)), response
         )
 
-    async def _read_json(self, response: httpx.Response) -> object:
+    async def _read_json(
+        self, response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES
+    ) -> object:
         connection: Connection = response.extensions["connection"]
         body = bytearray()
         try:
             while data := await connection.read():
                 body += data
-                if len(body) > _MAX_BODY_BYTES:
-                    raise EngineError(f"the answer is longer than {_MAX_BODY_BYTES} bytes")
+                if len(body) > max_bytes:
+                    raise EngineError(f"the answer is longer than {max_bytes} bytes")
         except httpx.HTTPError as exc:
             raise self._translate(exc) from exc
         finally:
@@ -235,125 +281,17 @@ class Client:
             return None
 
     def _translate(self, exc: httpx.HTTPError) -> MRSSError:
-        return _translate(exc, self.address)
+        return translate(exc, self.address)
 
 
-class ClientStream:
-    """A `DeltaStream` over one connection. Deltas that came together are returned as one."""
-
-    def __init__(
-        self,
-        info: StreamInfo,
-        connection: Connection,
-        timeout_s: float,
-        on_end: Callable[[ClientStream], None],
-    ) -> None:
-        self.info = info
-        self._connection = connection
-        self._on_end = on_end
-        self._ready: deque[Delta] = deque()
-        self._rest = b""
-        self._is_done = False
-        self._error: MRSSError | None = None
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
-
-    def __aiter__(self) -> ClientStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if self._is_done:
-                raise StopAsyncIteration
-            await self._read()
-        return self._ready.popleft()
-
-    def ready(self) -> bool:
-        """Whether the next delta is already here."""
-        return bool(self._ready)
-
-    async def aclose(self) -> None:
-        """Close the connection, which aborts the answer; idempotent."""
-        self._ready.clear()
-        self._end()
-
-    def fail(self, error: MRSSError) -> None:
-        """End the stream with `error` after what has already come."""
-        if not self._is_done:
-            self._error = self._error or error
-        self._end()
-
-    async def _read(self) -> None:
-        try:
-            data = await self._connection.read()
-            if data:
-                self._take(data)
-            elif not self._is_done:
-                raise EngineUnavailableError("the engine's answer broke off before its end")
-        except httpx.HTTPError as exc:
-            # After `aclose` the reader that was waiting just stops.
-            if not self._is_done:
-                self.fail(_translate(exc, "the engine"))
-        except MRSSError as exc:
-            self.fail(exc)
-        except (ValueError, RecursionError) as exc:
-            self.fail(EngineError(f"the engine sent an event that is no JSON ({exc})"))
-
-    def _take(self, data: bytes) -> None:
-        events = (self._rest + data).split(b"\n\n")
-        self._rest = events.pop()
-        deltas: list[Delta] = []
-        try:
-            for event in events:
-                if event == b"data: [DONE]":
-                    self._end()
-                    break
-                if not event.startswith(b"data: "):
-                    # A comment keeps a connection alive; nothing else is expected.
-                    continue
-                chunk = json.loads(event[6:])
-                if isinstance(chunk, dict) and "error" in chunk:
-                    self._error = error_from_event(chunk) or EngineError("the engine sent an error")
-                    self._end()
-                    break
-                deltas.append(read_chunk(chunk))
-        finally:
-            # What came before an event that cannot be read is the caller's.
-            self._ready.extend(deltas if len(deltas) < 2 else _coalesce(deltas))
-
-    def _expire(self, timeout_s: float) -> None:
-        self.fail(RequestTimeoutError(f"no complete answer within {timeout_s:.3g} s"))
-
-    def _end(self) -> None:
-        self._is_done = True
-        self._timer.cancel()
-        self._connection.close()
-        self._on_end(self)
-
-
-def _coalesce(deltas: Sequence[Delta]) -> list[Delta]:
-    """Join neighbours of the same choice."""
-    joined: list[Delta] = []
-    for delta in deltas:
-        last = joined[-1] if joined else None
-        if (
-            last is None
-            or last.index != delta.index
-            or last.finish_reason is not None
-            or last.usage is not None
-            or delta.usage is not None
-        ):
-            joined.append(delta)
-        else:
-            joined[-1] = replace(
-                delta,
-                text=last.text + delta.text,
-                num_tokens=last.num_tokens + delta.num_tokens,
-                logprobs=last.logprobs + delta.logprobs,
-                trace=last.trace + delta.trace,
-            )
-    return joined
+def _encode(body: Mapping[str, Any]) -> bytes:
+    try:
+        return _ENCODE(body).encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequestError(
+            f"the text must be whole Unicode characters, got half of a surrogate pair "
+            f"({exc.object[exc.start]!r})"
+        ) from exc
 
 
 def parse_address(address: str) -> tuple[str, Path | None]:
@@ -382,14 +320,6 @@ def _bad_address(address: str) -> ConfigError:
         f"an engine's address is http://host:port or unix:///path/to/socket, got {address!r}",
         param="api_base",
     )
-
-
-def _translate(exc: httpx.HTTPError, where: str) -> MRSSError:
-    if isinstance(exc, httpx.ReadTimeout):
-        return RequestTimeoutError(f"{where} did not answer in time ({exc})")
-    if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
-        return EngineUnavailableError(f"no engine answers at {where} ({exc})")
-    return EngineUnavailableError(f"the connection to {where} broke off ({exc})")
 
 
 def _with_retry_after(error: MRSSError, response: httpx.Response) -> MRSSError:

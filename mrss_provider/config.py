@@ -16,6 +16,7 @@ from mrss_provider.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 StateDtype = Literal["fp32", "fp16"]
+Quantize = Literal["none", "int8"]
 LazyRows = Literal["auto", "on", "off"]
 LogFormat = Literal["text", "json"]
 
@@ -45,6 +46,8 @@ class EngineConfig:
         device: "auto" takes CUDA when there is one; CUDA_VISIBLE_DEVICES says which card.
         dtype: of the weights; "auto" keeps the file's on CUDA, picks the fastest exact-enough
             on CPU.
+        quantize: "int8" holds the large matrices in 8 bits: half the memory and nearly the same
+            answers, on a CPU.
         state_dtype: of the recurrent wkv state.
         sparse_ffn: hold a third of the weights twice, so that decoding one row reads only what is
             not multiplied by zero (CUDA, RWKV-7; not done where memory is short).
@@ -79,6 +82,7 @@ class EngineConfig:
     template: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    quantize: Quantize = "none"
     state_dtype: StateDtype = "fp32"
     sparse_ffn: bool = False
     threads: int = 0
@@ -102,7 +106,7 @@ class EngineConfig:
     max_state_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        _check_choices(self, device=Device, dtype=Dtype)
+        _check_choices(self, device=Device, dtype=Dtype, quantize=Quantize)
         _check_choices(self, state_dtype=StateDtype, lazy_rows=LazyRows)
         _check_min(self, threads=0, max_rows=1, max_states=1, max_queued=0)
         _check_min(self, prefill_chunk_len=1, prefill_alone_len=1, max_state_bytes=1024)
@@ -130,7 +134,9 @@ class ServerConfig:
     Attributes:
         host: address to bind, TCP.
         port: TCP port.
-        socket: path of a Unix socket; if set, TCP is not used.
+        socket: path of a Unix socket; if set, TCP is not used, but for `loopback_port`.
+        loopback_port: beside `socket`, listen on this port of 127.0.0.1 too, which a browser can
+            reach; 0 does not.
         idle_exit_s: leave this many seconds after the last lease closed; 0 stays for good.
         drain_s: seconds that running answers get after SIGTERM.
         max_body_bytes: larger request bodies are refused with 413.
@@ -150,11 +156,14 @@ class ServerConfig:
         log_format: "json" is one object a line.
         otel: send a span for each request with OpenTelemetry, where its own variables
             (OTEL_EXPORTER_OTLP_ENDPOINT, ...) say; needs the extra [otel].
+        feedback: file that scores and votes are appended to, a JSON object a line; None takes
+            mrss/feedback.jsonl in XDG_STATE_HOME, else in ~/.local/state.
     """
 
     host: str = "127.0.0.1"
     port: int = 9000
     socket: Path | None = None
+    loopback_port: int = 0
     idle_exit_s: float = 0.0
     drain_s: float = 30.0
     max_body_bytes: int = 4 << 20
@@ -169,6 +178,7 @@ class ServerConfig:
     stall_s: float = 60.0
     log_format: LogFormat = "text"
     otel: bool = False
+    feedback: Path | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self, log_format=LogFormat)
@@ -180,6 +190,16 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be above 0, got {value!r}", param=name)
         if self.port > 65_535:
             raise ConfigError(f"port must be in [1, 65535], got {self.port}", param="port")
+        if not 0 <= self.loopback_port <= 65_535:
+            raise ConfigError(
+                f"loopback_port must be in [0, 65535], got {self.loopback_port}",
+                param="loopback_port",
+            )
+        if self.loopback_port and self.socket is None:
+            raise ConfigError(
+                "loopback_port is for a server on a Unix socket; without socket set host and port",
+                param="loopback_port",
+            )
 
     @classmethod
     def from_env(

@@ -36,7 +36,7 @@ class SamplingParams:
             by it at each step; 1 is off.
         logit_bias: token id -> bias in [-100, 100]; -100 bans the token.
         seed: any 64-bit integer; None draws a fresh one.
-        max_tokens: > 0.
+        max_tokens: >= 0; 0 is no answer, for requests that want something of their prompt.
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on past the end-of-text token (benchmarks).
         sampling_order: "openai": temperature, then top-k, top-p, min-p; "rwkv": truncation on
@@ -79,7 +79,7 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _check_int("max_tokens", self.max_tokens, 0, 2**31 - 1)
         self._check_stop()
         _check_bool("ignore_eos", self.ignore_eos)
         if self.sampling_order not in (None, "openai", "rwkv"):

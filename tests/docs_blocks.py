@@ -23,11 +23,23 @@ from typing import Any
 from unittest import mock
 
 import evaluation_tables
+import grammar_tables
 from command import mrss
+from conformance import table as conformance_table
 
 from mrss_provider.cli.options import field_help
 from mrss_provider.config import EngineConfig, ServerConfig
-from mrss_provider.openai_schema import CHAT_KEYS, COMPLETION_KEYS
+from mrss_provider.openai_schema import (
+    CHAT_KEYS,
+    COMPLETION_KEYS,
+    EMBEDDING_KEYS,
+    EMBEDDING_MRSS_KEYS,
+    MRSS_KEYS,
+    KeyTable,
+)
+from mrss_provider.openai_schema.keys import STREAM_KEYS, message_keys
+from mrss_provider.server import schemas, text_schemas
+from mrss_provider.server.openapi import operations
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,6 +137,96 @@ def _parameters() -> list[list[str]]:
     return rows + [[k, ", ".join(f"`{key}`" for key in sorted(keys))] for k, keys in kinds.items()]
 
 
+def _routes() -> list[list[str]]:
+    """Return a row for each route; those that also answer without `/v1` once."""
+    found = operations()
+    known = {(operation.method, operation.path) for operation in found}
+    rows = [["route", "what it does", "needs"]]
+    for operation in found:
+        method, path = operation.method, operation.path
+        if (method, f"/v1{path}") in known and path != "/models":
+            continue
+        short = path.removeprefix("/v1")
+        also = f", `{short}`" if short != path and (method, short) in known else ""
+        also = "" if path == "/v1/models" else also
+        needs = "an admin's key" if operation.is_admin else ""
+        rows.append([f"`{method} {path}`{also}", operation.summary, needs])
+    return rows
+
+
+def _keys() -> list[list[str]]:
+    columns = (
+        (CHAT_KEYS, schemas.CHAT),
+        (COMPLETION_KEYS, schemas.TEXT),
+        (EMBEDDING_KEYS, text_schemas.EMBEDDING),
+    )
+    header = ["parameter", "chat completions", "completions", "embeddings"]
+    return [header, *_rows_of(columns)]
+
+
+def _inner_keys() -> list[list[str]]:
+    objects = {
+        "mrss": (MRSS_KEYS, schemas.MRSS),
+        "mrss (embeddings)": (EMBEDDING_MRSS_KEYS, text_schemas.EMBEDDING_MRSS),
+        "stream_options": (STREAM_KEYS, schemas.STREAM_OPTIONS),
+        "messages[]": (message_keys(0), {}),
+    }
+    rows = [["object", "key", ""]]
+    for name, (table, known) in objects.items():
+        rows += [[f"`{name}`", *row] for row in _rows_of([(table, known)])]
+    return rows
+
+
+def _rows_of(columns: Sequence[tuple[KeyTable, Mapping[str, Any]]]) -> list[list[str]]:
+    keys = {key for table, _ in columns for key in _all_keys(table)}
+    return [[f"`{key}`", *(_said(key, *column) for column in columns)] for key in sorted(keys)]
+
+
+def _all_keys(table: KeyTable) -> set[str]:
+    return {*table.honoured, *table.accepted, *table.refused}
+
+
+def _said(key: str, table: KeyTable, known: Mapping[str, Any]) -> str:
+    """Return what a table says of a key, and the range of its values."""
+    if key in table.honoured:
+        return " ".join(filter(None, ["honoured", _range_of(known.get(key, {}))]))
+    if key in table.accepted:
+        return "accepted"
+    if key in table.refused:
+        refusal = table.refused[key]
+        neutral = ", ".join(f"`{json.dumps(value)}`" for value in refusal.neutral)
+        return f"refused: {refusal.reason}" + (f" ({neutral} passes)" if neutral else "")
+    return "unknown"
+
+
+def _range_of(schema: Mapping[str, Any]) -> str:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if low is None or high is None:
+        return ""
+    opens, closes = "[("["exclusiveMinimum" in schema], "])"["exclusiveMaximum" in schema]
+    return f"{opens}{_short(low)}, {_short(high)}{closes}"
+
+
+def _short(number: float) -> str:
+    powers = {2**31 - 1: "2³¹ - 1", -(2**63): "-2⁶³", 2**64 - 1: "2⁶⁴ - 1"}
+    return powers.get(int(number)) or f"{number:g}"
+
+
+def _embeddings() -> list[list[str]]:
+    path = ROOT / "benchmarks/results/embeddings.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Of several lines of a cell the last one counts.
+    cells = {(line["task"], line["state"], line["pooling"]): line for line in lines}
+    tasks = list(dict.fromkeys(task for task, _, _ in cells))
+    rows = [["vectors of", *(f"`{task}`" for task in tasks)]]
+    for state, pooling in dict.fromkeys((state, pooling) for _, state, pooling in cells):
+        name = "the words themselves" if state == "words" else f"`{state}`, {pooling}"
+        rows.append([name, *(f"{cells[task, state, pooling]['accuracy']:.2f}" for task in tasks)])
+    chances = [next(line for key, line in cells.items() if key[0] == task) for task in tasks]
+    return [*rows, ["chance", *(f"{line['chance']:.2f}" for line in chances)]]
+
+
 def _numbers() -> list[list[str]]:
     """Return the newest result of each line that the README tells."""
     results: list[dict[str, Any]] = []
@@ -202,8 +304,16 @@ def _modules() -> list[list[str]]:
 TABLES: Mapping[str, Callable[[], list[list[str]]]] = {
     "settings": _settings,
     "parameters": _parameters,
+    "routes": _routes,
+    "keys": _keys,
+    "inner_keys": _inner_keys,
+    "embeddings": _embeddings,
+    "schema_keywords": grammar_tables.keywords,
+    "grammar_costs": grammar_tables.costs,
     "modules": _modules,
     "numbers": _numbers,
+    "compatibility": conformance_table.compatibility,
+    "compatibility_reasons": conformance_table.reasons,
     "gates": evaluation_tables.gates,
     "gains": evaluation_tables.gains,
     "domains": evaluation_tables.domains,

@@ -229,14 +229,14 @@ def _complete(script: Script, n: int) -> list[Step]:
 @contextlib.contextmanager
 def serving(backend: Backend, config: ServerConfig) -> Iterator[Callable[[float], None]]:
     """Serve `backend` in a thread; yields what ends the server from any thread (drain_s)."""
-    from mrss_provider.server.run import Listener, Server
+    from mrss_provider.server.run import Server, listen_on
 
-    listener = Listener(config)
+    listeners = listen_on(config)
     begun = threading.Event()
     servers: list[Server] = []
 
     async def main() -> None:
-        servers.append(Server(backend, config, listener, model="fake"))
+        servers.append(Server(backend, config, *listeners, model="fake"))
         begun.set()
         await servers[0].run_to_end()
 
@@ -253,4 +253,5 @@ def serving(backend: Backend, config: ServerConfig) -> Iterator[Callable[[float]
     finally:
         end()
         thread.join()
-        listener.close()
+        for listener in listeners:
+            listener.close()

@@ -126,7 +126,7 @@ class ScriptEngine:
 
 
 class Library:
-    def resolve(self, text, options):
+    def resolve(self, text, options=None):
         if text == "nobody":
             raise UnknownNameError(f"no state {text!r}")
         warm = 0.25 if text == "warm" else None

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import httpx
@@ -33,6 +34,10 @@ from mrss_provider.backend import (
     MixtureOptions,
     StreamInfo,
     TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
     TopLogprob,
     Usage,
 )
@@ -536,3 +541,41 @@ def test_half_a_character_is_refused_before_anything_is_sent(tmp_path):
     request = GenerateRequest("tone", SamplingParams(), prompt="\udcff")
     with pytest.raises(InvalidRequestError, match="half of a surrogate pair"):
         asyncio.run(Client(f"unix://{tmp_path}/none").open(request))
+
+
+def test_thoughts_and_calls_arrive_as_they_were_sent(unix):
+    calls = (ToolCallDelta(0, "call_1", "clock"), ToolCallDelta(0, arguments='{"zone": "é"}'))
+    script = [
+        Delta(reasoning="Hm ", num_tokens=1),
+        Delta(reasoning="é.", num_tokens=1),
+        Delta(text="Yes.", num_tokens=1),
+        *(Delta(tool_calls=(call,), num_tokens=1) for call in calls),
+        Delta(num_tokens=1, finish_reason="tool_calls"),
+        Delta(usage=Usage(PROMPT_TOKENS, 6, 0, 2)),
+    ]
+    request = replace(
+        REQUEST,
+        messages=(
+            Message("user", "x"),
+            Message("assistant", "", (ToolCall("c1", "clock", "{}"),)),
+            Message("tool", "12:00", (), "c1"),
+        ),
+        tools=(Tool("clock", "Tells", {"type": "object"}, strict=True),),
+        tool_choice=ToolChoice("required", "clock", parallel=False),
+        thinking=True,
+    )
+    backend = FakeBackend(script)
+    with serving(backend, unix):
+        _, deltas = asyncio.run(collect(client_of(unix), request))
+    assert [sent.tools for sent in backend.requests] == [request.tools]
+    sent = backend.requests[0]
+    assert (sent.messages, sent.tool_choice, sent.thinking) == (
+        request.messages,
+        request.tool_choice,
+        True,
+    )
+    assert "".join(delta.reasoning for delta in deltas) == "Hm é."
+    assert joined(deltas) == "Yes."
+    assert sum((delta.tool_calls for delta in deltas), ()) == calls
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["tool_calls"]
+    assert deltas[-1].usage == Usage(PROMPT_TOKENS, 6, 0, 2)

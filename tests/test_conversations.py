@@ -9,7 +9,7 @@ import torch
 from tiny_model import write_model_folder, write_state
 
 from mrss_provider.async_engine import AsyncEngine
-from mrss_provider.backend import GenerateRequest, KeepsSessions, Message
+from mrss_provider.backend import GenerateRequest, KeepsSessions, Message, Tool, ToolCall
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.session import Session
 from mrss_provider.errors import (
@@ -410,3 +410,55 @@ def test_sessions_on_the_wire():
         parse_chat_request({"model": "base", "messages": []})
     with pytest.raises(InvalidRequestError, match="one prompt"):
         parse_completion_request({"model": "base", "prompt": ["a", "b"], "mrss": {"session": "s"}})
+
+
+@pytest.mark.parametrize(
+    ("thinking", "opening"),
+    [
+        (None, ""),
+        pytest.param(True, "<think", marks=pytest.mark.slow),
+        pytest.param(False, "<think>\n</think>", marks=pytest.mark.slow),
+    ],
+)
+def test_a_saved_chat_knows_what_it_thought(thinking, opening):
+    kinds = {"max_tokens": 12, "seed": 3, "temperature": 1.0}
+
+    async def scenario(engine):
+        made = await engine.create_session(ask((Message("user", "Hi"),), "tone", **kinds))
+        turns = ("How are you?", "Where is the harbour?")
+        first, second = (
+            replace(
+                ask((Message("user", text),), "tone", made.id, save=True, **kinds),
+                thinking=thinking,
+            )
+            for text in turns
+        )
+        _, before, _ = await answer(engine, first)
+        saved = await engine.export_session(made.id, "")
+        _, after, _ = await answer(engine, second)
+        loaded, _ = await engine._parts()
+        session = Session.from_bytes(saved, loaded.engine.model_config, loaded.engine.state_dtype)
+        text = loaded.tokenizer.decode(session.tokens)
+        return before, after, session.messages[-1].content, text
+
+    before, after, said, text = run(replace(DEMO, template="g1"), scenario)
+    # What the model reads next time is what it has read and written this time.
+    assert said.startswith(opening)
+    assert text.rstrip().endswith(f"Assistant: {said}".rstrip())
+    assert after.prompt_tokens > before.prompt_tokens
+
+
+@pytest.mark.parametrize("kind", ["tools", "messages"])
+def test_a_session_takes_no_tools(kind):
+    call = Message("assistant", "", (ToolCall("c1", "clock", "{}"),))
+    told = (Message("user", "Hi"), call, Message("tool", "12:00", (), "c1"))
+    asked = ask(told if kind == "messages" else told[:1], "tone")
+    if kind == "tools":
+        asked = replace(asked, tools=(Tool("clock"),))
+
+    async def scenario(engine):
+        with pytest.raises(InvalidRequestError, match="takes no tools") as caught:
+            await engine.create_session(asked)
+        assert caught.value.param == kind
+
+    run(DEMO, scenario)

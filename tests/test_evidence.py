@@ -143,7 +143,8 @@ def engine_request(config, model, **what):
         async with AsyncEngine(config) as engine:
             loaded, _ = await engine._parts()
             request = GenerateRequest(model, SamplingParams(max_tokens=2), **what)
-            made = await engine._engine_request(request, loaded)
+            mixture = loaded.library.resolve(request.model, request.mixture)
+            made = await engine._engine_request(request, loaded, mixture)
             spans = [loaded.tokenizer.decode(made.prompt[s.start : s.stop]) for s in made.evidence]
             return made, [text.strip() for text in spans]
 

@@ -1,12 +1,14 @@
 """The OpenAI wire. Oracles: exact round trips, and the `openai` package's own models."""
 
 import json
+import math
+from array import array
 from typing import get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types import Completion, Model
+from openai.types import Completion, EmbeddingCreateParams, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from openai.types.completion_create_params import (
@@ -16,6 +18,8 @@ from openai.types.completion_create_params import (
 from mrss_provider import openai_schema as schema
 from mrss_provider.backend import (
     Delta,
+    Embeddings,
+    EmbedRequest,
     GenerateRequest,
     Message,
     MixtureOptions,
@@ -92,7 +96,15 @@ shared = {
     "timeout_s": st.none() | numbers(0.001, 1e6),
 }
 requests = st.builds(GenerateRequest, messages=messages, **shared) | st.builds(
-    GenerateRequest, prompt=prompts, **shared
+    GenerateRequest, prompt=prompts, echo=st.booleans(), **shared
+)
+embed_requests = st.builds(
+    EmbedRequest,
+    model=shared["model"],
+    inputs=st.lists(prompts.filter(len), min_size=1, max_size=4).map(tuple),
+    pooling=st.sampled_from(["mean", "last"]),
+    dimensions=st.none() | st.integers(1, 2**31 - 1),
+    timeout_s=shared["timeout_s"],
 )
 streams = st.builds(
     schema.StreamOptions,
@@ -123,9 +135,54 @@ def test_a_request_survives_the_wire(request, stream):
     assert parsed.stream == stream
 
 
+@given(st.integers(1, 16).flatmap(lambda n: st.tuples(st.just(n), st.integers(n + 1, 17))))
+def test_the_choice_of_the_best_survives_the_wire(numbers):
+    n, best_of = numbers
+    sampling = SamplingParams(max_tokens=0, logprobs=True)
+    request = GenerateRequest("a", sampling, prompt="x", n=n, best_of=best_of, echo=True)
+    stream = schema.StreamOptions(stream=True, include_num_tokens=True)
+    body = schema.request_to_body(request, stream)
+    if best_of <= schema.MAX_N:
+        assert parse(body).request == request
+        return
+    with pytest.raises(InvalidRequestError):
+        parse(body)
+
+
+@given(embed_requests, st.sampled_from(["float", "base64"]))
+def test_an_embedding_request_survives_the_wire(request, encoding):
+    body = json.loads(json.dumps(schema.embed_request_to_body(request, encoding)))
+    parsed = schema.parse_embed_request(body)
+    assert (parsed.request, parsed.encoding) == (request, encoding)
+
+
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False), max_size=5), max_size=4))
+def test_vectors_survive_the_wire_as_base64_and_as_numbers(vectors):
+    found = Embeddings("tone", "print", tuple(array("f", v) for v in vectors), 9)
+    assert (
+        schema.read_embeddings(json.loads(b"".join(schema.embeddings_pieces(found, "base64"))))
+        == found
+    )
+    if not any(math.isinf(x) for v in vectors for x in v):
+        shown = json.loads(b"".join(schema.embeddings_pieces(found, "float")))
+        assert tuple(array("f", each["embedding"]) for each in shown["data"]) == found.vectors
+
+
+def test_an_answer_that_is_none_is_an_error_of_the_engine():
+    for read, body in (
+        (schema.read_embeddings, {"data": [{"index": 0, "embedding": "%"}], "model": "a"}),
+        (schema.read_embeddings, None),
+        (schema.read_tokens, {"tokens": 3}),
+        (schema.read_detokenized, {"prompt": None}),
+    ):
+        with pytest.raises(EngineError, match="the engine sent"):
+            read(body)
+
+
 @pytest.mark.parametrize(
     ("table", "params"),
     [
+        (schema.EMBEDDING_KEYS, EmbeddingCreateParams),
         (schema.CHAT_KEYS, CompletionCreateParamsNonStreaming),
         (schema.COMPLETION_KEYS, TextParams),
     ],
@@ -225,7 +282,8 @@ def test_null_is_as_if_absent():
         ({"messages": []}, "messages", "1 to"),
         ({"messages": "hi"}, "messages", "a list"),
         ({"messages": [5]}, "messages[0]", "an object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "tools"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "the id"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0]", "tool_call_id"),
         ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0]", "one of system"),
         ({"messages": [{"role": [], "content": "x"}]}, "messages[0]", "one of system"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "a string"),
@@ -237,8 +295,8 @@ def test_null_is_as_if_absent():
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
-            "tools",
+            "messages[0].tool_calls[0].function",
+            "an object",
         ),
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages[0].x", "no parameter"),
     ],
@@ -260,7 +318,15 @@ def test_a_bad_chat_is_refused_by_name(extra, param, words):
         ({"prompt": [[1, True]]}, "prompt", ">= 0"),
         ({"prompt": [1, "x"]}, "prompt[0]", "a list of token ids"),
         ({"prompt": ["x"] * 129}, "prompt", "1 to 128"),
-        ({"best_of": 2}, "best_of", "equal n"),
+        ({"best_of": 1, "n": 2}, "best_of", "[n, 16]"),
+        ({"best_of": 17}, "best_of", "[n, 16]"),
+        ({"best_of": 2, "stream": True}, "best_of", "streamed"),
+        ({"best_of": 2, "mrss": {"session": "s"}}, "best_of", "one answer"),
+        ({"echo": 1}, "echo", "true or false"),
+        ({"echo": True, "mrss": {"given": "x"}}, "mrss.given", "echo"),
+        ({"echo": True, "mrss": {"session": "s"}}, "mrss.session", "echo"),
+        ({"max_tokens": 0}, "max_tokens", "integer in [1"),
+        ({"suffix": "x"}, "suffix", "only writes forward"),
         ({"logprobs": True}, "logprobs", "[0, 20]"),
         ({"logprobs": 21}, "logprobs", "[0, 20]"),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens"),

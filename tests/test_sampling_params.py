@@ -65,7 +65,7 @@ def test_top_k_of_minus_one_is_off() -> None:
         ("logit_bias", {5: 101}, r"logit_bias\[5\] must be in \[-100, 100\], got 101"),
         ("seed", 2**64, r"seed must be an integer in"),
         ("seed", 1.0, r"seed must be an integer in"),
-        ("max_tokens", 0, r"max_tokens must be an integer in \[1, 2147483647\], got 0"),
+        ("max_tokens", -1, r"max_tokens must be an integer in \[0, 2147483647\], got -1"),
         ("stop", ("",), r"a stop string has 1 to 256 characters, got ''"),
         ("stop", ("x" * 257,), r"a stop string has 1 to 256 characters"),
         ("stop", ("a",) * 17, r"stop takes at most 16 strings, got 17"),

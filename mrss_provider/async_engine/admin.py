@@ -19,8 +19,8 @@ from mrss_provider.administration import (
 from mrss_provider.async_engine.card import model_folder, read_card
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.async_engine.model_slot import ModelSlot, Plan
-from mrss_provider.chat import load_template
-from mrss_provider.config import Dtype, EngineConfig
+from mrss_provider.async_engine.templates import choose_template
+from mrss_provider.config import Dtype, EngineConfig, Quantize
 
 if TYPE_CHECKING:
     from mrss_provider.engine.library_admin import LibraryAdmin
@@ -204,12 +204,16 @@ def _checked_config(config: EngineConfig, order: ModelOrder) -> EngineConfig:
     """Return the configuration that `order` asks for, refusing early what is no model.
 
     Raises:
-        MRSSError: a path, file, template or dtype that cannot be; the loaded model stays.
+        MRSSError: a path, file, template, dtype or quantisation that cannot be; the loaded model
+            stays.
     """
     from mrss_provider.engine.library_files import find_inside
     from mrss_provider.errors import ModelFileError
     from mrss_provider.model.checkpoint import find_checkpoint
+    from mrss_provider.model.model import check_quantize
     from mrss_provider.model.weights import load_weights
+
+    check_quantize(order.quantize or config.quantize, config.device)
 
     folder = config.models or model_folder(config.model)
     path = find_inside(folder, order.path, "path")
@@ -217,12 +221,13 @@ def _checked_config(config: EngineConfig, order: ModelOrder) -> EngineConfig:
     find_inside(folder, str(find_checkpoint(path, ModelFileError)), "path")
     load_weights(path)
     card = read_card(path)
-    load_template(order.template or card.template, model_folder(path))
+    choose_template(order.template or config.template, card, path)
     return replace(
         config,
         model=path,
         models=folder,
         dtype=cast(Dtype, order.dtype or config.dtype),
+        quantize=cast(Quantize, order.quantize or config.quantize),
         template=order.template or config.template,
     )
 

@@ -6,35 +6,49 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
 from mrss_provider.async_engine.admin import EngineAdmin
+from mrss_provider.async_engine.best_of import BestOf, widened
+from mrss_provider.async_engine.cards import model_cards
+from mrss_provider.async_engine.constraints import constraint_for
 from mrss_provider.async_engine.conversations import Conversations
-from mrss_provider.async_engine.evidence import find_evidence, reads_prompt, user_turn
+from mrss_provider.async_engine.embedding import Embedder
+from mrss_provider.async_engine.evidence import user_turn
 from mrss_provider.async_engine.lengths import check_lengths, room_for
 from mrss_provider.async_engine.loading import Loaded, load
 from mrss_provider.async_engine.model_slot import ModelSlot
 from mrss_provider.async_engine.pauses import pause_ids
+from mrss_provider.async_engine.prompting import (
+    check_opening,
+    check_session,
+    encode,
+    evidence_of,
+    lead_of,
+    prepared,
+    prompt_of,
+    reader_of,
+    stops_of,
+)
 from mrss_provider.async_engine.resumption import Resumption, opening_text
 from mrss_provider.async_engine.stream import TextStream
 from mrss_provider.async_engine.thread import EngineThread
 from mrss_provider.backend import (
     DeltaStream,
+    Embeddings,
+    EmbedRequest,
     EngineStats,
     GenerateRequest,
     ModelCard,
     SessionInfo,
     StreamInfo,
+    Tokens,
 )
-from mrss_provider.chat import render_prompt
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.request import EngineRequest, ResolvedMixture, resolve_sampling
 from mrss_provider.errors import RequestTimeoutError
-
-# Above it tokenising takes milliseconds and leaves the event loop.
-_MAX_INLINE_CHARS = 20_000
 
 
 class AsyncEngine:
@@ -58,6 +72,7 @@ class AsyncEngine:
         self.admin = EngineAdmin(self._slot)
         self._ids = itertools.count()
         self._conversations = Conversations(self._slot)
+        self._embedder = Embedder(self._slot, self._ids)
 
     @property
     def config(self) -> EngineConfig:
@@ -85,6 +100,8 @@ class AsyncEngine:
         Raises:
             MRSSError: as `Backend.open`.
         """
+        if request.best_of is not None:
+            return BestOf(await self.open(widened(request)), request)
         started = time.monotonic()
         try:
             async with asyncio.timeout(request.timeout_s):
@@ -101,7 +118,45 @@ class AsyncEngine:
             MRSSError: the model cannot be loaded.
         """
         loaded, _ = await self._parts()
-        return loaded.library.cards()
+        return model_cards(loaded)
+
+    async def trained_gates(self) -> tuple[str, ...]:
+        """Return the names of the trained gates.
+
+        Raises:
+            MRSSError: the model cannot be loaded.
+        """
+        loaded, _ = await self._parts()
+        return tuple(sorted(loaded.library.gates))
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Return a vector of each input, read beside the engine's other work.
+
+        Raises:
+            MRSSError: as `Embeds.embed`.
+        """
+        return await self._embedder.embed(request)
+
+    async def tokenize(self, request: GenerateRequest) -> Tokens:
+        """Return the tokens that an answer's prompt would have.
+
+        Raises:
+            MRSSError: as `Tokenizes.tokenize`.
+        """
+        _, loaded, _ = await self._resolved(request)
+        _, prompt = await prompt_of(prepared(request, loaded.template), loaded)
+        loaded.engine.check_ids("prompt", prompt)
+        return Tokens(prompt, self.config.max_context_len)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; U+FFFD stands for bytes that are none.
+
+        Raises:
+            InvalidRequestError: an id outside the vocabulary.
+        """
+        loaded, _ = await self._parts()
+        loaded.engine.check_ids("tokens", token_ids)
+        return await asyncio.to_thread(loaded.tokenizer.decode, token_ids)
 
     def stats(self) -> EngineStats | None:
         """Return the numbers of this moment; None while nothing is loaded."""
@@ -122,11 +177,12 @@ class AsyncEngine:
         Raises:
             MRSSError: as `KeepsSessions.create_session`.
         """
-        loaded, thread = await self._parts()
+        check_opening(request)
+        mixture, loaded, thread = await self._resolved(request)
         opening = request
         if request.messages is not None:
             opening = replace(request, messages=None, prompt=opening_text(request, loaded))
-        engine_request = await self._engine_request(opening, loaded)
+        engine_request = await self._engine_request(opening, loaded, mixture)
         engine_request = replace(engine_request, turn=user_turn(request))
         loaded.engine.check(engine_request)
         return await self._conversations.create(request, engine_request, thread)
@@ -161,14 +217,16 @@ class AsyncEngine:
         await asyncio.to_thread(store.delete, session_id, owner)
 
     async def _open(self, request: GenerateRequest, started: float) -> DeltaStream:
-        loaded, thread = await self._parts()
+        mixture, loaded, thread = await self._resolved(request)
         if request.session is None:
-            engine_request = await self._engine_request(request, loaded)
+            request = prepared(request, loaded.template)
+            engine_request = await self._engine_request(request, loaded, mixture)
             return await self._admit(request, engine_request, started, loaded, thread)
-        mixture = loaded.library.resolve(request.model, request.mixture)
+        check_session(request)
         going = await self._conversations.resume(request, mixture, loaded)
         try:
-            engine_request = await self._engine_request(going.request, loaded, going)
+            going = replace(going, request=prepared(going.request, loaded.template))
+            engine_request = await self._engine_request(going.request, loaded, mixture, going)
             stream = await self._admit(going.request, engine_request, started, loaded, thread)
         except BaseException:
             self._conversations.release(going)
@@ -189,9 +247,6 @@ class AsyncEngine:
         if self.config.cache_dir is not None:
             await asyncio.to_thread(loaded.engine.load_cached, engine_request)
         mixture = engine_request.mixture
-        stops = engine_request.sampling.stop
-        if request.messages is not None and request.given is None:
-            stops += loaded.template.stop
         stream = TextStream(
             engine_request,
             StreamInfo(
@@ -201,9 +256,11 @@ class AsyncEngine:
                 prompt_tokens=len(engine_request.prompt) + _num_answered(engine_request),
             ),
             loaded.tokenizer,
-            stops,
-            _lead(request, loaded),
+            engine_request.sampling.stop + stops_of(request, loaded.template),
+            lead_of(request, loaded.template),
             thread,
+            _echo(request, loaded),
+            lambda: reader_of(request, loaded.template),
         )
         try:
             await asyncio.wrap_future(thread.add(engine_request, stream, _left_s(request, started)))
@@ -215,13 +272,16 @@ class AsyncEngine:
         return stream
 
     async def _engine_request(
-        self, request: GenerateRequest, loaded: Loaded, going: Resumption | None = None
+        self,
+        request: GenerateRequest,
+        loaded: Loaded,
+        mixture: ResolvedMixture,
+        going: Resumption | None = None,
     ) -> EngineRequest:
-        mixture = loaded.library.resolve(request.model, request.mixture)
         if going is not None:
             text, prompt = going.text, going.prompt
         else:
-            text, prompt = await _prompt_of(request, loaded)
+            text, prompt = await prompt_of(request, loaded)
         sampling = resolve_sampling(
             request.sampling,
             mixture,
@@ -230,9 +290,10 @@ class AsyncEngine:
             sampling_order=loaded.sampling_order,
             room=room_for(request, len(prompt), self.config.max_context_len),
         )
+        lead = lead_of(request, loaded.template)
         forced: tuple[int, ...] = ()
         if request.given is not None:
-            forced = await _encode(_lead(request, loaded) + request.given, loaded)
+            forced = await encode(lead + request.given, loaded)
             sampling = replace(sampling, max_tokens=len(forced))
         check_lengths(request, len(prompt), sampling)
         engine_request = EngineRequest(
@@ -243,15 +304,25 @@ class AsyncEngine:
             n=request.n,
             trace=request.mixture.trace,
             forced=forced,
-            evidence=await _evidence(request, text, prompt, mixture, loaded),
+            evidence=await evidence_of(request, text, prompt, mixture, loaded),
             turn=user_turn(request),
             owner=request.owner,
             pauses=pause_ids(loaded.tokenizer, loaded.template.stop),
+            score_prompt=_scored(request),
+            constraint=await constraint_for(request, loaded, going, lead),
         )
         return engine_request if going is None else going.apply(engine_request)
 
     async def _parts(self) -> tuple[Loaded, EngineThread]:
         return await self._slot.parts()
+
+    async def _resolved(
+        self, request: GenerateRequest
+    ) -> tuple[ResolvedMixture, Loaded, EngineThread]:
+        """Return what a request's name means, and the model with the template that it wants."""
+        loaded, thread = await self._parts()
+        mixture = loaded.library.resolve(request.model, request.mixture)
+        return mixture, loaded.speaking(mixture.template), thread
 
 
 def _left_s(request: GenerateRequest, started: float) -> float:
@@ -260,49 +331,20 @@ def _left_s(request: GenerateRequest, started: float) -> float:
     return started + request.timeout_s - time.monotonic()
 
 
-async def _prompt_of(
-    request: GenerateRequest, loaded: Loaded
-) -> tuple[str | None, tuple[int, ...]]:
-    """Return what a request's prompt is as text, unless it came as token ids, and as those."""
+def _echo(request: GenerateRequest, loaded: Loaded) -> str:
+    """Return what the text of an answer begins with."""
+    if not request.echo or request.prompt is None:
+        return ""
     prompt = request.prompt
-    if request.messages is not None:
-        prompt = render_prompt(request.messages, loaded.template)
-    if isinstance(prompt, str):
-        return prompt, await _encode(prompt, loaded)
-    assert prompt is not None
-    return None, prompt
+    return prompt if isinstance(prompt, str) else loaded.tokenizer.decode(prompt)
+
+
+def _scored(request: GenerateRequest) -> int | None:
+    """Return how many likeliest tokens are told in the places of the prompt's; None tells none."""
+    sampling = request.sampling
+    return sampling.top_logprobs if request.echo and sampling.logprobs else None
 
 
 def _num_answered(request: EngineRequest) -> int:
     """Return how many tokens of the answer were there before."""
     return len(request.start.answer) if request.start is not None else 0
-
-
-async def _encode(text: str, loaded: Loaded) -> tuple[int, ...]:
-    encode = loaded.tokenizer.encode
-    is_short = len(text) <= _MAX_INLINE_CHARS
-    return tuple(encode(text) if is_short else await asyncio.to_thread(encode, text))
-
-
-async def _evidence(
-    request: GenerateRequest,
-    text: str | None,
-    prompt: tuple[int, ...],
-    mixture: ResolvedMixture,
-    loaded: Loaded,
-) -> tuple[range, ...]:
-    """Return the positions of what the user wrote, if the mixture's gate reads it."""
-    if not reads_prompt(mixture):
-        return ()
-    arguments = (request, text, prompt, loaded.template, loaded.tokenizer)
-    if text is None or len(text) <= _MAX_INLINE_CHARS:
-        return find_evidence(*arguments)
-    return await asyncio.to_thread(find_evidence, *arguments)
-
-
-def _lead(request: GenerateRequest, loaded: Loaded) -> str:
-    """Return what the model writes before its answer, which is no part of it."""
-    # An answer that is continued has its first token behind it.
-    messages = request.messages
-    begins = messages and messages[-1].role != "assistant"
-    return loaded.template.lead if begins else ""

@@ -11,7 +11,6 @@ from mrss_provider.errors import ConfigError, InvalidRequestError
 from mrss_provider.sampling_params import SamplingParams
 
 CARD_FILE = "card.toml"
-DEFAULT_TEMPLATE = "world"
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Card:
     """Defaults of one model; a request's own values come first.
 
     Attributes:
-        template: chat template by name, or a `.jinja` file beside the card.
+        template: chat template by name, or a `.jinja` file beside the card; None leaves it to the
+            model's name.
         temperature: default; None leaves it to the engine's.
         top_p: default; None leaves it to the engine's.
         stop: strings that end a chat's answer; None takes the template's.
@@ -29,7 +29,7 @@ class Card:
         context_length: tokens that the model was trained on, for people; no limit of ours.
     """
 
-    template: str = DEFAULT_TEMPLATE
+    template: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: tuple[str, ...] | None = None

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mrss_provider.async_engine.answer_reader import AnswerReader
 from mrss_provider.async_engine.traces import Tracer
-from mrss_provider.backend import Delta, FinishReason, TokenLogprob, TokenTrace, TopLogprob
-from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
+from mrss_provider.backend import (
+    Delta,
+    FinishReason,
+    TokenLogprob,
+    TokenTrace,
+    ToolCallDelta,
+    TopLogprob,
+)
+from mrss_provider.engine.request import EOS_ID, EngineRequest, PromptReading, TokenOutput
 from mrss_provider.stop import StopMatcher
 from mrss_provider.tokenizer import StreamDecoder, Tokenizer
 
@@ -28,6 +36,8 @@ class Choice:
         tokenizer: Tokenizer,
         stops: Sequence[str],
         lead: str,
+        echo: str = "",
+        reader: AnswerReader | None = None,
     ) -> None:
         """Begin an answer.
 
@@ -37,6 +47,8 @@ class Choice:
             tokenizer: ids to text.
             stops: strings that end it.
             lead: left out where it begins with it; one character at most.
+            echo: what its text begins with.
+            reader: where its text is more than content; None where it is content as it is.
         """
         self.index = index
         self.finish_reason: FinishReason | None = None
@@ -45,6 +57,7 @@ class Choice:
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._lead = lead
+        self._prompt = request.prompt
         self._tracer = Tracer(request.mixture.names, self._bytes) if request.trace else None
         # Nothing but the text is wanted of its tokens.
         self._is_plain = not (request.sampling.logprobs or request.trace)
@@ -52,9 +65,26 @@ class Choice:
         self._matcher = StopMatcher(stops)
         self._waiting: list[TokenOutput] = []
         self._num_taken = 0
-        self._texts: list[str] = []
+        self._texts: list[str] = [echo] if echo else []
         self._logprobs: list[TokenLogprob] = []
         self._trace: list[TokenTrace] = []
+        self._reader = reader
+        # Kept when all that follows is content, which is read faster without it.
+        self._past_reader = reader
+        # Texts that are not taken yet and that the reader knows.
+        self._num_said = 0
+        self._thoughts: list[str] = []
+        self._calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens that were thoughts."""
+        return 0 if self._past_reader is None else self._past_reader.num_reasoning
+
+    @property
+    def said(self) -> str | None:
+        """The answer as the model wrote it; None where that is its text."""
+        return None if self._past_reader is None else "".join(self._past_reader.said)
 
     def add(self, output: TokenOutput) -> None:
         """Note a token, for `read`."""
@@ -78,6 +108,9 @@ class Choice:
 
     def take(self) -> Delta:
         """Return everything that was read since the last time."""
+        if self._past_reader is not None and self._reader is None:
+            self._past_reader.said += self._texts[self._num_said :]
+            self._num_said = 0
         delta = Delta(
             index=self.index,
             text="".join(self._texts),
@@ -86,14 +119,19 @@ class Choice:
             finish_reason=self.finish_reason,
             trace=tuple(self._trace),
             trace_summary=self._tracer.summary() if self._tracer and self.finish_reason else None,
+            reasoning="".join(self._thoughts),
+            tool_calls=self._calls,
         )
         self._num_taken = self.num_tokens
         self._texts, self._logprobs, self._trace = [], [], []
+        self._thoughts, self._calls = [], ()
         return delta
 
     def _read_together(self, outputs: Sequence[TokenOutput]) -> bool:
         """Read tokens at once, if none of them does more than add text; return whether it did."""
         if len(outputs) < 2 or not (self._is_plain and self.is_running) or self._lead:
+            return False
+        if self._reader is not None:
             return False
         before = self._decoder.state
         text = self._decoder.push([output.token_id or EOS_ID for output in outputs])
@@ -107,12 +145,19 @@ class Choice:
 
     def _read_one(self, output: TokenOutput) -> bool:
         """Read a token; return whether something to take came of it."""
-        assert output.token_id is not None
+        if output.reading is not None:
+            self._logprobs += self._prompt_logprobs(output.reading)
+        if output.token_id is None:
+            # There is no answer to the prompt.
+            self.finish_reason = output.finish_reason
+            return True
         self.num_tokens += 1
-        if output.logprob is not None:
-            self._logprobs.append(self._logprob(output, output.token_id, output.logprob))
         if output.trace is not None and self._tracer is not None:
             self._trace.append(self._tracer.add(output.trace))
+        if self._reader is not None:
+            return self._read_parsed(self._reader, output, output.token_id)
+        if output.logprob is not None:
+            self._logprobs.append(self._logprob(output, output.token_id, output.logprob))
         is_end = output.finish_reason is not None
         if not (output.finish_reason == "stop" and output.token_id == EOS_ID):
             self._texts.append(self._matcher.push(self._decode(output.token_id)))
@@ -126,12 +171,56 @@ class Choice:
         is_told = output.logprob is not None or output.trace is not None or bool(self._texts[-1])
         return self.finish_reason is not None or is_told
 
+    def _read_parsed(self, reader: AnswerReader, output: TokenOutput, token_id: int) -> bool:
+        """Read a token whose text may be a thought or part of a call."""
+        is_end = output.finish_reason is not None
+        is_eos = output.finish_reason == "stop" and token_id == EOS_ID
+        text = "" if is_eos else self._decode(token_id)
+        if is_end:
+            text += self._decoder.flush()
+        logprob = output.logprob
+        reader.add(len(text), None if logprob is None else self._logprob(output, token_id, logprob))
+        shown = self._matcher.push(text)
+        self.finish_reason = output.finish_reason
+        if self._matcher.matched is not None:
+            self.finish_reason = "stop"
+        elif is_end:
+            shown += self._matcher.flush()
+        news = reader.read(shown, is_last=self.finish_reason is not None)
+        if reader.has_ended and self.finish_reason is None:
+            news.logprobs += reader.read("", is_last=True).logprobs
+            self.finish_reason = "stop"
+        if self.finish_reason is not None:
+            self.finish_reason = reader.reason(self.finish_reason)
+        self._texts.append(news.text)
+        if self.finish_reason is None and reader.is_done:
+            self._reader, self._num_said = None, len(self._texts)
+        self._thoughts.append(news.reasoning)
+        self._calls += news.calls
+        self._logprobs += news.logprobs
+        return bool(news) or self.finish_reason is not None or output.trace is not None
+
     def _decode(self, token_id: int) -> str:
         text = self._decoder.push([token_id])
         if text and self._lead:
             text = text.removeprefix(self._lead)
             self._lead = ""
         return text
+
+    def _prompt_logprobs(self, reading: PromptReading) -> list[TokenLogprob]:
+        first = self._prompt[0]
+        return [
+            TokenLogprob(first, self._bytes(first), None),
+            *(
+                TokenLogprob(
+                    score.token_id,
+                    self._bytes(score.token_id),
+                    score.logprob,
+                    tuple(TopLogprob(i, self._bytes(i), value) for i, value in score.top),
+                )
+                for score in reading.scores
+            ),
+        ]
 
     def _logprob(self, output: TokenOutput, token_id: int, logprob: float) -> TokenLogprob:
         top = tuple(TopLogprob(i, self._bytes(i), value) for i, value in output.top)

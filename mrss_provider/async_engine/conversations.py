@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.async_engine.model_slot import ModelSlot
+from mrss_provider.async_engine.prompting import lead_of, opening_of
 from mrss_provider.async_engine.resumption import Resumption, resumption_of, session_after
 from mrss_provider.async_engine.saved_stream import Reader, SavedStream
 from mrss_provider.async_engine.stream import TextStream
@@ -66,6 +67,11 @@ class Conversations:
         from mrss_provider.engine.session import Session, new_info, states_of
 
         _check_not_given(request)
+        if request.grammar is not None:
+            raise InvalidRequestError(
+                f"a session is made of a prompt; ask for {request.grammar.param} when it goes on",
+                param=request.grammar.param,
+            )
         loaded = await self._loaded()
         tokens = engine_request.prompt
         rows: tuple[StateSnapshot, ...] = ()
@@ -236,7 +242,13 @@ class Conversations:
         reason: str,
     ) -> None:
         session = session_after(
-            resumption, request, loaded.tokenizer, loaded.template.lead, text, reason
+            resumption,
+            request,
+            loaded.tokenizer,
+            opening_of(resumption.request, loaded.template),
+            lead_of(resumption.request, loaded.template),
+            text,
+            reason,
         )
         store = self._get_store()
         # Deleted meanwhile: it does not come back.

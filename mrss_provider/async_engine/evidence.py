@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mrss_provider.backend import GenerateRequest
-from mrss_provider.chat import ChatTemplate, user_spans
+from mrss_provider.chat import ChatTemplate, told_tools, user_spans
 from mrss_provider.engine.request import MAX_EVIDENCE, ResolvedMixture
 from mrss_provider.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def find_evidence(
     """
     if request.messages is None or text is None:
         return last_positions([range(len(token_ids))])
-    spans = user_spans(request.messages, template, text)
+    spans = user_spans(request.messages, template, text, told_tools(request), request.thinking)
     return last_positions(token_spans(spans, text, token_ids, tokenizer))
 
 

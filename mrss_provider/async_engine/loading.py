@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mrss_provider.async_engine.card import Card, model_folder, read_card
+from mrss_provider.async_engine.card import Card, read_card
+from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.chat import ChatTemplate, load_template
 from mrss_provider.config import EngineConfig
 from mrss_provider.sampling_params import SamplingOrder
@@ -14,6 +17,10 @@ from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 if TYPE_CHECKING:
     from mrss_provider.engine.engine import Engine
     from mrss_provider.engine.state_library import StateLibrary
+    from mrss_provider.grammar import Grammars
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Loaded:
     Attributes:
         template: its `stop` holds a chat's stops.
         sampling_order: for requests that say none; None is the engine's own.
+        plain: the same with the model's own template, where this has another one.
     """
 
     engine: Engine
@@ -31,6 +39,28 @@ class Loaded:
     template: ChatTemplate
     card: Card
     sampling_order: SamplingOrder | None = None
+    plain: Loaded | None = None
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What answers are asked to conform to, compiled."""
+        if self.plain is not None:
+            return self.plain.grammars
+        from mrss_provider.grammar import Grammars
+
+        return Grammars(self.tokenizer, self.engine.model_config.vocab_size)
+
+    def speaking(self, template: str | None) -> Loaded:
+        """Return this with the template that a mixture asks for; None is the model's."""
+        if template is None or template == self.template.name:
+            return self
+        if template not in self._others:
+            self._others[template] = replace(self, template=load_template(template), plain=self)
+        return self._others[template]
+
+    @functools.cached_property
+    def _others(self) -> dict[str, Loaded]:
+        return {}
 
 
 def load(config: EngineConfig) -> Loaded:
@@ -40,10 +70,8 @@ def load(config: EngineConfig) -> Loaded:
         MRSSError: a file that is missing or not what its use needs.
     """
     card = read_card(config.model)
-    template = load_template(config.template or card.template, model_folder(config.model))
-    # The card's stops go with the card's template.
-    if card.stop is not None and config.template in (None, card.template):
-        template = replace(template, stop=card.stop)
+    template, why = choose_template(config.template, card, config.model)
+    logger.info("chat template %s: %s", template.name, why)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
 
     # torch takes a second to import: the server listens before.
@@ -57,6 +85,7 @@ def load(config: EngineConfig) -> Loaded:
         dtype=config.dtype,
         threads=config.threads,
         state_dtype=config.state_dtype,
+        quantize=config.quantize,
         sparse_ffn=config.sparse_ffn,
     )
     library = StateLibrary(

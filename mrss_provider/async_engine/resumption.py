@@ -96,7 +96,7 @@ def resumption_of(
     text, kept = None, len(session.tokens)
     encode = loaded.tokenizer.encode
     if messages is not None:
-        text = render_prompt(messages, loaded.template)
+        text = render_prompt(messages, loaded.template, thinking=request.thinking)
         kept, rest = _matching(session.tokens, text.encode(), loaded.tokenizer)
         prompt = session.tokens[:kept] + tuple(encode(rest))
     else:
@@ -127,6 +127,7 @@ def session_after(
     resumption: Resumption,
     request: EngineRequest,
     tokenizer: Tokenizer,
+    opening: str,
     lead: str,
     text: str,
     reason: str,
@@ -137,21 +138,24 @@ def session_after(
         resumption: what it went on from, with a filled `capture`.
         request: as the engine had it.
         tokenizer: of the model.
+        opening: how the prompt began the answer, where it has a thought.
         lead: what the model may write before an answer.
-        text: of the answer, without what was there of it before.
+        text: of the answer, as the model wrote it, without what was there of it before.
         reason: why it ended.
     """
     before, capture = resumption.session, resumption.capture
     assert capture is not None
     assert request.sampling.seed is not None
     answer, kept = capture.answer, len(capture.answer)
+    written = tokenizer.decode_bytes(answer[resumption.answer_len :])
+    own_lead = lead if written.startswith(lead.encode()) else ""
     if reason != "length":
         # As much as was told: neither a stop string nor what came after it.
         old = tokenizer.decode_bytes(answer[: resumption.answer_len])
-        written = tokenizer.decode_bytes(answer[resumption.answer_len :])
-        own_lead = lead.encode() if written.startswith(lead.encode()) else b""
-        kept, rest = _matching(answer, old + own_lead + text.encode(), tokenizer)
+        kept, rest = _matching(answer, old + (own_lead + text).encode(), tokenizer)
         answer = answer[:kept] + tuple(tokenizer.encode(rest))
+    # What the prompt began of it is part of it when the next turn is written.
+    said = f"{opening}{own_lead}{text}" if opening else text
     tokens = request.prompt + answer
     num_prompt = len(request.prompt)
     usable = [
@@ -174,7 +178,7 @@ def session_after(
         rows=rows,
         seed=request.sampling.seed,
         turn=request.turn,
-        messages=_with_answer(resumption.request.messages, text),
+        messages=_with_answer(resumption.request.messages, said),
         evidence=capture.evidence,
     )
 

@@ -16,7 +16,7 @@ class SavedStream:
 
     Args:
         inner: the answer.
-        save: takes the answer's text and why it ended.
+        save: takes the answer as the model wrote it, and why it ended.
         release: called once it is over.
     """
 
@@ -42,7 +42,8 @@ class SavedStream:
         self._reason = delta.finish_reason or self._reason
         if delta.usage is not None:
             try:
-                await self._save("".join(self._texts), self._reason)
+                said = self._inner.said
+                await self._save("".join(self._texts) if said is None else said, self._reason)
             finally:
                 self._release()
         return delta

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from mrss_provider.async_engine.answer_reader import AnswerReader
 from mrss_provider.async_engine.choice import Choice
 from mrss_provider.backend import Delta, StreamInfo, Usage
 from mrss_provider.engine.request import EngineRequest, TokenOutput
@@ -42,6 +43,8 @@ class TextStream:
         stops: every stop string, the template's too.
         lead: left out where an answer begins with it; one character at most.
         aborter: takes aborts.
+        echo: what the text of each answer begins with.
+        new_reader: makes what reads an answer whose text is more than content.
     """
 
     def __init__(
@@ -52,12 +55,16 @@ class TextStream:
         stops: Sequence[str],
         lead: str,
         aborter: Aborter,
+        echo: str = "",
+        new_reader: Callable[[], AnswerReader | None] = lambda: None,
     ) -> None:
         self.info = info
         self.loop = asyncio.get_running_loop()
         self._request = request
         self._aborter = aborter
-        self._choices = [Choice(request, i, tokenizer, stops, lead) for i in range(request.n)]
+        self._choices = [
+            Choice(request, i, tokenizer, stops, lead, echo, new_reader()) for i in range(request.n)
+        ]
         self._num_unfinished = request.n
         self._num_cached = 0
         # Choices with something to take, in the order in which it came.
@@ -100,7 +107,14 @@ class TextStream:
         if self._num_unfinished or self._has_told_usage:
             raise StopAsyncIteration
         self._has_told_usage = True
-        return Delta(usage=Usage(self.info.prompt_tokens, self._num_tokens, self._num_cached))
+        reasoning = sum(choice.num_reasoning for choice in self._choices)
+        counts = (self.info.prompt_tokens, self._num_tokens, self._num_cached, reasoning)
+        return Delta(usage=Usage(*counts))
+
+    @property
+    def said(self) -> str | None:
+        """The only answer as the model wrote it; None where that is its text."""
+        return self._choices[0].said
 
     def ready(self) -> bool:
         """Whether the next delta, or the end, is already here."""

@@ -8,9 +8,11 @@ from mrss_provider.backend.answer import (
     AGREED,
     Delta,
     DeltaStream,
+    Embeddings,
     FinishReason,
     StreamInfo,
     TokenLogprob,
+    Tokens,
     TokenTrace,
     ToolCallDelta,
     TopLogprob,
@@ -19,16 +21,20 @@ from mrss_provider.backend.answer import (
 )
 from mrss_provider.backend.capabilities import (
     CacheStats,
+    Embeds,
     EngineStats,
     KeepsSessions,
     Observable,
     SessionInfo,
+    Tokenizes,
+    TrainedGates,
 )
 from mrss_provider.backend.protocol import (
     Backend,
     ModelCard,
 )
 from mrss_provider.backend.request import (
+    EmbedRequest,
     GenerateRequest,
     Grammar,
     Message,
@@ -45,6 +51,9 @@ __all__ = [
     "CacheStats",
     "Delta",
     "DeltaStream",
+    "EmbedRequest",
+    "Embeddings",
+    "Embeds",
     "EngineStats",
     "FinishReason",
     "GenerateRequest",
@@ -59,11 +68,14 @@ __all__ = [
     "StreamInfo",
     "TokenLogprob",
     "TokenTrace",
+    "Tokenizes",
+    "Tokens",
     "Tool",
     "ToolCall",
     "ToolCallDelta",
     "ToolChoice",
     "TopLogprob",
     "TraceSummary",
+    "TrainedGates",
     "Usage",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -23,11 +24,14 @@ class TopLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The chosen token's log-probability under the merge, before penalties, and the best few."""
+    """The chosen token's log-probability under the merge, before penalties, and the best few.
+
+    An echoed prompt's tokens have theirs too; the first one's is None, as nothing comes before it.
+    """
 
     token_id: int
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TopLogprob, ...] = ()
 
 
@@ -98,11 +102,19 @@ class TraceSummary:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of a request. Each token counts once, however many rows read it."""
+    """Token counts of a request. Each token counts once, however many rows read it.
+
+    Attributes:
+        prompt_tokens: of the prompt.
+        completion_tokens: of all answers, thoughts and calls among them.
+        cached_tokens: of the prompt, that no row had to read.
+        reasoning_tokens: of the answers, that were thoughts.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -115,6 +127,7 @@ class Usage:
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
         )
 
 
@@ -200,3 +213,33 @@ class DeltaStream(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The vectors of an `EmbedRequest`, in the order of its inputs.
+
+    Attributes:
+        mixture: canonical name of the state.
+        fingerprint: `system_fingerprint` of weights and state.
+        vectors: each of length 1, as C floats.
+        num_tokens: of all inputs.
+    """
+
+    mixture: str
+    fingerprint: str
+    vectors: tuple[array[float], ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the engine reads for a text or a chat.
+
+    Attributes:
+        token_ids: in order.
+        context_len: how many of them there may be at most, an answer's among them.
+    """
+
+    token_ids: tuple[int, ...]
+    context_len: int

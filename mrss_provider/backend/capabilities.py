@@ -1,11 +1,13 @@
-"""What some backends can do besides answering: tell how they are, and save conversations."""
+"""What some backends can do besides answering: embed, tokenise, save conversations, and more."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from mrss_provider.backend.request import GenerateRequest
+from mrss_provider.backend.answer import Embeddings, Tokens
+from mrss_provider.backend.request import EmbedRequest, GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,53 @@ class SessionInfo:
     num_bytes: int
     created: int
     updated: int
+
+
+@runtime_checkable
+class TrainedGates(Protocol):
+    """A backend that knows trained gates."""
+
+    async def trained_gates(self) -> tuple[str, ...]:
+        """Return their names, which the gate `learned` takes.
+
+        Raises:
+            MRSSError: the model cannot be loaded.
+        """
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A backend that turns texts into vectors."""
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Read the inputs, as part of the engine's other work; cancelling it drops what is left.
+
+        Raises:
+            MRSSError: as `Backend.open`; also a mixture of several states.
+        """
+        ...
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """A backend that tells what it would read, without reading it."""
+
+    async def tokenize(self, request: GenerateRequest) -> Tokens:
+        """Return the tokens of a prompt, or of a chat as `Backend.open` renders it.
+
+        Raises:
+            MRSSError: a name that is not served, or messages that the template refuses.
+        """
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; U+FFFD stands for bytes that are none.
+
+        Raises:
+            InvalidRequestError: an id outside the vocabulary.
+        """
+        ...
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ class ModelCard:
         description: one line, may be empty.
         created: Unix time in seconds.
         context_len: longest prompt plus answer, in tokens.
+        supports: what can be asked of it besides text: `tools`, `thinking`, `embeddings`.
     """
 
     id: str
@@ -26,6 +27,7 @@ class ModelCard:
     description: str = ""
     created: int = 0
     context_len: int = 0
+    supports: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -137,6 +137,11 @@ class GenerateRequest:
         tools: functions that the model is told of; none in a text completion.
         tool_choice: whether it calls them.
         thinking: whether it thinks before it answers; None is what the template does by itself.
+        echo: each answer's text begins with the prompt, and its log-probabilities, where they are
+            asked for, with those of the prompt's tokens. `sampling.max_tokens` may be 0 then: no
+            answer follows. The prompt is no chat's.
+        best_of: so many answers are made, and the `n` with the highest mean log-probability of
+            their tokens are given, the best first, each whole; None is `n`.
     """
 
     model: str
@@ -156,12 +161,57 @@ class GenerateRequest:
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking: bool | None = None
+    echo: bool = False
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         assert (self.messages is None) != (self.prompt is None)
+        assert self.messages is None or not self.echo
         self._check_session()
+        self._check_echo()
+        self._check_best_of()
         if self.given is not None:
             self._check_given(self.given)
+        if self.grammar is not None and self.sampling.ignore_eos:
+            raise InvalidRequestError(
+                f"ignore_eos must be false with {self.grammar.param}, whose answers end",
+                param="ignore_eos",
+            )
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers are made."""
+        return self.n if self.best_of is None else self.best_of
+
+    def _check_echo(self) -> None:
+        if self.sampling.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError(
+                "max_tokens must be an integer in [1, 2147483647], got 0; only a completion with "
+                "echo, which is its prompt then, may have none",
+                param="max_tokens",
+            )
+        for key, value in (("mrss.given", self.given), ("mrss.session", self.session)):
+            if self.echo and value is not None:
+                raise InvalidRequestError(
+                    f"{key} must be left out with echo: what it stands for is no prompt of this "
+                    "request",
+                    param=key,
+                )
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.n:
+            raise InvalidRequestError(
+                f"best_of must be at least n, which is {self.n}, got {self.best_of}",
+                param="best_of",
+            )
+        if self.best_of > 1 and (self.session is not None or self.given is not None):
+            raise InvalidRequestError(
+                "best_of must be left out where there is one answer only: with mrss.session and "
+                f"with mrss.given; got {self.best_of}",
+                param="best_of",
+            )
 
     def _check_session(self) -> None:
         if self.session is None:
@@ -184,10 +234,35 @@ class GenerateRequest:
             ("n", self.n, 1),
             ("max_tokens", sampling.max_tokens, None),
             ("stop", sampling.stop, ()),
+            (self.grammar.param, self.grammar.text, "") if self.grammar else ("grammar", "", ""),
         ):
             if value != neutral:
                 raise InvalidRequestError(
                     f"{key} must be left out with mrss.given, whose text is the one answer, whole; "
-                    f"got {value!r}",
+                    f"got {value!r:.80}",
                     param=key,
                 )
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """One request for a vector of each of several texts.
+
+    Attributes:
+        model: one state, `base`, or a mixture that needs one recurrent state, as typed.
+        inputs: texts, or token ids, taken as they are; none is empty.
+        pooling: what of the hidden states becomes the vector: their mean over all tokens, or the
+            last one.
+        dimensions: leading components that are kept; None is all.
+        timeout_s: for all of them, seconds; None is the server's limit.
+        owner: who asks, as in `GenerateRequest`.
+        max_prompt_len: longest input that the owner may send, in tokens; 0 is the engine's limit.
+    """
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    pooling: Literal["mean", "last"] = "mean"
+    dimensions: int | None = None
+    timeout_s: float | None = None
+    owner: str = ""
+    max_prompt_len: int = 0

@@ -8,11 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from mrss_provider.cli.compare_app import compare
+from mrss_provider.cli.evaluate_app import evaluate
 from mrss_provider.cli.gate_app import gate
 from mrss_provider.cli.keys_app import keys
+from mrss_provider.cli.litellm_config_app import litellm_config
 from mrss_provider.cli.options import takes_config
 from mrss_provider.cli.session_app import session
 from mrss_provider.cli.states_app import states
+from mrss_provider.cli.tune_app import tune
 from mrss_provider.config import EngineConfig, ServerConfig
 
 app = typer.Typer(
@@ -27,9 +31,10 @@ app = typer.Typer(
 app.add_typer(states)
 app.add_typer(gate)
 app.add_typer(keys)
+app.add_typer(compare)
 app.add_typer(session)
 
-_ENGINE_OPTIONS = ("model", "states", "device", "dtype", "state_dtype", "threads")
+_ENGINE_OPTIONS = ("model", "states", "device", "dtype", "quantize", "state_dtype", "threads")
 
 Name = Annotated[
     str, typer.Argument(help="States and weights, such as knowledge+tone:0.5, or a named mixture.")
@@ -281,3 +286,8 @@ def doctor(
 
     if not command(overrides, config, as_json):
         raise typer.Exit(1)
+
+
+app.command()(tune)
+app.command()(evaluate)
+app.command("litellm-config")(litellm_config)

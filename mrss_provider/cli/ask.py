@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,6 +42,7 @@ class Reply:
     duration_s: float = 0.0
     trace: list[TokenTrace] = field(default_factory=list)
     trace_summary: TraceSummary | None = None
+    thoughts: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -59,6 +60,7 @@ class Reply:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "duration_s": round(self.duration_s, 3),
+            **({"reasoning": "".join(self.thoughts)} if self.thoughts else {}),
             **trace_fields(self.trace, self.trace_summary),
         }
 
@@ -73,22 +75,38 @@ class Reply:
         )
 
 
-async def ask(backend: Backend, request: GenerateRequest, reply: Reply, show: Show) -> None:
+async def ask(
+    backend: Backend,
+    request: GenerateRequest,
+    reply: Reply,
+    show: Show,
+    think: Callable[[str], None] | None = None,
+) -> None:
     """Send `request`, fill `reply` (modified) and call `show` with each new piece of text.
+
+    `think` gets what the model thinks before it answers, and "" at the end of the thought.
 
     Raises:
         MRSSError: as `Backend.open` and its stream do.
     """
+    think = think or unsaid
     stream = await backend.open(request)
     # From admission on: the start of an engine is not the answer's time.
     started = time.monotonic()
     reply.info = stream.info
     try:
         async for delta in stream:
+            if delta.reasoning:
+                reply.thoughts.append(delta.reasoning)
+                think(delta.reasoning)
+            if delta.text and reply.thoughts and not reply.text:
+                think("")
             if delta.text or delta.trace:
+                # The tokens of a thought are none of the text's, nor are some of its first piece.
+                of_text = delta.trace if reply.text or not reply.thoughts else ()
                 reply.pieces.append(delta.text)
                 reply.trace += delta.trace
-                show(delta.text, delta.trace)
+                show(delta.text, of_text)
             reply.finish_reason = delta.finish_reason or reply.finish_reason
             reply.trace_summary = delta.trace_summary or reply.trace_summary
             reply.usage = delta.usage or reply.usage
@@ -143,6 +161,26 @@ def writer() -> Show:
         sys.stdout.flush()
 
     return show
+
+
+def thinker() -> Callable[[str], None]:
+    """Return what shows a thought on stderr, dimmed where that is a terminal; "" ends it."""
+    is_terminal = sys.stderr.isatty()
+
+    def think(thought: str) -> None:
+        if not thought:
+            sys.stderr.write("\n\n")
+        elif is_terminal:
+            sys.stderr.write(f"\x1b[2m{printable(thought)}\x1b[22m")
+        else:
+            sys.stderr.write(thought)
+        sys.stderr.flush()
+
+    return think
+
+
+def unsaid(thought: str) -> None:
+    """Show nothing of a thought."""
 
 
 def ignore(text: str, trace: Sequence[TokenTrace] = ()) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mrss_provider.backend import Backend, GenerateRequest, Message, MixtureOptions
-from mrss_provider.cli.ask import Reply, Show, ask, ignore, writer
+from mrss_provider.cli.ask import Reply, Show, ask, ignore, thinker, unsaid, writer
 from mrss_provider.cli.output import answer_json, note
 from mrss_provider.cli.spoken import Painter, print_legend
 from mrss_provider.errors import InvalidRequestError, MRSSError
@@ -19,9 +19,13 @@ HELP = """\
 /weights knowledge=1 tone=0.9   weigh the states (ratios); /weights off: as the name says
 /merge power:0.5, /gate fixed   combine them another way; off: the default
 /model NAME                     talk to another mixture, the conversation goes on
+/think on, off or auto          whether the model thinks first; auto: as it likes
 /reset                          forget the conversation
 /quit                           leave (or Ctrl-D)
 Ctrl-C stops an answer, and at the prompt, twice, leaves. //text sends "/text"."""
+
+
+_THINKING = {"on": True, "off": False, "auto": None}
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Conversation:
     gate: str | None = None
     trace: bool = False
     turns: list[Message] = field(default_factory=list)
+    thinking: bool | None = None
 
     def request(self, text: str) -> GenerateRequest:
         """Return the request that says `text` next."""
@@ -45,6 +50,7 @@ class Conversation:
             sampling=self.sampling,
             messages=(*system, *self.turns, Message("user", text)),
             mixture=MixtureOptions(self.weights, self.merge, self.gate, trace=self.trace),
+            thinking=self.thinking,
         )
 
     def keep(self, text: str, reply: str) -> None:
@@ -64,6 +70,7 @@ class Conversation:
             "merge": lambda words: self._set_method("merge", words),
             "gate": lambda words: self._set_method("gate", words),
             "model": self._set_model,
+            "think": self._set_thinking,
             "reset": self._reset,
             "help": lambda _: HELP,
         }
@@ -96,6 +103,14 @@ class Conversation:
             self.model = words[0].removeprefix("mrss/")
             self.weights = self.merge = self.gate = None
         return f"model: {self.model}"
+
+    def _set_thinking(self, words: list[str]) -> str:
+        if words and (len(words) > 1 or words[0] not in _THINKING):
+            raise InvalidRequestError(f"/think takes on, off or auto, got {' '.join(words)!r}")
+        if words:
+            self.thinking = _THINKING[words[0]]
+        told = next(word for word, value in _THINKING.items() if value is self.thinking)
+        return f"think: {told}"
 
     def _reset(self, words: list[str]) -> str:
         self.turns.clear()
@@ -149,8 +164,10 @@ def _turn(
     show: Show = ignore
     if not as_json:
         show = Painter() if conversation.trace else writer()
+    # What the model thinks is shown and not remembered.
+    think = unsaid if as_json else thinker()
     try:
-        runner.run(ask(backend, conversation.request(text), reply, show))
+        runner.run(ask(backend, conversation.request(text), reply, show, think))
     except KeyboardInterrupt:
         # One Ctrl-C stops the answer, not the conversation; what was said is remembered.
         if not told:

@@ -17,7 +17,7 @@ from mrss_provider.config import Dtype, EngineConfig
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
 
-_MIN_LITELLM = (1, 94)
+_MIN_LITELLM = (1, 98)
 _MIN_TRITON_CAPABILITY = (8, 0)
 _QUESTION = "Hello! How are you?"
 _ANSWER_LEN = 32
@@ -67,6 +67,7 @@ def _examine(overrides: Mapping[str, Any], proxy_config: Path | None) -> Iterato
     yield _guarded("model", lambda: _model(config))
     yield _guarded("decode", lambda: _decode(config))
     yield _guarded("vocabulary", lambda: _vocabulary(config))
+    yield _guarded("template", lambda: _template(config))
     yield from _states(config)
     yield from _proxy(proxy_config)
     yield _guarded("engine", lambda: _sentence(config))
@@ -93,7 +94,7 @@ def _litellm() -> Finding:
         return Finding("FAIL", "litellm", "not installed", "pip install 'litellm[proxy]'")
     numbers = tuple(int(part) for part in version.split(".")[:2])
     if numbers < _MIN_LITELLM:
-        return Finding("FAIL", "litellm", version, "1.94 or later is needed")
+        return Finding("FAIL", "litellm", version, "1.98 or later is needed")
     return Finding("ok", "litellm", version)
 
 
@@ -160,7 +161,9 @@ def _decode(config: EngineConfig) -> Finding:
 
     from mrss_provider.cli.states import read_config
     from mrss_provider.model.fused_support import fused_obstacle
+    from mrss_provider.model.int8 import pick_int8_form
     from mrss_provider.model.linear import pick_backend, pick_dtype
+    from mrss_provider.model.model import check_quantize
 
     shape = read_config(config.model)
     is_cuda = config.device != "cpu" and torch.cuda.is_available()
@@ -168,9 +171,13 @@ def _decode(config: EngineConfig) -> Finding:
     dtype = config.dtype
     if dtype == "auto":
         dtype = cast(Dtype, pick_dtype(device, getattr(torch, shape.dtype)))
-    held = f"{dtype} weights, {config.state_dtype} states"
+    check_quantize(config.quantize, config.device)
+    quantized = "" if config.quantize == "none" else f", {config.quantize} for the large ones"
+    held = f"{dtype} weights{quantized}, {config.state_dtype} states"
     if not is_cuda:
-        backend = pick_backend(device, dtype, packed=True)
+        backend: str = pick_backend(device, dtype, packed=True)
+        if quantized:
+            backend = f"{backend}, {config.quantize} {pick_int8_form(packed=True)}"
         return Finding("ok", "decode", f"layer by layer on the CPU ({backend}), {held}")
     obstacle = fused_obstacle(replace(shape, dtype=dtype), device)
     if obstacle is None:
@@ -188,6 +195,16 @@ def _vocabulary(config: EngineConfig) -> Finding:
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         return Finding("FAIL", "vocabulary", f"{tokenizer.path} does not give a text back")
     return Finding("ok", "vocabulary", str(tokenizer.path))
+
+
+def _template(config: EngineConfig) -> Finding:
+    from mrss_provider.async_engine.card import read_card
+    from mrss_provider.async_engine.templates import choose_template
+
+    template, why = choose_template(config.template, read_card(config.model), config.model)
+    thinks = "thinks" if template.thought else "does not think"
+    calls = "calls tools" if template.tool_call else "has no form for tools"
+    return Finding("ok", "template", f"{template.name} ({why}); {thinks}, {calls}")
 
 
 def _states(config: EngineConfig) -> Iterator[Finding]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mrss_provider.cli.output import answer, answer_json, table
 from mrss_provider.mixture import GATES, MERGES, Parameter
+from mrss_provider.openai_schema.methods import methods_object
 
 _TRAINED = "gates/*.safetensors"
 """In the folder of states."""
@@ -16,39 +16,13 @@ def list_methods(states: Path, as_json: bool) -> None:
     """Print every merge rule and gate with its parameters; the trained gates of the folder too."""
     trained = sorted(path.stem for path in states.glob(_TRAINED))
     if as_json:
-        gates = [
-            {
-                "name": name,
-                "parameters": [_about(parameter, trained) for parameter in parameters],
-                "needs_training": any(parameter.kind == "file" for parameter in parameters),
-            }
-            for name, parameters in GATES.items()
-        ]
-        merges = [
-            {"name": name, "parameters": [_about(parameter, trained) for parameter in parameters]}
-            for name, parameters in MERGES.items()
-        ]
-        answer_json({"gates": gates, "merges": merges})
+        methods = methods_object(trained)
+        answer_json({kind: methods[kind] for kind in ("gates", "merges")})
         return
     header = ("PARAMETER", "DEFAULT", "ALLOWED", "WHAT IT IS")
     for title, methods in (("MERGE RULE", MERGES), ("GATE", GATES)):
         rows = [row for name in methods for row in _rows(name, methods[name], trained)]
         answer(table((title, *header), rows) + "\n")
-
-
-def _about(parameter: Parameter, trained: list[str]) -> dict[str, Any]:
-    about: dict[str, Any] = {"name": parameter.name, "default": parameter.default}
-    if parameter.kind == "number":
-        about["range"] = [parameter.low, parameter.high]
-    elif parameter.kind == "flag":
-        about["choices"] = [True, False]
-    elif parameter.kind == "choice":
-        about["choices"] = list(parameter.choices)
-    elif parameter.kind == "file":
-        about["choices"] = trained
-    else:
-        about["format"] = parameter.allowed
-    return about | {"doc": parameter.doc}
 
 
 def _rows(name: str, parameters: tuple[Parameter, ...], trained: list[str]) -> list[list[str]]:

@@ -31,7 +31,7 @@ def list_(
 
 
 @gate.command()
-@takes_config(EngineConfig, only=("model", "device", "dtype", "threads"))
+@takes_config(EngineConfig, only=("model", "device", "dtype", "quantize", "threads"))
 def train(
     overrides: dict[str, Any],
     mixture: Annotated[str, typer.Option(help="States and weights, such as knowledge+tone:0.5.")],

@@ -123,6 +123,19 @@ def check_port_free(host: str, port: int) -> None:
             ) from exc
 
 
+def free_port_from(port: int) -> int:
+    """Return `port` if it is free on 127.0.0.1, else one that the system chooses."""
+    for wanted in (port, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except (OSError, OverflowError):
+                continue
+            return int(probe.getsockname()[1])
+    return 0
+
+
 def _end_with_parent() -> Callable[[], None] | None:
     """Return what makes a child end when its parent is killed (Linux); None elsewhere."""
     if sys.platform != "linux":

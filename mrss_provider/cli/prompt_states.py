@@ -30,7 +30,11 @@ def make_from_prompt(
         CommandError: a name that is taken, or no text.
     """
     model = load_model(
-        config.model, device=config.device, dtype=config.dtype, threads=config.threads
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        threads=config.threads,
     )
     target = new_target(config.states, name, model.config, force=force)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))

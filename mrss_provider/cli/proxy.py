@@ -1,7 +1,8 @@
 """`mrss proxy`, which `make run` calls: a LiteLLM proxy and its engine, from start to finish.
 
 The engine is the one that auto-start would give the proxy's workers; it is started here so that
-both load at once, and ended here if it was not there before.
+both load at once, and ended here if it was not there before. It gets a port on loopback beside its
+socket, for the playground, unless the proxy wants a key, which the engine would not ask for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import httpx
 
 from mrss_provider.autostart import LocalEngine, engine_address
 from mrss_provider.cli.output import CommandError, note
-from mrss_provider.cli.processes import Child, check_port_free
+from mrss_provider.cli.processes import Child, check_port_free, free_port_from
 from mrss_provider.cli.proxy_config import find_proxy_config, read_proxy_config
 from mrss_provider.client import Client
 from mrss_provider.errors import MRSSError
@@ -31,6 +32,7 @@ _POLL_S = 0.1
 _PROXY_STOP_S = 10.0
 _ENGINE_STOP_S = 5.0
 _EXAMPLE = "mrss/knowledge+tone"
+_NO_PAGE_FOR_KEYS = "none, as this proxy wants a key: `mrss serve` with MRSS_API_KEY has one"
 # The bundled states know a town; any other model can be greeted.
 _QUESTIONS = {_EXAMPLE: "Where is the lighthouse?"}
 _GREETING = "Hello! How are you?"
@@ -50,21 +52,23 @@ def run_proxy(
         MRSSError: the engine does not start.
     """
     path = find_proxy_config(config)
-    read_proxy_config(path)
+    wants_key = _wants_key(read_proxy_config(path))
     check_port_free(host, port)
+    page_port = 0 if wants_key else free_port_from(port + 1)
     env = {
         # No look-ups elsewhere: neither prices nor usage reports.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "MRSS_LOOPBACK_PORT": str(page_port),
         **os.environ,
         **{f"MRSS_{name.upper()}": str(value) for name, value in overrides.items()},
     }
     flags = ["--config", str(path), "--host", host, "--port", str(port), "--telemetry", "False"]
     if num_workers > 1:
         flags += ["--num_workers", str(num_workers)]
-    asyncio.run(_run(flags, f"http://{host}:{port}", env))
+    asyncio.run(_run(flags, f"http://{host}:{port}", env, wants_key=wants_key))
 
 
-async def _run(flags: list[str], url: str, env: Mapping[str, str]) -> None:
+async def _run(flags: list[str], url: str, env: Mapping[str, str], *, wants_key: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -80,7 +84,8 @@ async def _run(flags: list[str], url: str, env: Mapping[str, str]) -> None:
         if starting.done():
             names = starting.result()
             proxy.discard()
-            note(_usage(url, names, time.monotonic() - started))
+            page = _NO_PAGE_FOR_KEYS if wants_key else await _playground(env)
+            note(_usage(url, names, time.monotonic() - started, page))
             await _until(stopping, proxy)
         note("stopping ...")
     finally:
@@ -214,6 +219,23 @@ def _is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
+def _wants_key(config: Mapping[str, Any]) -> bool:
+    settings = config.get("general_settings") or {}
+    return bool(os.environ.get("LITELLM_MASTER_KEY") or settings.get("master_key"))
+
+
+async def _playground(env: Mapping[str, str]) -> str:
+    """Return where the engine's page is, or why it has none."""
+    client = Client(engine_address(env=env) or LocalEngine(env).address)
+    try:
+        url = (await client.version()).playground
+    except MRSSError:
+        url = None
+    finally:
+        await client.aclose()
+    return url or "none, this engine was started without a port; `mrss serve` has one"
+
+
 def _example(names: list[str]) -> str:
     return _EXAMPLE if _EXAMPLE in names else names[0]
 
@@ -222,7 +244,7 @@ def _chat_body(model: str, text: str, **extra: object) -> dict[str, object]:
     return {"model": model, "messages": [{"role": "user", "content": text}], **extra}
 
 
-def _usage(url: str, names: list[str], start_s: float) -> str:
+def _usage(url: str, names: list[str], start_s: float, playground: str) -> str:
     """Return what is printed when everything is up."""
     model = _example([name for name in names if name.startswith("mrss/")] or [_EXAMPLE])
     question = _QUESTIONS.get(model, _GREETING)
@@ -230,6 +252,7 @@ def _usage(url: str, names: list[str], start_s: float) -> str:
     listed = ", ".join(names) if names else "see /v1/models"
     return f"""\
 ready in {start_s:.1f} s on {url}
+playground: {playground}
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{body}'

@@ -13,6 +13,7 @@ from mrss_provider.errors import MRSSError
 from mrss_provider.mixture import check_name, parse_mixture
 
 _FILE = "proxy_config.yaml"
+BUNDLED_PROXY_CONFIG = BUNDLED_STATES.parent / _FILE
 _HANDLER = "mrss_provider.handler"
 
 
@@ -24,7 +25,7 @@ def find_proxy_config(path: Path | None) -> Path:
     """
     if path is None:
         here = Path(_FILE)
-        return here if here.is_file() else BUNDLED_STATES.parent / _FILE
+        return here if here.is_file() else BUNDLED_PROXY_CONFIG
     if not path.is_file():
         raise CommandError(f"the proxy's configuration {path} does not exist")
     return path

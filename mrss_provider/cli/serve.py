@@ -7,8 +7,9 @@ import asyncio
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.cli.output import note
 from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.server.hosts import address_of, playground_url
 from mrss_provider.server.logs import log_to_stderr
-from mrss_provider.server.run import address_of, run_server
+from mrss_provider.server.run import run_server
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
@@ -22,7 +23,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     announcements: set[asyncio.Task[None]] = set()
 
     def on_ready() -> None:
-        task = asyncio.create_task(_announce(engine, address_of(server_config)))
+        task = asyncio.create_task(_announce(engine, server_config))
         # A task that nobody holds may be collected before it has run.
         announcements.add(task)
         task.add_done_callback(announcements.discard)
@@ -30,7 +31,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     run_server(engine, server_config, model=engine_config.model.name, on_ready=on_ready)
 
 
-async def _announce(engine: AsyncEngine, address: str) -> None:
+async def _announce(engine: AsyncEngine, config: ServerConfig) -> None:
     """Tell where the engine is and what it serves."""
     names = ", ".join(f"mrss/{card.id}" for card in await engine.models())
-    note(f"ready on {address}\nnames: {names}")
+    url = playground_url(config)
+    page = f"playground: {url}\n" if url else ""
+    note(f"ready on {address_of(config)}\n{page}names: {names}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mrss_provider.chat import DEFAULT_TEMPLATE, TEMPLATES
 from mrss_provider.cli.output import (
     CommandError,
     answer,
@@ -106,7 +107,11 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
         MRSSError: the model or the vocabulary cannot be read.
     """
     model = load_model(
-        config.model, device=config.device, dtype=config.dtype, threads=config.threads
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        threads=config.threads,
     )
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
     sample = tokenizer.encode(_SAMPLE if text is None else read_text(text))
@@ -151,6 +156,10 @@ def import_state(
         MRSSError: a bad name or file.
         CommandError: a name that is taken.
     """
+    if metadata.get("template", DEFAULT_TEMPLATE) not in TEMPLATES:
+        raise CommandError(
+            f"--template must be one of {', '.join(TEMPLATES)}, got {metadata['template']!r}"
+        )
     shape = read_config(config.model)
     target = new_target(config.states, name, shape, force=force)
     state = load_tuned_state(file, shape, name=name, orientation=orientation)
@@ -228,6 +237,7 @@ def _about_state(state: TunedState, shape: ModelConfig, folder: Path) -> dict[st
         "base": base,
         "file": _path_of(folder, state.name).name,
         "licence": state.metadata.licence,
+        "template": state.metadata.template,
     }
 
 

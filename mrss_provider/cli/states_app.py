@@ -79,12 +79,15 @@ def import_(
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Tuned with a leading token 0.")] = False,
     licence: Annotated[str | None, typer.Option(help="Its licence, an SPDX name.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template, if tuned on another one than its model's.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Copy a state file into the folder of states, in our form and with what it is."""
     from mrss_provider.cli.states import import_state
 
-    said = {"group": group, "bos": bos or None, "licence": licence}
+    said = {"group": group, "bos": bos or None, "licence": licence, "template": template}
     changes = {key: value for key, value in said.items() if value is not None}
     import_state(EngineConfig.from_env(overrides), file, name, orientation, changes, force=force)
 
@@ -104,7 +107,7 @@ def average(
 
 
 @states.command("from-prompt")
-@takes_config(EngineConfig, only=(*_FILES, "device", "dtype", "threads"))
+@takes_config(EngineConfig, only=(*_FILES, "device", "dtype", "quantize", "threads"))
 def from_prompt(
     overrides: dict[str, Any],
     text: Annotated[Path, typer.Option(help="A text (UTF-8), read as it stands.")],

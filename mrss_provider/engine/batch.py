@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mrss_provider.engine.constraint import AllowedTokens
 from mrss_provider.engine.gates import Heard, gate_of, named_weights
 from mrss_provider.engine.lazy_rows import LazyRows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
+from mrss_provider.engine.prompt_reader import PromptNotes
 from mrss_provider.engine.request import EOS_ID, MAX_EVIDENCE, EngineRequest, ResolvedMixture
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Choice:
         num_reread: tokens of prompt and answer that its rows will have read again after the steps
             planned; None unless their states were lost.
         is_stateless: whether its rows must take their initial states first.
+        allowed: what it may say, if a grammar constrains it.
     """
 
     owner: Running
@@ -70,8 +73,11 @@ class Choice:
     )
     num_reread: int | None = None
     is_stateless: bool = False
+    allowed: AllowedTokens | None = field(init=False)
 
     def __post_init__(self) -> None:
+        constraint, bias = self.owner.request.constraint, self.owner.bias
+        self.allowed = AllowedTokens(constraint.fork(), bias.banned) if constraint else None
         self.mixture = self._whole = self.owner.request.mixture
         self._gate = gate_of(self._whole)
         moves = self._gate.moves_prior or self._gate.reads_answer
@@ -90,6 +96,13 @@ class Choice:
         self.mixture = self._whole = self._at(len(answer))
         if self.lazy is not None:
             self.lazy.take_up(answer)
+
+    def append(self, token_id: int) -> bool:
+        """Take in a token that was drawn; return whether a grammar lets none follow."""
+        self.last_token = token_id
+        self.num_sampled += 1
+        self.answer.append(token_id)
+        return self.allowed is not None and self.allowed.advance(token_id)
 
     def lose_states(self) -> None:
         """Note that all rows must read again what is committed, but for its last token.
@@ -196,6 +209,7 @@ class Running:
         parting: where the prompt parts from others, so that a chunk ends there; 0 is nowhere.
         evidence: log-probabilities [T, K] that each row gave to tokens of the user's, one array
             for each chunk that was scored.
+        notes: what else was wanted of the prompt.
     """
 
     request: EngineRequest
@@ -206,6 +220,7 @@ class Running:
     rows: Sequence[StateSnapshot] | None = None
     parting: int = 0
     evidence: list[NDArray[np.float32]] = field(default_factory=list)
+    notes: PromptNotes = field(default_factory=PromptNotes)
 
     @property
     def num_unread(self) -> int:
@@ -234,8 +249,13 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the first token is sampled after it."""
+        """Whether the prompt ends with it."""
         return self.start + self.length == len(self.running.request.prompt)
+
+    @property
+    def gives_token(self) -> bool:
+        """Whether the first token of an answer is sampled after it."""
+        return self.is_last and self.running.request.sampling.max_tokens != 0
 
     @property
     def tokens(self) -> tuple[int, ...]:

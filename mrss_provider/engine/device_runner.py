@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.batch import Batch, Choice, Running
+from mrss_provider.engine.constraint import MaskWorkers
 from mrss_provider.engine.model_runner import ModelRunner
 from mrss_provider.engine.sampler import rank_tokens
 from mrss_provider.engine.step_graphs import StepGraphs
@@ -97,6 +98,7 @@ class DeviceRunner:
         self._layout = TailLayout(
             config.max_rows, config.max_states + 1, model.config.vocab_size, banned_ids
         )
+        self._masks = MaskWorkers()
         self._graphs = StepGraphs(model.device, self._layout.all_padding)
         # The answers of the last step, if another one of them is the same but for the tokens.
         self._steady: list[Choice] = []
@@ -136,7 +138,7 @@ class DeviceRunner:
         self._steady = []
         if not _is_fused(batch):
             self._layout.forget()
-            return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
+            return ReadyTokens(run_step(self._rows, batch, self._banned_ids, self._masks))
         self._rows.catch_up(batch.catching_up)
         self._rows.begin(batch)
         scored = self._rows.score(batch.chunks)
@@ -311,7 +313,7 @@ def _seats(batch: Batch) -> tuple[list[Seat], int]:
         seats.append(Seat(choice, row, slots))
         row += len(slots)
     for chunk in batch.chunks:
-        if chunk.is_last:
+        if chunk.gives_token:
             choices = [c for c in batch.sampling if c.owner is chunk.running]
             seats += [Seat(choice, row, tuple(choice.slots)) for choice in choices]
             row += chunk.running.request.mixture.rows

@@ -104,12 +104,29 @@ class Engine:
                 f"{request.rows}: {request.mixture.rows} for {request.mixture.canonical!r} "
                 f"times n = {request.n}"
             )
-        self._check_ids("prompt", request.prompt)
+        self.check_ids("prompt", request.prompt)
         self._check_forced(request)
-        self._check_ids("logit_bias", sampling.logit_bias)
+        self._check_pooling(request)
+        self.check_ids("logit_bias", sampling.logit_bias)
         banned = {i for i, bias in sampling.logit_bias.items() if bias <= BAN}
         if self._allowed <= banned:
             raise InvalidRequestError("logit_bias must leave a token, got a ban of every one")
+
+    def check_ids(self, field: str, ids: Collection[int]) -> None:
+        """Return if the vocabulary has all of `ids`; `field` is the key that they came with.
+
+        Raises:
+            InvalidRequestError: an id outside it.
+        """
+        # A long prompt must not hold up the event loop, nor a step.
+        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
+        for token_id in ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{field} must have token ids in [0, {self._vocab_size}), got {token_id}",
+                    param=field,
+                )
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request whose id no unfinished request has.
@@ -192,7 +209,7 @@ class Engine:
             else:
                 given = self._scheduler.commit(batch, picked)
                 # An answer may have ended since the step was launched: nobody gets its token.
-                self._num_sampled_tokens += sum(output.error is None for output in given)
+                self._num_sampled_tokens += sum(output.token_id is not None for output in given)
                 outputs += given
         return outputs
 
@@ -270,16 +287,15 @@ class Engine:
                     param="mrss.given",
                 )
 
-    def _check_ids(self, field: str, ids: Collection[int]) -> None:
-        # A long prompt must not hold up the event loop, nor a step.
-        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+    def _check_pooling(self, request: EngineRequest) -> None:
+        if request.pooling is None:
             return
-        for token_id in ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{field} must have token ids in [0, {self._vocab_size}), got {token_id}",
-                    param=field,
-                )
+        wanted, size = request.pooling.num_dimensions, self._model_config.hidden_size
+        if wanted > size:
+            raise InvalidRequestError(
+                f"dimensions must be an integer in [1, {size}] with this model, got {wanted}",
+                param="dimensions",
+            )
 
 
 def make_runner(model: Model, config: EngineConfig, banned_ids: Tensor) -> StepRunner:

@@ -8,6 +8,7 @@
     temperature = 0.9
     top_p = 0.7
     sampling_order = "openai"
+    template = "g1"                 # chat template, where the states' or the model's is not it
     description = "Facts, told warmly"
     display_name = "Story teller"   # for people, who may ask for it by this name too
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mrss_provider.chat import TEMPLATES
 from mrss_provider.engine.merges import make_merge
 from mrss_provider.errors import ConfigError, InvalidRequestError
 from mrss_provider.mixture import (
@@ -39,7 +41,11 @@ from mrss_provider.sampling_params import SamplingOrder, SamplingParams
 MIXTURES_FILE = "mixtures.toml"
 
 _SAMPLING_KEYS = ("temperature", "top_p", "sampling_order")
-_KEYS = ("terms", "merge", "gate", "cut", *_SAMPLING_KEYS, "description", "display_name")
+_KEYS = (
+    *("terms", "merge", "gate", "cut"),
+    *_SAMPLING_KEYS,
+    *("template", "description", "display_name"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class NamedMixture:
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
+    template: str | None = None
     description: str = ""
     display_name: str = ""
 
@@ -116,6 +123,7 @@ def parse_table(table: object) -> NamedMixture:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         sampling_order=sampling.sampling_order,
+        template=_parse_template(table),
         description=_text(table, "description", ""),
         display_name=_text(table, "display_name", ""),
     )
@@ -144,6 +152,17 @@ def _parse_cut(table: Mapping[str, Any], merge: Method) -> float | None:
     if cut > 0 and not make_merge(merge).has_cut:
         raise ConfigError(f"the merge rule {merge.text!r} has no cut, remove it", param="cut")
     return cut
+
+
+def _parse_template(table: Mapping[str, Any]) -> str | None:
+    if "template" not in table:
+        return None
+    name = _text(table, "template", None)
+    if name not in TEMPLATES:
+        raise ConfigError(
+            f"template must be one of {', '.join(TEMPLATES)}, got {name!r:.40}", param="template"
+        )
+    return name
 
 
 def _text(table: Mapping[str, Any], key: str, default: str | None) -> str:

@@ -67,6 +67,7 @@ def mixture_table(mixture: NamedMixture) -> dict[str, Any]:
         "temperature": mixture.temperature,
         "top_p": mixture.top_p,
         "sampling_order": mixture.sampling_order,
+        "template": mixture.template,
         "description": mixture.description or None,
         "display_name": mixture.display_name or None,
     }

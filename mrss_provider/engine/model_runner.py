@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mrss_provider.engine.batch import Batch, CatchUp, Choice, Chunk, Running
+from mrss_provider.engine.prompt_reader import PromptReader
 from mrss_provider.engine.request import EOS_ID, EngineRequest
-from mrss_provider.engine.token_scorer import TokenScorer
 from mrss_provider.model.state import RowState, StateSnapshot
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ModelRunner:
 
     def __init__(self, model: Model, num_slots: int, banned_ids: Tensor) -> None:
         self._model = model
-        self._scorer = TokenScorer(model, banned_ids)
+        self._reader = PromptReader(model, banned_ids)
         self.pool = model.new_pool(num_slots)
         is_cpu = model.device.type == "cpu"
         self._max_prefill_len = _CPU_PREFILL_LEN if is_cpu else _CUDA_PREFILL_LEN
@@ -117,22 +117,15 @@ class ModelRunner:
             self._prefill(lost)
 
     def score(self, chunks: Sequence[Chunk]) -> dict[Running, Tensor]:
-        """Read the chunks whose next tokens are evidence; note what each row made of them.
+        """Read the chunks of whose tokens more is wanted than that they are read; note it.
 
-        The log-probabilities are appended to `Running.evidence`; waits for the device.
+        What was found is noted on their `Running`; waits for the device.
 
         Returns:
             The last hidden states [K, C] of what was read.
         """
-        kept = [
-            [
-                position - chunk.start
-                for position in chunk.before_evidence()
-                if chunk.running.request.prompt[position + 1] not in self._scorer.banned
-            ]
-            for chunk in chunks
-        ]
-        scored = [(chunk, after) for chunk, after in zip(chunks, kept, strict=True) if after]
+        wanted = [(chunk, self._reader.wanted(chunk)) for chunk in chunks]
+        scored = [(chunk, after) for chunk, after in wanted if after is not None]
         if not scored:
             return {}
         hidden = self._prefill(
@@ -140,12 +133,10 @@ class ModelRunner:
         )
         lasts: dict[Running, Tensor] = {}
         for chunk, after in scored:
-            request = chunk.running.request
-            num_rows, count = request.mixture.rows, len(after) + 1
+            num_rows, count = chunk.running.request.mixture.rows, len(after) + 1
             own = hidden[: num_rows * count].view(num_rows, count, -1)
             hidden = hidden[num_rows * count :]
-            tokens = [request.prompt[chunk.start + offset + 1] for offset in after]
-            chunk.running.evidence.append(self._scorer.log_probs(own[:, :-1], tokens))
+            self._reader.note(chunk, after, own)
             lasts[chunk.running] = own[:, -1]
         return lasts
 
@@ -165,8 +156,8 @@ class ModelRunner:
             slots: those rows' states.
 
         Returns:
-            Last hidden states [n, C]: of the decoding rows, then of each prompt that ends here, in
-            the order of its mixture's states.
+            Last hidden states [n, C]: of the decoding rows, then of each prompt whose answer begins
+            here, in the order of its mixture's states.
         """
         unread = [chunk for chunk in chunks if chunk.running not in scored]
         if not slots:
@@ -215,7 +206,7 @@ class ModelRunner:
         return self._model.decode(self._tensor(ids), self._tensor(slots), self.pool)
 
     def _read(self, chunks: Sequence[Chunk], scored: Mapping[Running, Tensor]) -> list[Tensor]:
-        """Read prompt chunks that were not scored; return the last hidden states where one ends.
+        """Read prompt chunks that were not scored; return the last hidden states before answers.
 
         Where a prompt ends, the states are copied to the other answers' slots.
         """
@@ -306,7 +297,7 @@ def _sequences(chunks: Sequence[Chunk], kept: Sequence[int] = ()) -> list[_Seque
 def _last_hidden(
     chunks: Sequence[Chunk], scored: Mapping[Running, Tensor], read: Tensor | None
 ) -> list[Tensor]:
-    """Return the last hidden states [K, C] of each prompt that ends, in the chunks' order.
+    """Return the last hidden states [K, C] where an answer begins, in the chunks' order.
 
     Args:
         chunks: all that were read.
@@ -321,7 +312,7 @@ def _last_hidden(
             assert read is not None
             own = read[row : row + chunk.running.request.mixture.rows]
             row += len(own)
-        if chunk.is_last:
+        if chunk.gives_token:
             lasts.append(own)
     return lasts
 
@@ -330,7 +321,7 @@ def _number_rows(chunks: Sequence[Chunk], rows: list[range | list[int]]) -> None
     """Append to `rows` those of each answer whose prompt ends; answers share their prompt's."""
     first = sum(map(len, rows))
     for chunk in chunks:
-        if chunk.is_last:
+        if chunk.gives_token:
             own = range(first, first + chunk.running.request.mixture.rows)
             rows += [own] * len(chunk.running.choices)
             first = own.stop

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from mrss_provider.engine.batch import Batch, Choice, Reread, Running
+from mrss_provider.errors import EngineError
 
 
 def parties(batch: Batch) -> list[Running]:
@@ -19,6 +20,14 @@ def parties(batch: Batch) -> list[Running]:
     owners += [piece.choice.owner for piece in batch.catching_up]
     owners += [piece.choice.owner for piece in batch.rereading]
     return list(dict.fromkeys(owners))
+
+
+def not_finite(choice: Choice) -> EngineError:
+    """Return what ends an answer whose rows gave numbers that are not finite."""
+    return EngineError(
+        f"the model gave numbers that are not finite after {choice.num_sampled} tokens of request "
+        f"{choice.owner.request.id!r}; check the state files with `mrss states check`"
+    )
 
 
 def split(running: Iterable[Running], involved: Collection[Running]) -> tuple[list[Running], ...]:

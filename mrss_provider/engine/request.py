@@ -16,6 +16,10 @@ from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingOrder, SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mrss_provider.engine.constraint import Constraint
     from mrss_provider.engine.continuation import Capture, StartPoint
     from mrss_provider.engine.gates import Learned
     from mrss_provider.engine.trace import RowsTrace
@@ -51,8 +55,11 @@ class ResolvedMixture:
         temperature: the named mixture's default, or None.
         top_p: the named mixture's default, or None.
         sampling_order: the named mixture's default, or None.
-        fingerprint: of the model's weights, the states' bytes, weights, merge, gate and cut.
+        fingerprint: of the model's weights (as quantised), the states' bytes, weights, merge, gate
+            and cut.
         trained_gate: what a gate that needs training was loaded as; None for the others.
+        template: the chat template that the named mixture or its states ask for, by name; None is
+            the model's.
     """
 
     canonical: str
@@ -70,6 +77,7 @@ class ResolvedMixture:
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
     trained_gate: Learned | None = field(default=None, repr=False, compare=False)
+    template: str | None = None
 
     @property
     def rows(self) -> int:
@@ -83,6 +91,19 @@ class ResolvedMixture:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """How the hidden states of a prompt, behind the last norm, become one vector of length 1.
+
+    Attributes:
+        is_mean: the mean over the prompt's tokens; else the last token's.
+        num_dimensions: leading components that are kept; 0 is all.
+    """
+
+    is_mean: bool = True
+    num_dimensions: int = 0
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """One prompt, `n` answers.
 
@@ -90,7 +111,8 @@ class EngineRequest:
         id: unique among the requests that have not finished.
         prompt: token ids. An empty prompt becomes the single token 0 (what a text begins with),
             so `len(request.prompt)` is always what usage counts.
-        sampling: with every default filled in (`resolve_sampling`).
+        sampling: with every default filled in (`resolve_sampling`). Where `max_tokens` is 0 the
+            prompt is read, and that is all.
         n: answers, each with its own random stream.
         evidence: positions of the prompt's tokens that every row is to score, in order, for a gate
             that reads them; the first token is never scored, as nothing comes before it.
@@ -101,6 +123,10 @@ class EngineRequest:
         start: where the rows begin if not at their states and not where the cache says.
         pauses: tokens at which an answer may end, so that the state there is worth keeping.
         capture: gets the rows' states at the end of the prompt and of the answer.
+        score_prompt: tell how likely each token of the prompt was, and so many of the likeliest in
+            its place; None does not.
+        pooling: what to make of the prompt's hidden states; it has one row then, and no answer.
+        constraint: what each answer conforms to, at its beginning; the answers get forks of it.
     """
 
     id: str
@@ -116,14 +142,49 @@ class EngineRequest:
     start: StartPoint | None = None
     pauses: frozenset[int] = frozenset()
     capture: Capture | None = None
+    score_prompt: int | None = None
+    pooling: Pooling | None = None
+    constraint: Constraint | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt) or (EOS_ID,))
 
     @property
+    def is_read_whole(self) -> bool:
+        """Whether something is wanted of every token of the prompt, so that none may be skipped."""
+        return self.score_prompt is not None or self.pooling is not None
+
+    @property
     def rows(self) -> int:
         """Slots that the request holds while it runs: the mixture's rows for each answer."""
         return self.mixture.rows * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of the prompt under the merge: as `TokenOutput` has a sampled one.
+
+    Attributes:
+        logprob: natural; -inf where it cannot occur.
+        top: the likeliest (id, logprob) in its place, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReading:
+    """What reading a prompt has told.
+
+    Attributes:
+        scores: of all its tokens but the first, if they were wanted.
+        vector: float32 [D] of length 1, if it was.
+    """
+
+    scores: tuple[TokenScore, ...] = ()
+    vector: NDArray[np.float32] | None = None
 
 
 # Not frozen, which would make each of them cost four times as much: there is one a token.
@@ -133,7 +194,8 @@ class TokenOutput:
 
     Attributes:
         index: which of the `n` answers.
-        token_id: None only with `error`. The end-of-text token that ends an answer is reported.
+        token_id: None with `error`, and where the request has no answer. The end-of-text token that
+            ends an answer is reported.
         logprob: natural log-probability under the merge, before penalties, if asked for.
         top: the likeliest (id, logprob), best first; tokens that cannot occur are left out.
         finish_reason: set on an answer's last token: "stop" (end of text, or of a given answer) or
@@ -141,6 +203,7 @@ class TokenOutput:
         error: what ended the answer; no more outputs of it follow.
         trace: what the rows had to do with it, if asked for.
         num_cached: tokens of the prompt that no row had to read.
+        reading: of the prompt, if something was wanted of it; with an answer's first output.
     """
 
     request_id: str
@@ -152,6 +215,7 @@ class TokenOutput:
     error: MRSSError | None = None
     trace: RowsTrace | None = None
     num_cached: int = 0
+    reading: PromptReading | None = None
 
 
 def resolve_sampling(

@@ -19,12 +19,13 @@ from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN, deal, deal_alone, de
 from mrss_provider.engine.fair import Turns, WaitingRequests
 from mrss_provider.engine.lazy_rows import LazyPolicy, make_lazy_rows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
-from mrss_provider.engine.recovery import LostAnswers, parties, split
+from mrss_provider.engine.prompt_reader import PromptNotes
+from mrss_provider.engine.recovery import LostAnswers, not_finite, parties, split
 from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
 from mrss_provider.engine.slots import SlotAllocator
 from mrss_provider.engine.snapshots import SnapshotKeeper
 from mrss_provider.engine.tail import Picked
-from mrss_provider.errors import EngineError, MRSSError, QueueFullError
+from mrss_provider.errors import MRSSError, QueueFullError
 
 
 class Scheduler:
@@ -151,8 +152,8 @@ class Scheduler:
         spent = sum(piece.stop - piece.start for piece in catching_up)
         chunks = self._deal_chunks(alone=not wanting, spent=spent)
         rereading = self._lost.deal(self._chunk_len if wanting else self._alone_len)
-        ended = [choice for chunk in chunks if chunk.is_last for choice in chunk.running.choices]
-        sampling = decoding + ended
+        begun = [c for chunk in chunks if chunk.gives_token for c in chunk.running.choices]
+        sampling = decoding + begun
         for choice in sampling:
             choice.num_planned += 1
         resumed = [choice for choice in self._resumed if choice.is_live]
@@ -165,16 +166,13 @@ class Scheduler:
         for choice, token in zip(batch.sampling, picked, strict=True):
             if not choice.is_live:
                 continue
-            if token.token_id is None:
-                request_id = choice.owner.request.id
-                error = EngineError(
-                    f"the model gave numbers that are not finite after "
-                    f"{choice.num_sampled} tokens of request {request_id!r}; "
-                    f"check the state files with `mrss states check`"
-                )
-                outputs += self._fail(choice.owner, error)
+            if token.token_id is None or not choice.owner.notes.is_finite:
+                outputs += self._fail(choice.owner, token.error or not_finite(choice))
             else:
                 outputs.append(self._push(choice, token.token_id, token))
+        for chunk in batch.chunks:
+            if chunk.is_last and not chunk.gives_token:
+                outputs += self._end_reading(chunk.running)
         self._admit()
         return outputs
 
@@ -239,6 +237,7 @@ class Scheduler:
         for choice in running.choices:
             choice.num_planned = 0
         running.evidence.clear()
+        running.notes = PromptNotes()
         running.rows, running.num_cached = None, 0
         self._begin(running)
         if running not in self._reading:
@@ -306,10 +305,10 @@ class Scheduler:
 
     def _push(self, choice: Choice, token_id: int, token: Picked) -> TokenOutput:
         request = choice.owner.request
-        choice.last_token = token_id
-        choice.num_sampled += 1
-        choice.answer.append(token_id)
+        is_first = not choice.num_sampled
+        is_complete = choice.append(token_id)
         reason = _finish_reason(request, token_id, choice.num_sampled)
+        reason = "stop" if is_complete else reason
         if reason is not None:
             self._finish(choice)
         else:
@@ -326,7 +325,22 @@ class Scheduler:
             reason,
             trace=token.trace,
             num_cached=choice.owner.num_cached,
+            reading=choice.owner.notes.reading() if is_first and request.is_read_whole else None,
         )
+
+    def _end_reading(self, running: Running) -> list[TokenOutput]:
+        """End a request that wants no token, its prompt being read."""
+        request = running.request
+        reading = running.notes.reading() if request.is_read_whole else None
+        if running.choices and not running.notes.is_finite:
+            return self._fail(running, not_finite(running.choices[0]))
+        outputs = [
+            TokenOutput(request.id, choice.index, None, finish_reason="length", reading=reading)
+            for choice in running.choices
+        ]
+        for choice in list(running.choices):
+            self._finish(choice)
+        return outputs
 
     def _fail(self, running: Running, error: MRSSError) -> list[TokenOutput]:
         outputs = [

@@ -44,7 +44,7 @@ class SnapshotFile:
 
 
 class SnapshotFolder:
-    """The files of one model in one dtype, in a folder of their own.
+    """The files of one model in one precision, in a folder of their own.
 
     Args:
         folder: where; made if it is not there.
@@ -57,7 +57,7 @@ class SnapshotFolder:
 
     def __init__(self, folder: Path, config: ModelConfig, state_dtype: torch.dtype) -> None:
         kind = str(state_dtype).removeprefix("torch.")
-        self.folder = folder / f"{config.fingerprint[:16]}-{config.dtype}-{kind}"
+        self.folder = folder / f"{config.fingerprint[:16]}-{config.precision}-{kind}"
         self._config = config
         self._state_dtype = state_dtype
         try:

@@ -147,7 +147,8 @@ class SnapshotKeeper:
             running = chunk.running
             if not running.choices:
                 continue
-            if self.cache.is_on:
+            # What is embedded is hardly ever the beginning of something else.
+            if self.cache.is_on and running.request.pooling is None:
                 self._read(chunk)
             if chunk.is_last and running.request.capture is not None:
                 self._capture(running.choices[0], 0)
@@ -348,6 +349,8 @@ def _usable_len(request: EngineRequest) -> int:
 
     What the user wrote is scored while it is read, from the token before it on.
     """
+    if request.is_read_whole:
+        return 0
     most = len(request.prompt) - 1
     return min([most, *(max(0, span.start - 1) for span in request.evidence[:1])])
 

@@ -32,6 +32,7 @@ from mrss_provider.engine.state_folder import (
 from mrss_provider.engine.typed_options import (
     chosen_cut,
     chosen_method,
+    chosen_template,
     named_mixture,
     sampling_of,
     weighted,
@@ -214,6 +215,7 @@ class StateLibrary:
         check_signs(terms, merge, "model" if terms == typed.terms else where)
         cut = chosen_cut(merge, len(terms), options.cut, named)
         resolved = self._rows(entries, Mixture(terms, None, merge, gate), cut)
+        resolved = replace(resolved, template=chosen_template(resolved, named))
         defaults = named or sampling_of(entries, typed)
         if defaults is None:
             return resolved
@@ -296,7 +298,10 @@ class StateLibrary:
 
     def _fingerprint(self, states: Sequence[TunedState | None], *rest: object) -> str:
         hashes = [(state.sha256, state.metadata.bos) if state else BASE for state in states]
-        text = repr((self._model_config.fingerprint, hashes, rest))
+        weights = self._model_config.fingerprint
+        if self._model_config.quantize != "none":
+            weights += "+" + self._model_config.quantize
+        text = repr((weights, hashes, rest))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _warn_of_deaf(self, states: Sequence[TunedState]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mrss_provider.engine.batch import Batch, Choice
+from mrss_provider.engine.constraint import MaskWorkers
 from mrss_provider.engine.model_runner import ModelRunner
 from mrss_provider.engine.tail import Pick, Picked, pick_tokens
 
@@ -81,6 +82,7 @@ class HostRunner:
         """
         self._rows = ModelRunner(model, num_slots, banned_ids)
         self._banned_ids = banned_ids
+        self._masks = MaskWorkers()
 
     @property
     def pool(self) -> StatePool:
@@ -94,15 +96,18 @@ class HostRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> ReadyTokens:
         """Run a step."""
-        return ReadyTokens(run_step(self._rows, batch, self._banned_ids))
+        return ReadyTokens(run_step(self._rows, batch, self._banned_ids, self._masks))
 
     def forget(self) -> None:
         """Do nothing: nothing is known."""
 
 
-def run_step(runner: ModelRunner, batch: Batch, banned_ids: Tensor) -> list[Picked]:
+def run_step(
+    runner: ModelRunner, batch: Batch, banned_ids: Tensor, masks: MaskWorkers
+) -> list[Picked]:
     """Run a step whose answers' last tokens are all committed; return their next ones."""
-    logits, rows = runner.forward(batch)
+    with masks.looking([choice.allowed for choice in batch.sampling]):
+        logits, rows = runner.forward(batch)
     batch.look()
     picks = [_pick(choice, own) for choice, own in zip(batch.sampling, rows, strict=True)]
     return pick_tokens(logits, picks, banned_ids) if picks else []
@@ -121,4 +126,5 @@ def _pick(choice: Choice, rows: range | list[int]) -> Pick:
         trace=request.trace,
         forced=request.forced[choice.num_sampled] if request.forced else None,
         probe=choice.is_probed,
+        allowed=choice.allowed,
     )

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mrss_provider.engine.constraint import AllowedTokens, constrain
 from mrss_provider.engine.gates import Gate, gate_of
 from mrss_provider.engine.logits_processors import (
     Bias,
@@ -30,6 +31,7 @@ from mrss_provider.engine.philox import uniform
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.sampler import sample, top_tokens
 from mrss_provider.engine.trace import RowsTrace, trace_token
+from mrss_provider.errors import MRSSError
 from mrss_provider.sampling_params import SamplingParams
 
 # Rows of requests that are merged at once on a CPU, in numbers: 1 MB, so that the half dozen
@@ -49,6 +51,7 @@ class Pick:
         trace: whether to tell what each row had to do with the token.
         forced: the token, where the answer is given; nothing is drawn then.
         probe: whether to tell which row weighs most.
+        allowed: what a grammar leaves, already looked for; None is everything.
     """
 
     rows: Sequence[int]
@@ -61,14 +64,16 @@ class Pick:
     trace: bool = False
     forced: int | None = None
     probe: bool = False
+    allowed: AllowedTokens | None = None
 
 
 class Picked(NamedTuple):
-    """A token, or None where the numbers were not finite.
+    """A token, or None where the numbers were not finite or a grammar left nothing.
 
     Attributes:
         row_log_probs: what each row gives the token, float32 [K], for a gate that reads answers.
         loudest: the row that weighs most, if the pick was a probe.
+        error: why a grammar left nothing.
     """
 
     token_id: int | None
@@ -77,6 +82,7 @@ class Picked(NamedTuple):
     trace: RowsTrace | None = None
     row_log_probs: NDArray[np.float32] | None = None
     loudest: int | None = None
+    error: MRSSError | None = None
 
 
 def pick_tokens(logits: Tensor, picks: Sequence[Pick], banned_ids: Tensor) -> list[Picked]:
@@ -88,7 +94,9 @@ def pick_tokens(logits: Tensor, picks: Sequence[Pick], banned_ids: Tensor) -> li
         banned_ids: [M] int64, ids that no request may get.
     """
     logits.index_fill_(1, banned_ids, -torch.inf)
-    ban(logits, [pick.rows for pick in picks], [pick.bias for pick in picks])
+    row_lists = [pick.rows for pick in picks]
+    ban(logits, row_lists, [pick.bias for pick in picks])
+    constrain(logits, row_lists, [pick.allowed for pick in picks])
     merged = merge_rows(logits, [(pick.rows, pick.mixture) for pick in picks])
     usable = merged.amax(-1).isfinite().tolist()
     wanted = [g for g, pick in enumerate(picks) if _is_reported(pick) and usable[g]]
@@ -107,6 +115,8 @@ def pick_tokens(logits: Tensor, picks: Sequence[Pick], banned_ids: Tensor) -> li
     for g, pick in enumerate(picks):
         if usable[g] and (pick.probe or gate_of(pick.mixture).reads_answer):
             picked[g] = _listen(logits, pick, picked[g])
+        if pick.allowed is not None and pick.allowed.error is not None:
+            picked[g] = Picked(None, error=pick.allowed.error)
     return picked
 
 

@@ -31,6 +31,8 @@ def is_fused(choice: Choice) -> bool:
     request = choice.owner.request
     if request.trace or request.forced or choice.is_heard or choice.is_probed:
         return False
+    if choice.allowed is not None:
+        return False
     mixture = choice.mixture
     if mixture.rows == 1:
         return True

@@ -19,6 +19,11 @@ _CPU_LOGITS = 1 << 23
 _CUDA_LOGITS = 1 << 25
 
 
+def max_logits(model: Model) -> int:
+    """Return how many numbers of logits may be held at once."""
+    return _CPU_LOGITS if model.device.type == "cpu" else _CUDA_LOGITS
+
+
 class TokenScorer:
     """Log-probabilities of given tokens, over those that may occur.
 
@@ -31,8 +36,7 @@ class TokenScorer:
         self._model = model
         self._banned_ids = banned_ids
         self.banned = frozenset(banned_ids.tolist())
-        most = _CPU_LOGITS if model.device.type == "cpu" else _CUDA_LOGITS
-        self._piece_len = max(1, most // model.config.vocab_size)
+        self._piece_len = max(1, max_logits(model) // model.config.vocab_size)
 
     def log_probs(self, hidden: Tensor, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Score the tokens that come after hidden states; waits for the device.

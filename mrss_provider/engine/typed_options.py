@@ -11,6 +11,7 @@ from dataclasses import replace
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.engine.merges import make_merge
 from mrss_provider.engine.mixtures_file import NamedMixture, check_cut
+from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.state_folder import Entries, SamplingDefaults
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.mixture import (
@@ -80,6 +81,29 @@ def chosen_method(kind: Kind, typed: Method | None, option: str | None) -> Metho
             param=f"mrss.{kind}",
         )
     return chosen
+
+
+def chosen_template(mixture: ResolvedMixture, named: NamedMixture | None) -> str | None:
+    """Return the chat template that a mixture asks for; None is the model's.
+
+    Raises:
+        InvalidRequestError: its states ask for different ones, and the mixture for none.
+    """
+    if named is not None and named.template is not None:
+        return named.template
+    asked = {
+        state.metadata.template: state.name
+        for state in mixture.states
+        if state is not None and state.metadata.template is not None
+    }
+    if len(asked) > 1:
+        told = ", ".join(f"{name!r} was tuned on {template!r}" for template, name in asked.items())
+        raise InvalidRequestError(
+            f"the states want different chat templates ({told}); make a named mixture of them "
+            "that has one",
+            param="model",
+        )
+    return next(iter(asked), None)
 
 
 def chosen_cut(merge: Method, num_terms: int, option: object, named: NamedMixture | None) -> float:

@@ -28,6 +28,16 @@ from mrss_provider.openai_schema.chunks import (
     error_to_event,
     read_chunk,
 )
+from mrss_provider.openai_schema.embeddings import (
+    EMBEDDING_KEYS,
+    EMBEDDING_MRSS_KEYS,
+    MAX_INPUTS,
+    ParsedEmbedRequest,
+    embed_request_to_body,
+    embeddings_pieces,
+    parse_embed_request,
+    read_embeddings,
+)
 from mrss_provider.openai_schema.keys import CHAT_KEYS, COMPLETION_KEYS, MRSS_KEYS, KeyTable
 from mrss_provider.openai_schema.listing import (
     error_headers,
@@ -35,11 +45,21 @@ from mrss_provider.openai_schema.listing import (
     model_object,
     read_model_list,
 )
+from mrss_provider.openai_schema.methods import methods_object
 from mrss_provider.openai_schema.requests import (
     ParsedRequest,
     parse_chat_request,
     parse_completion_request,
     request_to_body,
+)
+from mrss_provider.openai_schema.tokens import (
+    DETOKENIZE_KEYS,
+    detokenize_body,
+    parse_detokenize_request,
+    parse_tokenize_request,
+    read_detokenized,
+    read_tokens,
+    tokens_object,
 )
 from mrss_provider.openai_schema.values import (
     MAX_CHARS,
@@ -52,7 +72,11 @@ from mrss_provider.openai_schema.values import (
 __all__ = [
     "CHAT_KEYS",
     "COMPLETION_KEYS",
+    "DETOKENIZE_KEYS",
+    "EMBEDDING_KEYS",
+    "EMBEDDING_MRSS_KEYS",
     "MAX_CHARS",
+    "MAX_INPUTS",
     "MAX_MESSAGES",
     "MAX_N",
     "MAX_PROMPTS",
@@ -63,24 +87,36 @@ __all__ = [
     "Choice",
     "ChunkWriter",
     "KeyTable",
+    "ParsedEmbedRequest",
     "ParsedRequest",
     "StreamOptions",
     "chat_response",
     "check_protocol",
     "completion_response",
+    "detokenize_body",
+    "embed_request_to_body",
+    "embeddings_pieces",
     "error_from_event",
     "error_headers",
     "error_to_event",
     "info_from_headers",
     "info_to_headers",
+    "methods_object",
     "model_list",
     "model_object",
     "mrss_fields",
     "new_head",
     "parse_chat_request",
     "parse_completion_request",
+    "parse_detokenize_request",
+    "parse_embed_request",
+    "parse_tokenize_request",
     "read_chunk",
+    "read_detokenized",
+    "read_embeddings",
     "read_model_list",
+    "read_tokens",
     "request_to_body",
+    "tokens_object",
     "usage_to_dict",
 ]

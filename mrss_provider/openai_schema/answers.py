@@ -14,11 +14,13 @@ from mrss_provider.backend import (
     StreamInfo,
     TokenLogprob,
     TokenTrace,
+    ToolCall,
     TraceSummary,
     Usage,
 )
 from mrss_provider.errors import EngineUnavailableError
 from mrss_provider.openai_schema.spelling import num_chars, token_text
+from mrss_provider.openai_schema.tools import call_object, with_deltas
 from mrss_provider.openai_schema.traces import trace_fields
 
 Kind = Literal["chat", "text"]
@@ -60,6 +62,19 @@ class Choice:
     finish_reason: FinishReason | None = None
     trace: tuple[TokenTrace, ...] = ()
     trace_summary: TraceSummary | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """What the assistant said, thought and called; content is null beside calls alone."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["content"] = self.text or None
+            message["tool_calls"] = [call_object(call) for call in self.tool_calls]
+        return message
 
 
 @dataclass
@@ -78,11 +93,13 @@ class Answer:
         """Add a delta of the stream whose choices begin at `offset`."""
         if delta.usage is not None:
             self.usage = delta.usage if self.usage is None else self.usage + delta.usage
-        if not (delta.text or delta.logprobs or delta.num_tokens or delta.finish_reason):
+        if is_empty(delta):
             return
         index = delta.index + offset
         choice = self.choices.setdefault(index, Choice(index))
         choice.text += delta.text
+        choice.reasoning += delta.reasoning
+        choice.tool_calls = with_deltas(choice.tool_calls, delta.tool_calls)
         choice.logprobs += delta.logprobs
         choice.trace += delta.trace
         choice.finish_reason = delta.finish_reason or choice.finish_reason
@@ -118,8 +135,7 @@ def chat_response(head: AnswerHead, answer: Answer) -> dict[str, Any]:
         {
             "index": choice.index,
             "message": {
-                "role": "assistant",
-                "content": choice.text,
+                **choice.message,
                 "provider_specific_fields": {
                     "mrss": {**mrss, **trace_fields(choice.trace, choice.trace_summary)}
                 },
@@ -154,13 +170,38 @@ def usage_to_dict(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **_reasoning_details(usage),
     }
 
 
 def usage_from_dict(raw: Mapping[str, Any]) -> Usage:
     """Read what `usage_to_dict` wrote."""
     details = raw.get("prompt_tokens_details") or {}
-    return Usage(raw["prompt_tokens"], raw["completion_tokens"], details.get("cached_tokens") or 0)
+    completion = raw.get("completion_tokens_details") or {}
+    return Usage(
+        raw["prompt_tokens"],
+        raw["completion_tokens"],
+        details.get("cached_tokens") or 0,
+        completion.get("reasoning_tokens") or 0,
+    )
+
+
+def _reasoning_details(usage: Usage) -> dict[str, Any]:
+    if not usage.reasoning_tokens:
+        return {}
+    return {"completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
+
+
+def is_empty(delta: Delta) -> bool:
+    """Tell whether a delta says nothing of a choice."""
+    return not (
+        delta.text
+        or delta.finish_reason
+        or delta.num_tokens
+        or delta.logprobs
+        or delta.reasoning
+        or delta.tool_calls
+    )
 
 
 def info_to_headers(info: StreamInfo) -> dict[str, str]:
@@ -223,7 +264,8 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
 def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
     r"""Write log-probabilities as completions have them; `offset` is the first token's, in text.
 
-    Bytes that are no text by themselves are spelled `bytes:\xe4\xbd`. The ids go beside them.
+    Bytes that are no text by themselves are spelled `bytes:\xe4\xbd`. The ids go beside them. Each
+    token's best ones have the token itself behind them if it is none of them.
     """
     if not tokens:
         return None
@@ -233,15 +275,24 @@ def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]
         offset += num_chars(token.token)
     return {
         "tokens": [token_text(token.token) for token in tokens],
-        "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
-        "top_logprobs": [
-            {token_text(t.token): max(t.logprob, MIN_LOGPROB) for t in token.top}
-            for token in tokens
-        ],
+        "token_logprobs": [_number(token.logprob) for token in tokens],
+        "top_logprobs": [_best_and_own(token) for token in tokens],
         "text_offset": offsets,
         "token_ids": [token.token_id for token in tokens],
         "top_token_ids": [[t.token_id for t in token.top] for token in tokens],
     }
+
+
+def _best_and_own(token: TokenLogprob) -> dict[str, float] | None:
+    own = _number(token.logprob)
+    if own is None:
+        return None
+    found = {token_text(t.token): max(t.logprob, MIN_LOGPROB) for t in token.top}
+    return found | {key: own for key in [token_text(token.token)] if key not in found}
+
+
+def _number(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 def _choice_mrss(choice: Choice) -> dict[str, Any]:
@@ -249,11 +300,11 @@ def _choice_mrss(choice: Choice) -> dict[str, Any]:
     return {"mrss": traced} if traced else {}
 
 
-def _chat_token(token_id: int, token: bytes, logprob: float) -> dict[str, Any]:
+def _chat_token(token_id: int, token: bytes, logprob: float | None) -> dict[str, Any]:
     return {
         "token": token.decode(errors="replace"),
         "token_id": token_id,
-        "logprob": max(logprob, MIN_LOGPROB),
+        "logprob": _number(logprob),
         "bytes": list(token),
     }
 

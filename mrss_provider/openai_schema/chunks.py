@@ -10,12 +10,14 @@ from mrss_provider.errors import EngineError, MRSSError, error_from_dict
 from mrss_provider.openai_schema.answers import (
     AnswerHead,
     chat_logprobs,
+    is_empty,
     mrss_fields,
     text_logprobs,
     usage_from_dict,
     usage_to_dict,
 )
 from mrss_provider.openai_schema.spelling import num_chars, token_bytes
+from mrss_provider.openai_schema.tools import delta_object, read_deltas
 from mrss_provider.openai_schema.traces import read_trace, trace_fields
 from mrss_provider.openai_schema.values import StreamOptions
 
@@ -52,7 +54,7 @@ class ChunkWriter:
         streams in one answer, add the usages up and write the sum with `usage_chunk`.
         """
         chunks = []
-        if delta.text or delta.finish_reason or delta.num_tokens or delta.logprobs:
+        if not is_empty(delta):
             chunks.append(self._content_chunk(delta, delta.index + offset))
         if delta.usage is not None and self._options.include_usage:
             chunks.append(self.usage_chunk(delta.usage))
@@ -67,7 +69,7 @@ class ChunkWriter:
         mrss, self._mrss = self._mrss, None
         traced = trace_fields(delta.trace, delta.trace_summary)
         if self._is_chat:
-            content: dict[str, Any] = {"content": delta.text}
+            content: dict[str, Any] = _said(delta)
             if index not in self._seen:
                 self._seen.add(index)
                 content["role"] = "assistant"
@@ -96,6 +98,16 @@ class ChunkWriter:
         return text_logprobs(delta.logprobs, offset)
 
 
+def _said(delta: Delta) -> dict[str, Any]:
+    """Return what a chat's delta says; no content where it thinks or calls only."""
+    said: dict[str, Any] = {}
+    if delta.reasoning:
+        said["reasoning_content"] = delta.reasoning
+    if delta.tool_calls:
+        said["tool_calls"] = [delta_object(piece) for piece in delta.tool_calls]
+    return said if said and not delta.text else {"content": delta.text, **said}
+
+
 def read_chunk(chunk: Mapping[str, Any]) -> Delta:
     """Read a chunk that `ChunkWriter` wrote with `include_num_tokens`.
 
@@ -120,6 +132,8 @@ def read_chunk(chunk: Mapping[str, Any]) -> Delta:
             choice["finish_reason"],
             None if usage is None else usage_from_dict(usage),
             *read_trace(_mrss_of(choice)),
+            reasoning="" if content is None else content.get("reasoning_content") or "",
+            tool_calls=() if content is None else read_deltas(content.get("tool_calls")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise EngineError(f"the engine sent a chunk that cannot be read ({exc!r})") from exc
@@ -170,7 +184,10 @@ def _read_logprobs(raw: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
             logprob,
             tuple(
                 TopLogprob(top_id, token_bytes(top_text), top_logprob)
-                for top_id, (top_text, top_logprob) in zip(top_ids, top.items(), strict=True)
+                # What was chosen stands behind them if it is none of them.
+                for top_id, (top_text, top_logprob) in zip(
+                    top_ids, (top or {}).items(), strict=False
+                )
             ),
         )
         for token_id, text, logprob, top_ids, top in zip(

@@ -95,6 +95,7 @@ _HONOURED = SAMPLING_KEYS | {
     "logit_bias",
     "n",
     "logprobs",
+    "response_format",
     "stream",
     "stream_options",
     "timeout",
@@ -103,7 +104,7 @@ _HONOURED = SAMPLING_KEYS | {
 }
 
 # They name the caller, or where an answer is kept or routed; LiteLLM's own retry count.
-_ACCEPTED = frozenset(
+ACCEPTED = frozenset(
     {
         "user",
         "metadata",
@@ -117,30 +118,26 @@ _ACCEPTED = frozenset(
     }
 )
 
-_NO_TOOLS = "this engine does not call tools"
+_NO_FUNCTIONS = "it was replaced by {}: use tools"
+_CHATS_CALL = "only chats call tools: send messages to /v1/chat/completions"
 
 CHAT_KEYS = KeyTable(
     where="",
-    honoured=frozenset(_HONOURED | {"messages", "max_completion_tokens", "top_logprobs"}),
-    accepted=_ACCEPTED | {"parallel_tool_calls", "prediction"},
+    honoured=frozenset(
+        _HONOURED
+        | {"messages", "max_completion_tokens", "top_logprobs"}
+        | {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking"}
+    ),
+    accepted=ACCEPTED | {"prediction"},
     refused={
-        "tools": Refusal(_NO_TOOLS, neutral=([],)),
-        "tool_choice": Refusal(_NO_TOOLS, neutral=("none",)),
-        "functions": Refusal(_NO_TOOLS, neutral=([],)),
-        "function_call": Refusal(_NO_TOOLS, neutral=("none",)),
-        "response_format": Refusal(
-            'only {"type": "text"} can be promised', neutral=({"type": "text"},)
-        ),
+        "functions": Refusal(_NO_FUNCTIONS.format("tools"), neutral=([],)),
+        "function_call": Refusal(_NO_FUNCTIONS.format("tool_choice"), neutral=("none",)),
         "modalities": Refusal('only ["text"] is produced', neutral=(["text"],)),
         "audio": Refusal("only text is produced"),
-        "reasoning_effort": Refusal("these models have no reasoning levels", neutral=("none",)),
-        "thinking": Refusal(
-            "these models have no reasoning budget", neutral=({"type": "disabled"},)
-        ),
         "verbosity": Refusal("these models have no verbosity levels", neutral=("medium",)),
         "web_search_options": Refusal("this engine does not search the web"),
         "moderation": Refusal("this engine does not moderate"),
-        "echo": Refusal("an answer does not repeat its prompt", neutral=(False,)),
+        "echo": Refusal("a chat's prompt is not repeated", neutral=(False,)),
         "suffix": Refusal("a recurrent model only writes forward", neutral=("",)),
         "best_of": Refusal("ask for n answers and choose", neutral=(1,)),
         "prompt": Refusal("a chat takes messages; send a prompt to /v1/completions"),
@@ -150,16 +147,14 @@ CHAT_KEYS = KeyTable(
 
 COMPLETION_KEYS = KeyTable(
     where="",
-    honoured=frozenset(_HONOURED | {"prompt", "best_of"}),
-    accepted=_ACCEPTED,
+    honoured=frozenset(_HONOURED | {"prompt", "best_of", "echo"}),
+    accepted=ACCEPTED,
     refused={
-        "echo": Refusal("an answer does not repeat its prompt", neutral=(False,)),
         "suffix": Refusal("a recurrent model only writes forward", neutral=("",)),
         "extra_body": Refusal("put its entries at the top of the body", neutral=({},)),
-        **{
-            key: CHAT_KEYS.refused[key]
-            for key in ("tools", "tool_choice", "functions", "function_call", "response_format")
-        },
+        "tools": Refusal(_CHATS_CALL, neutral=([],)),
+        "tool_choice": Refusal(_CHATS_CALL, neutral=("none",)),
+        **{key: CHAT_KEYS.refused[key] for key in ("functions", "function_call")},
     },
 )
 
@@ -176,6 +171,8 @@ MRSS_KEYS = KeyTable(
             "given",
             "session",
             "save",
+            "regex",
+            "grammar",
         }
     ),
     accepted=frozenset(),
@@ -192,14 +189,28 @@ STREAM_KEYS = KeyTable(
     refused={},
 )
 
-_NO_REPLAY = "turns that call tools cannot be continued; " + _NO_TOOLS
+FORMAT_KEYS = KeyTable(
+    where="response_format",
+    honoured=frozenset({"type", "json_schema"}),
+    accepted=frozenset(),
+    refused={},
+)
+
+JSON_SCHEMA_KEYS = KeyTable(
+    where="response_format.json_schema",
+    honoured=frozenset({"name", "description", "schema", "strict"}),
+    accepted=frozenset(),
+    refused={},
+)
+
+_NO_REPLAY = "it was replaced by tool_calls; send that"
 
 
 def message_keys(position: int) -> KeyTable:
     """Return the table for `messages[position]`.
 
-    The accepted keys are what clients send back when they replay an answer, and `name`, which
-    the templates have no place for.
+    The accepted keys are what clients send back when they replay an answer (a thought is not told
+    to the model again), and `name`, which the templates have no place for.
     """
     return KeyTable(
         where=f"messages[{position}]",
@@ -209,13 +220,11 @@ def message_keys(position: int) -> KeyTable:
     )
 
 
-_MESSAGE_HONOURED = frozenset({"role", "content"})
+_MESSAGE_HONOURED = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 _MESSAGE_ACCEPTED = frozenset(
     {"name", "provider_specific_fields", "reasoning_content", "thinking_blocks", "annotations"}
 )
 _MESSAGE_REFUSED = {
-    "tool_calls": Refusal(_NO_REPLAY, neutral=([],)),
-    "tool_call_id": Refusal(_NO_REPLAY),
     "function_call": Refusal(_NO_REPLAY),
     "audio": Refusal("only text is read"),
     "images": Refusal("only text is read", neutral=([],)),

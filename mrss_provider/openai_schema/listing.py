@@ -28,6 +28,7 @@ def model_object(card: ModelCard) -> dict[str, Any]:
             "kind": card.kind,
             "description": card.description,
             "context_len": card.context_len,
+            "supports": list(card.supports),
         },
     }
 
@@ -51,6 +52,7 @@ def read_model_list(body: Mapping[str, Any]) -> list[ModelCard]:
                 description=item["mrss"]["description"],
                 created=item["created"],
                 context_len=item["mrss"]["context_len"],
+                supports=tuple(item["mrss"]["supports"]),
             )
             for item in body["data"]
         ]

@@ -7,8 +7,13 @@ from typing import Any, Literal
 
 from mrss_provider.backend import GenerateRequest, MixtureOptions
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.openai_schema import prompts as prompts_of
 from mrss_provider.openai_schema import values
+from mrss_provider.openai_schema.grammars import parse_grammar, write_grammar
 from mrss_provider.openai_schema.keys import CHAT_KEYS, COMPLETION_KEYS, SAMPLING_KEYS
+from mrss_provider.openai_schema.messages import message_object
+from mrss_provider.openai_schema.reasoning import parse_thinking, write_thinking
+from mrss_provider.openai_schema.tools import parse_tools, write_tools
 from mrss_provider.openai_schema.values import StreamOptions
 from mrss_provider.sampling_params import SamplingParams
 
@@ -38,7 +43,8 @@ def parse_chat_request(body: object) -> ParsedRequest:
     mixture = values.parse_mixture_options(known)
     session, save = values.parse_session(known)
     goes_on = session is not None and known.get("messages") == []
-    messages = () if goes_on else values.parse_messages(known)
+    messages = () if goes_on else values.parse_chat(known)
+    tools, tool_choice = parse_tools(known)
     sampling = values.parse_sampling(
         known, values.chat_logprobs(known), values.chat_max_tokens(known)
     )
@@ -52,6 +58,10 @@ def parse_chat_request(body: object) -> ParsedRequest:
         given=values.parse_given(known),
         session=session,
         session_save=save,
+        grammar=parse_grammar(known),
+        tools=tools,
+        tool_choice=tool_choice,
+        thinking=parse_thinking(known),
     )
     return ParsedRequest("chat", (request,), values.parse_stream(known))
 
@@ -66,14 +76,9 @@ def parse_completion_request(body: object) -> ParsedRequest:
     if merged.get("messages") is not None:
         return parse_chat_request(merged)
     known = COMPLETION_KEYS.select(merged)
-    prompts = values.parse_prompts(known)
+    prompts = prompts_of.parse_prompts(known)
     n = values.parse_n(known)
-    if known.get("best_of", n) != n:
-        raise InvalidRequestError(
-            f"best_of must equal n, which is {n}, got {known['best_of']!r}; ask for more answers "
-            "with n and choose",
-            param="best_of",
-        )
+    stream = values.parse_stream(known)
     sampling = values.parse_sampling(known, values.text_logprobs(known), known.get("max_tokens"))
     mixture = values.parse_mixture_options(known)
     session, save = values.parse_session(known)
@@ -86,11 +91,14 @@ def parse_completion_request(body: object) -> ParsedRequest:
         "given": values.parse_given(known),
         "session": session,
         "session_save": save,
+        "grammar": parse_grammar(known),
+        "echo": values.expect(known.get("echo", False), bool, "echo", "true or false"),
+        "best_of": prompts_of.parse_best_of(known, n, stream),
     }
     if session is not None and len(prompts) > 1:
         raise InvalidRequestError("a session goes on with one prompt", param="prompt")
     requests = tuple(GenerateRequest(prompt=prompt, **shared) for prompt in prompts)
-    return ParsedRequest("text", requests, values.parse_stream(known))
+    return ParsedRequest("text", requests, stream)
 
 
 def request_to_body(
@@ -103,7 +111,9 @@ def request_to_body(
     """
     body: dict[str, Any] = {"model": request.model}
     if request.messages is not None:
-        body["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
+        body["messages"] = [message_object(message) for message in request.messages]
+        write_tools(body, request.tools, request.tool_choice)
+        write_thinking(body, request.thinking)
     else:
         prompt = request.prompt
         body["prompt"] = prompt if isinstance(prompt, str) else list(prompt or ())
@@ -113,6 +123,7 @@ def request_to_body(
         mrss["sampling_order"] = request.sampling.sampling_order
     if request.given is not None:
         mrss["given"] = request.given
+    write_grammar(body, mrss, request.grammar)
     if request.session is not None:
         mrss["session"] = request.session
     if request.session_save:
@@ -121,6 +132,10 @@ def request_to_body(
         body["mrss"] = mrss
     if request.n != 1:
         body["n"] = request.n
+    if request.echo:
+        body["echo"] = True
+    if request.best_of is not None:
+        body["best_of"] = request.best_of
     if request.timeout_s is not None:
         body["timeout"] = request.timeout_s
     if stream is not None and stream.stream:

@@ -6,14 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from mrss_provider.backend import Message, MixtureOptions, Role
+from mrss_provider.backend import Message, MixtureOptions
 from mrss_provider.errors import ContextLengthError, InvalidRequestError
 from mrss_provider.mixture import Kind, check_weight, parse_method
-from mrss_provider.openai_schema.keys import MRSS_KEYS, SAMPLING_KEYS, STREAM_KEYS, message_keys
+from mrss_provider.openai_schema.checks import check_text as _check_text
+from mrss_provider.openai_schema.checks import expect as expect
+from mrss_provider.openai_schema.checks import kind_of as kind_of
+from mrss_provider.openai_schema.checks import shown as _shown
+from mrss_provider.openai_schema.keys import MRSS_KEYS, SAMPLING_KEYS, STREAM_KEYS
+from mrss_provider.openai_schema.messages import MAX_MESSAGES as MAX_MESSAGES
+from mrss_provider.openai_schema.messages import ROLES as ROLES
+from mrss_provider.openai_schema.messages import parse_messages, texts_of
 from mrss_provider.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_N = 16
-MAX_MESSAGES = 4096
 MAX_PROMPTS = 128
 # Far above any context length in use, far below what would hurt to tokenise.
 MAX_CHARS = 2_000_000
@@ -21,13 +27,6 @@ MAX_CHARS = 2_000_000
 MAX_TIMEOUT_S = 1e9
 MODEL_PREFIX = "mrss/"
 MAX_MODEL_CHARS = 1024
-
-ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
 
 
 @dataclass(frozen=True)
@@ -56,82 +55,10 @@ def parse_model(known: Mapping[str, Any]) -> str:
     return model
 
 
-def parse_messages(known: Mapping[str, Any]) -> tuple[Message, ...]:
-    raw = expect(known.get("messages"), list, "messages", "a list of messages")
-    if not 0 < len(raw) <= MAX_MESSAGES:
-        raise InvalidRequestError(
-            f"messages must have 1 to {MAX_MESSAGES} entries, got {len(raw)}", param="messages"
-        )
-    messages = tuple(_parse_message(item, i) for i, item in enumerate(raw))
-    _check_total_chars((m.content for m in messages), "messages")
+def parse_chat(known: Mapping[str, Any]) -> tuple[Message, ...]:
+    messages = parse_messages(known)
+    _check_total_chars(texts_of(messages), "messages")
     return messages
-
-
-def _parse_message(item: object, i: int) -> Message:
-    where = f"messages[{i}]"
-    raw = expect(item, dict, where, "an object")
-    role = raw.get("role")
-    if role in ("tool", "function"):
-        raise InvalidRequestError(
-            f"{where}.role {role!r} is refused: this engine does not call tools", param=where
-        )
-    known = message_keys(i).select(raw)
-    if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRequestError(
-            f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", param=where
-        )
-    return Message(ROLES[role], _parse_content(known.get("content"), f"{where}.content"))
-
-
-def _parse_content(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return _check_text(content, where)
-    parts = expect(content, list, where, "a string or a list of text parts")
-    texts = []
-    for j, part in enumerate(parts):
-        path = f"{where}[{j}]"
-        fields_ = expect(part, dict, path, "a text part")
-        if fields_.get("type") != "text":
-            raise InvalidRequestError(
-                f"{path}.type must be 'text', got {fields_.get('type')!r}; only text is read",
-                param=path,
-            )
-        texts.append(_check_text(expect(fields_.get("text"), str, path, "text"), path))
-    return "".join(texts)
-
-
-def parse_prompts(known: Mapping[str, Any]) -> list[str | tuple[int, ...]]:
-    prompt = known.get("prompt")
-    if isinstance(prompt, str):
-        prompts: list[Any] = [prompt]
-    else:
-        raw = expect(prompt, list, "prompt", "text, token ids, or a list of these")
-        prompts = [raw] if set(map(type, raw)) == {int} else raw
-    if not 0 < len(prompts) <= MAX_PROMPTS:
-        raise InvalidRequestError(
-            f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt"
-        )
-    parsed = [_parse_prompt(item, i) for i, item in enumerate(prompts)]
-    _check_total_chars(parsed, "prompt")
-    return parsed
-
-
-def _parse_prompt(item: object, i: int) -> str | tuple[int, ...]:
-    where = f"prompt[{i}]"
-    if isinstance(item, str):
-        return _check_text(item, where)
-    ids = expect(item, list, where, "text or a list of token ids")
-    if not ids:
-        raise InvalidRequestError(
-            f"{where} is an empty list; send token ids, or '' to start from nothing", param="prompt"
-        )
-    # Not one by one: a long prompt must not hold up the answers that are being written.
-    if set(map(type, ids)) != {int} or min(ids) < 0:
-        bad = next(i for i in ids if type(i) is not int or i < 0)
-        raise InvalidRequestError(
-            f"{where}: a token id is an integer >= 0, got {_shown(bad)}", param="prompt"
-        )
-    return tuple(ids)
 
 
 def parse_sampling(
@@ -311,20 +238,6 @@ def _parse_cut(value: object) -> float | None:
     return float(cast(float, value))
 
 
-def _check_text(text: str, where: str) -> str:
-    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidRequestError(
-                f"{where} has half of a surrogate pair at character {exc.start}; send whole "
-                "characters",
-                param=where,
-            ) from exc
-    return text
-
-
 def _check_total_chars(texts: Any, where: str) -> None:
     total = sum(len(text) for text in texts)
     if total > MAX_CHARS:
@@ -337,19 +250,3 @@ def _as_list(value: object, where: str) -> Sequence[object]:
     if isinstance(value, list | tuple):
         return value
     raise InvalidRequestError(f"{where} must be a list, got {kind_of(value)}", param=where)
-
-
-def expect(value: object, kind: type, where: str, allowed: str) -> Any:
-    if not isinstance(value, kind):
-        raise InvalidRequestError(f"{where} must be {allowed}, got {kind_of(value)}", param=where)
-    return value
-
-
-def kind_of(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}
-    return names.get(type(value)) or _shown(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

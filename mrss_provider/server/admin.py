@@ -33,10 +33,20 @@ _MIXTURE_FIELDS = (
     "temperature",
     "top_p",
     "sampling_order",
+    "template",
     "description",
     "display_name",
 )
-_MODEL_FIELDS = ("path", "display_name", "dtype", "template", "temperature", "top_p", "drain_s")
+_MODEL_FIELDS = (
+    "path",
+    "display_name",
+    "dtype",
+    "quantize",
+    "template",
+    "temperature",
+    "top_p",
+    "drain_s",
+)
 _MAX_DRAIN_S = 3600.0
 
 
@@ -149,6 +159,7 @@ class AdminRoutes:
             path=form.text("path"),
             display_name=form.text("display_name", ""),
             dtype=form.text("dtype", "") or None,
+            quantize=form.text("quantize", "") or None,
             template=form.text("template", "") or None,
             defaults=defaults,
             drain_s=self._drain_s(form.number("drain_s")),
@@ -188,7 +199,10 @@ def admin_routes(service: Service) -> list[Route]:
 def _spec(form: Form) -> MixtureSpec:
     texts = {
         key: form.text(key)
-        for key in ("merge", "gate", "sampling_order", "description", "display_name")
+        for key in (
+            *("merge", "gate", "sampling_order", "template"),
+            *("description", "display_name"),
+        )
         if key in form
     }
     numbers = {key: form.number(key) for key in ("cut", "temperature", "top_p") if key in form}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mrss_provider.chat import TEMPLATES
 from mrss_provider.server.schemas import (
     ANYTHING,
     STRING,
@@ -32,6 +33,7 @@ MIXTURE: dict[str, Schema] = {
     "temperature": number(minimum=0, maximum=100),
     "top_p": number(exclusiveMinimum=0, maximum=1),
     "sampling_order": {"enum": ["openai", "rwkv", None]},
+    "template": {"enum": [*TEMPLATES, None]},
     "description": text(),
     "display_name": text(),
 }
@@ -39,6 +41,7 @@ MIXTURE: dict[str, Schema] = {
 MODEL: dict[str, Schema] = {
     "display_name": text(),
     "dtype": text(),
+    "quantize": text(),
     "template": text(),
     "temperature": number(minimum=0, maximum=100),
     "top_p": number(exclusiveMinimum=0, maximum=1),

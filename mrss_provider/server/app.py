@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from mrss_provider import __version__
 from mrss_provider.administration import Administers
-from mrss_provider.backend import Backend
+from mrss_provider.backend import Backend, TrainedGates
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import (
     EngineError,
@@ -30,6 +30,7 @@ from mrss_provider.errors import (
 from mrss_provider.openai_schema import (
     PROTOCOL,
     ParsedRequest,
+    methods_object,
     model_list,
     model_object,
     parse_chat_request,
@@ -39,11 +40,14 @@ from mrss_provider.server.admin import admin_routes
 from mrss_provider.server.auth import Access, KeyRing, caller_of, require_admin
 from mrss_provider.server.body import read_request
 from mrss_provider.server.counting import CountRequests
+from mrss_provider.server.embeddings import text_routes
 from mrss_provider.server.exposition import CONTENT_TYPE, Exposition
+from mrss_provider.server.feedback import feedback_routes
 from mrss_provider.server.generation import GenerationResponse, until_disconnect
-from mrss_provider.server.hosts import HostGuard, split_origins
+from mrss_provider.server.hosts import HostGuard, playground_url, split_origins
 from mrss_provider.server.lifecycle import Lifecycle
 from mrss_provider.server.openapi import openapi_routes
+from mrss_provider.server.playground import playground_routes
 from mrss_provider.server.refusals import error_response
 from mrss_provider.server.rwkv_infer import rwkv_infer_routes
 from mrss_provider.server.service import Service
@@ -85,6 +89,7 @@ class Routes:
             Route("/metrics", self.metrics),
             Route("/v1/lease", self.lease),
             Route("/v1/models", self.models),
+            Route("/v1/mrss/methods", self.methods),
         ]
         for prefix in ("/v1", ""):
             routes += [
@@ -116,6 +121,12 @@ class Routes:
                 return JSONResponse(model_object(card))
         raise NotFoundError(f"no model {name!r} is served; GET /v1/models lists those that are")
 
+    async def methods(self, request: Request) -> Response:
+        """List the merge rules and gates, with what they take."""
+        backend = self._backend
+        trained = await backend.trained_gates() if isinstance(backend, TrainedGates) else ()
+        return JSONResponse(methods_object(trained))
+
     async def health(self, request: Request) -> Response:
         """Tell that the process is alive."""
         return JSONResponse({"status": "ok"})
@@ -133,6 +144,7 @@ class Routes:
                 "version": __version__,
                 "pid": os.getpid(),
                 "model": _model_file(self._backend) or self._model,
+                "playground": playground_url(self._service.config),
             }
         )
 
@@ -216,7 +228,10 @@ def create_app(
         *rwkv_infer_routes(service),
         *admin_routes(service),
         *session_routes(service),
+        *feedback_routes(service),
         *openapi_routes(),
+        *playground_routes(),
+        *text_routes(service),
         *Routes(service, model).table(),
     ]
     app = Starlette(

@@ -20,6 +20,7 @@ from mrss_provider.config import ServerConfig
 from mrss_provider.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from mrss_provider.server.hosts import is_local
 from mrss_provider.server.keys import Key, Limits, find, keys_of_environment, read_keys
+from mrss_provider.server.playground import is_asset
 from mrss_provider.server.refusals import error_response
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class Access:
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:
-        if not self._keys.is_on or scope["path"] in OPEN_PATHS:
+        if not self._keys.is_on or scope["path"] in OPEN_PATHS or is_asset(scope):
             return self._anyone
         header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         if self._is_open and not header:

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mrss_provider.backend import DeltaStream
-from mrss_provider.errors import EngineError, MRSSError
+from mrss_provider.backend import DeltaStream, GenerateRequest
+from mrss_provider.errors import EngineError, InvalidRequestError, MRSSError
 from mrss_provider.openai_schema import (
     Answer,
     AnswerHead,
@@ -90,12 +90,12 @@ class GenerationResponse(Response):
         streams: list[DeltaStream] = []
         try:
             for request in self._requests:
-                stream = await self._service.backend.open(request)
-                streams.append(stream)
+                streams.append(await self._open(request, len(streams)))
             n = self._requests[0].n
             merged = merge(streams, n)
             head = new_head(self._parsed.kind, merged.info)
-            meter.admit(merged.info, n * len(streams), head.id)
+            num_answers = self._requests[0].num_answers
+            meter.admit(merged.info, num_answers * len(streams), head.id)
             if self._parsed.stream.stream:
                 await self._send_events(merged, head, send, meter)
             else:
@@ -104,6 +104,16 @@ class GenerationResponse(Response):
         finally:
             for stream in streams:
                 await stream.aclose()
+
+    async def _open(self, request: GenerateRequest, position: int) -> DeltaStream:
+        """Admit a request; of several it is said which one is at fault."""
+        try:
+            return await self._service.backend.open(request)
+        except InvalidRequestError as exc:
+            if len(self._requests) == 1 or exc.param not in (None, "prompt"):
+                raise
+            where = f"prompt[{position}]"
+            raise type(exc)(f"{where}: {exc.message}", param="prompt") from exc
 
     async def _collect(self, merged: DeltaStream, head: AnswerHead, meter: Meter) -> Response:
         answer = Answer()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,6 +31,23 @@ def is_local(config: ServerConfig) -> bool:
         return False
 
 
+def address_of(config: ServerConfig) -> str:
+    """Return the address as a client takes it."""
+    if config.socket is not None:
+        return f"unix://{config.socket}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{config.port}"
+
+
+def playground_url(config: ServerConfig) -> str | None:
+    """Return where a browser on this machine finds the playground; None on a Unix socket alone."""
+    if config.socket is not None:
+        return f"http://127.0.0.1:{config.loopback_port}/" if config.loopback_port else None
+    # What stands for all addresses is none that a browser takes.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"{address_of(replace(config, host=host))}/"
+
+
 class HostGuard:
     """Guards a server that listens on loopback only: others need a key, which no page has (ASGI).
 
@@ -39,18 +57,25 @@ class HostGuard:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._checks = config.socket is None and is_local(config)
+        is_on_tcp = config.socket is None or config.loopback_port > 0
+        self._checks = is_on_tcp and is_local(config)
+        self._is_on_socket = config.socket is not None
         self._names = _LOOPBACK | {config.host.lower()}
         self._origins = frozenset(split_origins(config.cors_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 403."""
-        if self._checks and scope["type"] == "http":
+        if self._checks and scope["type"] == "http" and not self._came_by_socket(scope):
             why = self._why_not(scope["method"], dict(scope["headers"]))
             if why:
                 await error_response(PermissionDeniedError(why))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _came_by_socket(self, scope: Scope) -> bool:
+        # ASGI gives a Unix socket's path without a port. Who does not tell is guarded.
+        _, port = scope.get("server") or ("", 0)
+        return self._is_on_socket and port is None
 
     def _why_not(self, method: str, headers: Mapping[bytes, bytes]) -> str:
         """Return why a request is refused; "" if it is not."""

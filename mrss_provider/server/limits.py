@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from mrss_provider.backend import GenerateRequest
+from mrss_provider.backend import EmbedRequest, GenerateRequest
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import RateLimitError
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS
@@ -129,16 +129,36 @@ def limited(request: GenerateRequest, caller: Caller, config: ServerConfig) -> G
     )
 
 
+def limited_inputs(request: EmbedRequest, caller: Caller, config: ServerConfig) -> EmbedRequest:
+    """Return `request` with its owner, its inputs' limit and its deadline."""
+    return replace(
+        request,
+        owner=caller.id,
+        timeout_s=request.timeout_s or config.request_timeout_s,
+        max_prompt_len=_lower(caller.limits.max_prompt_len, config.max_prompt_len),
+    )
+
+
+def num_tokens_of_inputs(request: EmbedRequest) -> int:
+    """Return about how many tokens a request has read."""
+    return sum(map(_text_len, request.inputs))
+
+
 def num_tokens_of(requests: Sequence[GenerateRequest]) -> int:
     """Return about how many tokens requests may use, their prompts and answers together."""
-    return sum(_prompt_len(request) + request.n * _answer_len(request) for request in requests)
+    return sum(
+        _prompt_len(request) + request.num_answers * _answer_len(request) for request in requests
+    )
 
 
 def _prompt_len(request: GenerateRequest) -> int:
-    if isinstance(request.prompt, tuple):
-        return len(request.prompt)
-    texts = [m.content for m in request.messages or ()] or [request.prompt or ""]
-    return math.ceil(sum(map(len, texts)) / _CHARS_A_TOKEN)
+    if request.prompt is not None:
+        return _text_len(request.prompt)
+    return math.ceil(sum(len(m.content) for m in request.messages or ()) / _CHARS_A_TOKEN)
+
+
+def _text_len(text: str | tuple[int, ...]) -> int:
+    return len(text) if isinstance(text, tuple) else math.ceil(len(text) / _CHARS_A_TOKEN)
 
 
 def _answer_len(request: GenerateRequest) -> int:

@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mrss_provider import __version__
-from mrss_provider.server import admin_schemas, schemas
+from mrss_provider.server import admin_schemas, schemas, text_schemas
 from mrss_provider.server.auth import OPEN_PATHS
-from mrss_provider.server.schemas import INTEGER, STRING, Schema, answer, items, ref
+from mrss_provider.server.schemas import INTEGER, NUMBER, STRING, Schema, answer, items, ref, text
 
 JSON = "application/json"
 PLAIN = "text/plain"
@@ -50,7 +50,7 @@ def _json(schema: Schema, status: int = 200) -> dict[int, dict[str, Schema]]:
 
 def _watching() -> list[Operation]:
     status = answer(status=STRING)
-    version = answer(protocol=INTEGER, version=STRING, pid=INTEGER, model=STRING)
+    version = answer(protocol=INTEGER, version=STRING, pid=INTEGER, model=STRING, playground=text())
     healthcheck = answer(message=STRING, status_code=INTEGER)
     document = {"type": "object"}
     return [
@@ -85,8 +85,12 @@ def _generating() -> list[Operation]:
         ]
     listed = answer(object={"const": "list"}, data=items(ref("Model")))
     ids = items(answer(object={"const": "models"}, id=STRING))
+    methods = items(answer(name=STRING, parameters=items({"type": "object"})))
+    default = answer(merge=STRING, gate=STRING, cut=NUMBER)
+    known = answer(object={"const": "mrss.methods"}, merges=methods, gates=methods, default=default)
     found += [
         Operation("GET", "/v1/models", "The names that requests may have", _json(listed)),
+        Operation("GET", "/v1/mrss/methods", "Merge rules and gates, what they take", _json(known)),
         Operation("GET", "/models", "The same as RWKV-Infer lists them", _json(ids)),
     ]
     return found
@@ -98,6 +102,25 @@ def _generation(path: str, summary: str, kind: str) -> Operation:
         wanted = {"anyOf": [wanted, ref("ChatRequest")]}
         given = {"anyOf": [given, ref("ChatResponse")]}
     return Operation("POST", path, summary, {200: {JSON: given, EVENTS: STRING}}, {JSON: wanted})
+
+
+def _reading() -> list[Operation]:
+    marks = {name: {"type": "null"} for name in ("bos_token", "eos_token", "pad_token")}
+    info = _json(answer(tokenizer_class=STRING, **marks))
+    found = [Operation("GET", "/tokenizer_info", "That tokens are to be had here", info)]
+    given = _json(ref("EmbeddingResponse"))
+    counted = _json(ref("Tokens"))
+    spelled = _json(answer(prompt=STRING))
+    calls = [
+        ("embeddings", "Turn texts into vectors", given, "EmbeddingRequest"),
+        ("tokenize", "The tokens of a prompt, or of a chat as it is answered", counted, None),
+        ("detokenize", "The text of tokens", spelled, None),
+    ]
+    for prefix in ("/v1", ""):
+        for path, summary, answers, body in calls:
+            body = body or f"{path.capitalize()}Request"
+            found.append(Operation("POST", f"{prefix}/{path}", summary, answers, {JSON: ref(body)}))
+    return found
 
 
 def _keeping() -> list[Operation]:
@@ -126,6 +149,29 @@ def _keeping() -> list[Operation]:
         Operation("DELETE", one, "Forget one", _json(deleted)),
         Operation("POST", f"{one}/fork", "Save one once more", _json(session, 201)),
         Operation("GET", f"{one}/export", "One as a file", {200: {OCTETS: BINARY}}),
+    ]
+
+
+def _judging() -> list[Operation]:
+    feedback = answer(object={"const": "feedback"}, id=STRING, created=INTEGER)
+    listed = answer(object={"const": "list"}, data=items({"type": "object"}))
+    path = "/v1/feedback"
+    return [
+        Operation(
+            "POST",
+            path,
+            "Keep a score of an answer, or a vote between answers",
+            _json(feedback, 201),
+            {JSON: ref("Feedback")},
+        ),
+        Operation(
+            "GET",
+            path,
+            "The latest of them",
+            _json(listed),
+            query={"limit": INTEGER},
+            is_admin=True,
+        ),
     ]
 
 
@@ -164,7 +210,7 @@ def _administering() -> list[Operation]:
 
 def operations() -> list[Operation]:
     """Return all that the server does."""
-    return [*_watching(), *_generating(), *_keeping(), *_administering()]
+    return [*_watching(), *_generating(), *_reading(), *_keeping(), *_judging(), *_administering()]
 
 
 @cache
@@ -187,6 +233,8 @@ def document() -> dict[str, Any]:
             "schemas": {
                 **schemas.requests(),
                 **schemas.responses(),
+                **text_schemas.requests(),
+                **text_schemas.responses(),
                 **admin_schemas.bodies(),
                 **admin_schemas.answers(),
             },

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,7 @@ from mrss_provider.errors import ConfigError
 from mrss_provider.server import process
 from mrss_provider.server.app import create_app
 from mrss_provider.server.auth import KeyRing, check_exposure
+from mrss_provider.server.hosts import address_of
 from mrss_provider.server.lifecycle import Lifecycle
 from mrss_provider.server.stalls import KnowsConnection
 
@@ -56,14 +58,14 @@ def run_server(
     """
     keys = KeyRing.of(config)
     check_exposure(config, keys)
-    listener = Listener(config)
+    listeners = listen_on(config)
     process.share_interpreter()
 
     async def serve() -> None:
         if config.keys_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
         logger.info("listening on %s", address_of(config))
-        server = Server(backend, config, listener, model=model, keys=keys)
+        server = Server(backend, config, *listeners, model=model, keys=keys)
         server.lifecycle.on_ready.append(process.settle)
         if on_ready is not None:
             server.lifecycle.on_ready.append(on_ready)
@@ -73,7 +75,8 @@ def run_server(
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve())
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
 class Server(uvicorn.Server):
@@ -86,8 +89,7 @@ class Server(uvicorn.Server):
         self,
         backend: Backend,
         config: ServerConfig,
-        listener: Listener,
-        *,
+        *listeners: Listener,
         model: str = "",
         keys: KeyRing | None = None,
     ) -> None:
@@ -109,7 +111,7 @@ class Server(uvicorn.Server):
         )
         self._loop = asyncio.get_running_loop()
         self._backend = backend
-        self._listener = listener
+        self._listeners = listeners
         self._drain_s = config.drain_s
         self._ending: asyncio.Task[None] | None = None
         self._was_told = False
@@ -120,7 +122,7 @@ class Server(uvicorn.Server):
         Raises:
             MRSSError: the backend could not be started.
         """
-        await self.serve(sockets=[self._listener.socket])
+        await self.serve(sockets=[listener.socket for listener in self._listeners])
         if self.lifecycle.failure is not None:
             raise self.lifecycle.failure
 
@@ -128,7 +130,7 @@ class Server(uvicorn.Server):
         """Handle SIGTERM and SIGINT."""
         if self._was_told:
             # Here and not on the loop: whatever hangs, this does not wait for it.
-            self._listener.unlink()
+            self._unlink()
             os._exit(128 + sig)
         self._was_told = True
         self._loop.call_soon_threadsafe(self._on_signal, sig)
@@ -146,9 +148,13 @@ class Server(uvicorn.Server):
         await self.lifecycle.drain(drain_s)
         # Ends the streams that are left, each with an error its client can tell from an end.
         await self._backend.aclose()
-        self._listener.unlink()
+        self._unlink()
         self.lifecycle.stopping.set()
         self.should_exit = True
+
+    def _unlink(self) -> None:
+        for listener in self._listeners:
+            listener.unlink()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -160,12 +166,23 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def address_of(config: ServerConfig) -> str:
-    """Return the address as a client takes it."""
-    if config.socket is not None:
-        return f"unix://{config.socket}"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{config.port}"
+def listen_on(config: ServerConfig) -> list[Listener]:
+    """Bind every address of a configuration.
+
+    Raises:
+        ConfigError: one cannot be had; then none is bound.
+    """
+    listeners = [Listener(config)]
+    if config.loopback_port:
+        beside = replace(
+            config, socket=None, host="127.0.0.1", port=config.loopback_port, loopback_port=0
+        )
+        try:
+            listeners.append(Listener(beside))
+        except BaseException:
+            listeners[0].close()
+            raise
+    return listeners
 
 
 class Listener:

@@ -6,6 +6,8 @@ weights, the untuned state last, truncation before temperature.
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,7 +36,21 @@ _MODEL_FIELDS = (
 _TEMPERATURE = 1.0
 _TOP_P = 0.3
 _VIEWNAME = "default model"
-_DTYPES = {"": None, "None": None, "fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
+
+
+class _Precision(TypedDict, total=False):
+    """What `model_strategy` says of a model; what is missing is as the engine has it."""
+
+    dtype: str
+    quantize: str
+
+
+_PRECISIONS: dict[str, _Precision] = {
+    "": {},
+    "None": {},
+    "int8": {"quantize": "int8"},
+    **{dtype: {"dtype": dtype, "quantize": "none"} for dtype in ("fp16", "bf16", "fp32")},
+}
 
 
 class RwkvInferRoutes:
@@ -74,7 +90,7 @@ class RwkvInferRoutes:
         order = ModelOrder(
             path=form.text("model_filename"),
             display_name=_display_name(form.text("model_viewname", _VIEWNAME), "model_viewname"),
-            dtype=_dtype(form.text("model_strategy", "")),
+            **_precision(form.text("model_strategy", "")),
             template=form.text("template", "") or None,
             stop=(endtoken,) if endtoken else None,
             defaults=Defaults(
@@ -152,14 +168,14 @@ def _success() -> Response:
     return JSONResponse({"status": "success"})
 
 
-def _dtype(strategy: str) -> str | None:
-    if strategy not in _DTYPES:
+def _precision(strategy: str) -> _Precision:
+    if strategy not in _PRECISIONS:
         raise InvalidRequestError(
-            f"model_strategy must be '', fp16, bf16 or fp32, as this engine does not quantize; "
-            f"got {strategy!r:.40}",
+            f"model_strategy must be '', fp16, bf16, fp32 or int8, the only one that this engine "
+            f"can quantize to; got {strategy!r:.40}",
             param="model_strategy",
         )
-    return _DTYPES[strategy]
+    return _PRECISIONS[strategy]
 
 
 def _viewname(form: Form) -> str:

@@ -18,7 +18,13 @@ from mrss_provider.openai_schema import (
     MRSS_KEYS,
     KeyTable,
 )
-from mrss_provider.openai_schema.keys import STREAM_KEYS, message_keys
+from mrss_provider.openai_schema.grammars import FORMATS
+from mrss_provider.openai_schema.keys import (
+    FORMAT_KEYS,
+    JSON_SCHEMA_KEYS,
+    STREAM_KEYS,
+    message_keys,
+)
 from mrss_provider.openai_schema.values import MAX_MODEL_CHARS, MAX_TIMEOUT_S, ROLES
 from mrss_provider.sampling_params import (
     MAX_STOP_CHARS,
@@ -26,6 +32,7 @@ from mrss_provider.sampling_params import (
     MAX_TOP_LOGPROBS,
     SamplingOrder,
 )
+from mrss_provider.server import tool_schemas
 
 Schema = dict[str, Any]
 
@@ -95,7 +102,7 @@ def of_table(table: KeyTable, known: Mapping[str, Schema], required: Sequence[st
 
 
 _WEIGHTS = {"type": ["object", "null"], "additionalProperties": NUMBER}
-_TOKEN_IDS = items({"type": "integer", "minimum": 0}, minItems=1)
+TOKEN_IDS = items({"type": "integer", "minimum": 0}, minItems=1)
 
 SAMPLING: dict[str, Schema] = {
     "temperature": number(minimum=0, maximum=100),
@@ -121,9 +128,23 @@ MRSS: dict[str, Schema] = {
     "given": text(maxLength=MAX_CHARS),
     "session": text(),
     "save": BOOLEAN,
+    "regex": text(minLength=1, examples=["yes|no"]),
+    "grammar": text(minLength=1, examples=['start: "yes" | "no"']),
 }
 
 STREAM_OPTIONS: dict[str, Schema] = {"include_usage": BOOLEAN, "include_num_tokens": BOOLEAN}
+
+_JSON_SCHEMA: dict[str, Schema] = {
+    "name": text(),
+    "description": text(),
+    "schema": {"type": "object"},
+    "strict": BOOLEAN,
+}
+_FORMAT: dict[str, Schema] = {
+    "type": {"enum": list(FORMATS)},
+    "json_schema": of_table(JSON_SCHEMA_KEYS, _JSON_SCHEMA, ["schema"])
+    | {"type": ["object", "null"]},
+}
 
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 
@@ -142,6 +163,7 @@ SHARED: dict[str, Schema] = {
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
     "n": integer(1, MAX_N),
+    "response_format": of_table(FORMAT_KEYS, _FORMAT, ["type"]) | {"type": ["object", "null"]},
     "stream": BOOLEAN,
     "stream_options": of_table(STREAM_KEYS, STREAM_OPTIONS) | {"type": ["object", "null"]},
     "timeout": number(exclusiveMinimum=0, maximum=MAX_TIMEOUT_S),
@@ -159,6 +181,7 @@ CHAT: dict[str, Schema] = {
     "max_completion_tokens": SAMPLING["max_tokens"],
     "logprobs": BOOLEAN,
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    **tool_schemas.REQUEST,
 }
 
 TEXT: dict[str, Schema] = {
@@ -166,12 +189,15 @@ TEXT: dict[str, Schema] = {
     "prompt": {
         "anyOf": [
             STRING,
-            _TOKEN_IDS,
-            items({"anyOf": [STRING, _TOKEN_IDS]}, minItems=1, maxItems=MAX_PROMPTS),
+            TOKEN_IDS,
+            items({"anyOf": [STRING, TOKEN_IDS]}, minItems=1, maxItems=MAX_PROMPTS),
         ]
     },
     "logprobs": integer(0, MAX_TOP_LOGPROBS),
     "best_of": integer(1, MAX_N),
+    "echo": BOOLEAN,
+    # 0 with echo only.
+    "max_tokens": integer(0, 2**31 - 1),
 }
 
 
@@ -180,12 +206,30 @@ def requests() -> dict[str, Schema]:
     part = fields({"type": {"const": "text"}, "text": STRING})
     message: dict[str, Schema] = {
         "role": {"enum": list(ROLES)},
-        "content": {"anyOf": [STRING, items(part)]},
+        # null beside calls only.
+        "content": {"anyOf": [{"type": "null"}, STRING, items(part)]},
+        **tool_schemas.MESSAGE,
     }
     return {
-        "Message": of_table(message_keys(0), message, ["role", "content"]),
+        "Message": of_table(message_keys(0), message, ["role"]),
         "ChatRequest": _with_params(of_table(CHAT_KEYS, CHAT, ["model", "messages"])),
         "TextRequest": _with_params(of_table(COMPLETION_KEYS, TEXT, ["model", "prompt"])),
+        "Feedback": _feedback(),
+    }
+
+
+def _feedback() -> Schema:
+    optional: dict[str, Schema] = {
+        "score": number(minimum=-1, maximum=1),
+        "vote": {"enum": ["a", "b", "c", "d", "tie", None]},
+        "models": {"type": ["array", "null"], "items": STRING, "maxItems": 4},
+        "ids": {"type": ["array", "null"], "items": STRING, "maxItems": 4},
+        "note": text(maxLength=2000),
+    }
+    of_answer = {"type": "string", "minLength": 1, "maxLength": 256}
+    return {
+        **fields({"id": of_answer}, optional),
+        "description": "One of score and vote; a vote needs models, the first of which is a.",
     }
 
 
@@ -205,9 +249,10 @@ def responses() -> dict[str, Schema]:
         "usage": ref("Usage"),
         "mrss": mrss,
     }
-    reason = {"enum": ["stop", "length"]}
+    reason = {"enum": ["stop", "length", "tool_calls"]}
     choice = {"index": INTEGER, "finish_reason": reason, "logprobs": {"type": ["object", "null"]}}
-    said = answer(role={"const": "assistant"}, content=STRING, provider_specific_fields=ANYTHING)
+    said = answer(role={"const": "assistant"}, content=text(), provider_specific_fields=ANYTHING)
+    said = {**said, "properties": {**said["properties"], **tool_schemas.SAID}}
     error = answer(message=STRING, type=STRING, param=text(), code=STRING)
     return {
         "Error": {

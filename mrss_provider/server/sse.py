@@ -69,4 +69,6 @@ def _is_plain(delta: Delta) -> bool:
         and delta.usage is None
         and not delta.logprobs
         and not delta.trace
+        and not delta.reasoning
+        and not delta.tool_calls
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from fakes import FakeBackend, text
 
-from mrss_provider.backend import GenerateRequest, Message
+from mrss_provider.backend import Delta, GenerateRequest, Message
 from mrss_provider.cli.chat import Conversation, chat
 from mrss_provider.cli.output import printable
 from mrss_provider.errors import InvalidRequestError, QueueFullError
@@ -53,6 +53,24 @@ def test_one_shot_writes_the_answer_alone_to_stdout(
     (request,) = backend.requests
     assert request.messages == (Message("user", "Hi"),)
     assert request.sampling.seed == 7
+
+
+def test_a_thought_is_shown_apart_and_not_remembered(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backend = FakeBackend([Delta(reasoning="Hm.", num_tokens=1), text("Yes")])
+    _say(talk, backend, runner, monkeypatch, "/think on\none\n/think auto\ntwo\n")
+    assert capsys.readouterr() == ("Yes\nYes\n", "think: on\nHm.\n\nthink: auto\nHm.\n\n")
+    assert [request.thinking for request in backend.requests] == [True, None]
+    said = [message.content for message in backend.requests[1].messages or ()]
+    assert said == ["one", "Yes", "two"]
+    with pytest.raises(InvalidRequestError, match="on, off or auto"):
+        talk.command("/think maybe")
+    chat(talk, backend, runner, message="Hi", as_json=True)
+    assert json.loads(capsys.readouterr().out)["reasoning"] == "Hm."
 
 
 def test_json_tells_mixture_rows_text_and_counts(

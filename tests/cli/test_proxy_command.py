@@ -17,6 +17,7 @@ import psutil
 import pytest
 from command import mrss
 
+from mrss_provider.cli import proxy
 from mrss_provider.cli.output import CommandError
 from mrss_provider.cli.processes import Child
 
@@ -61,6 +62,9 @@ def test_what_it_prints_works_and_after_the_signal_all_is_gone(number: int) -> N
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(snippet, {})
             assert printed.getvalue().strip()
+            (page,) = re.findall(r"playground: (http://127\.0\.0\.1:\d+/)", told)
+            assert "mrss playground" in httpx.get(page, timeout=60).text
+            assert httpx.get(f"{page}v1/models", timeout=60).status_code == 200
             assert "mrss/knowledge+tone" in told.split("names: ")[1].splitlines()[0]
         finally:
             command.send_signal(number)
@@ -79,6 +83,14 @@ def test_a_port_in_use_is_told_with_the_way_out() -> None:
     assert (result.code, result.out) == (1, "")
     assert f"port {port} on 127.0.0.1 cannot be used" in result.err
     assert f"make run PORT={port + 1}" in result.err
+
+
+def test_a_proxy_that_wants_a_key_gives_its_engine_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LITELLM_MASTER_KEY", raising=False)
+    assert not proxy._wants_key({"general_settings": {"cancel_on_disconnect": True}})
+    assert proxy._wants_key({"general_settings": {"master_key": "sk-1"}})
+    monkeypatch.setenv("LITELLM_MASTER_KEY", "sk-1")
+    assert proxy._wants_key({})
 
 
 def test_a_missing_configuration_is_told() -> None:

@@ -69,7 +69,7 @@ def test_import_writes_our_form_with_what_was_said(
     where: list[str], folder: Path, model: Path, tmp_path: Path
 ) -> None:
     file = write_state(tmp_path / "from peft.pth", seed=3, offset=True)
-    said = ["--group", "tone", "--bos", "--licence", "CC0-1.0"]
+    said = ["--group", "tone", "--bos", "--licence", "CC0-1.0", "--template", "g1"]
     result = mrss("states", "import", file, "--name", "new", *said, *where)
     assert (result.code, result.out) == (0, f"{folder / 'new.safetensors'}\n"), result.err
     config = read_config(model)
@@ -78,6 +78,7 @@ def test_import_writes_our_form_with_what_was_said(
     assert written.sha256 == read.sha256
     metadata = written.metadata
     assert (metadata.group, metadata.bos, metadata.licence) == ("tone", True, "CC0-1.0")
+    assert metadata.template == "g1"
     # The file does not say which weights it was tuned on, so neither do we.
     assert metadata.base_sha256 is None
 

@@ -71,6 +71,7 @@ class FakePool:
 @dataclass(frozen=True)
 class FakeConfig:
     vocab_size: int = VOCAB
+    hidden_size: int = SIZE
     fingerprint: str = "f" * 64
     name: str = "fake"
 

@@ -394,6 +394,43 @@ def test_the_fingerprint_says_which_state_a_schedule_names(
     assert prints[0] != prints[1]
 
 
+def test_a_mixture_is_told_in_the_template_that_it_or_its_states_ask_for(
+    tmp_path: Path, model_config: ModelConfig
+) -> None:
+    wanted = {"knowledge": "g1", "tone": None, "poetry": "world"}
+    for seed, (name, template) in enumerate(wanted.items()):
+        path = tiny_model.write_state(tmp_path / f"{name}.pth", seed=seed)
+        state = load_tuned_state(path, model_config, name=name)
+        metadata = replace(state.metadata, template=template)
+        file = tmp_path / f"{name}.safetensors"
+        save_tuned_state(file, replace(state, metadata=metadata), model_config)
+        path.unlink()
+    (tmp_path / "mixtures.toml").write_text(
+        '[both]\nterms = "knowledge+poetry"\ntemplate = "plain"\n'
+        '[fight]\nterms = "knowledge+poetry"\n'
+        '[odd]\nterms = "tone"\ntemplate = "none"\n'
+    )
+    library = StateLibrary(tmp_path, model_config)
+    found = {
+        name: library.resolve(name).template
+        for name in ("base", "tone", "knowledge", "poetry+tone", "base+knowledge", "both")
+    }
+    assert found == {
+        "base": None,
+        "tone": None,
+        "knowledge": "g1",
+        "poetry+tone": "world",
+        "base+knowledge": "g1",
+        "both": "plain",
+    }
+    for name in ("knowledge+poetry", "fight"):
+        with pytest.raises(InvalidRequestError, match="different chat templates") as caught:
+            library.resolve(name)
+        assert caught.value.param == "model"
+    (problem,) = library.problems
+    assert "template must be one of world, g1" in problem.error.message
+
+
 def test_get_refuses_what_is_no_state(library: StateLibrary) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'tone'"):
         library.get("tune")

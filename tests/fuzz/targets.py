@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from tiny_model import tuned_state, vocabulary, write_checkpoint, write_vocabulary
 
 from mrss_provider.backend import StreamInfo
-from mrss_provider.client import ClientStream
+from mrss_provider.client_stream import ClientStream
 from mrss_provider.engine.gate_file import SHAPES, load_gate
 from mrss_provider.engine.gate_metadata import GateMetadata
 from mrss_provider.engine.mixtures_file import read_mixtures
@@ -36,8 +36,12 @@ from mrss_provider.model.snapshot_file import (
 )
 from mrss_provider.model.state import StateSnapshot
 from mrss_provider.openai_schema import (
+    embed_request_to_body,
     parse_chat_request,
     parse_completion_request,
+    parse_detokenize_request,
+    parse_embed_request,
+    parse_tokenize_request,
     request_to_body,
 )
 from mrss_provider.server.body import parse_json
@@ -72,6 +76,18 @@ def bodies(data: bytes) -> None:
         body = json.loads(json.dumps(request_to_body(parsed.request)))
         again = parse_chat_request if parsed.kind == "chat" else parse_completion_request
         assert again(body).request == parsed.request
+
+
+def inputs(data: bytes) -> None:
+    kind, body = data[:1], parse_json(data[1:])
+    if kind == b"e":
+        parsed = parse_embed_request(body)
+        again = json.loads(json.dumps(embed_request_to_body(parsed.request, parsed.encoding)))
+        assert parse_embed_request(again) == parsed
+    elif kind == b"t":
+        parse_tokenize_request(body)
+    else:
+        parse_detokenize_request(body)
 
 
 def mixtures_toml(data: bytes) -> None:
@@ -217,7 +233,10 @@ LOOP = asyncio.new_event_loop()
 _CHAT = b"""{"model": "tone", "messages": [{"role": "user", "content": "hi"}], "n": 2,
  "temperature": 0.5, "stop": ["a"], "logit_bias": {"5": 1}, "stream": true, "seed": 3,
  "mrss": {"weights": {"tone": 1}, "merge": "delta", "gate": "fixed", "cut": 0.1}}"""
+_INPUT = b"""{"model": "tone", "input": ["a", [1, 2]], "encoding_format": "base64",
+"dimensions": 3, "mrss": {"pooling": "last"}, "timeout": 2, "user": "u"}"""
 _TEXT = b"""{"model": "a+b:2~linear", "prompt": [[1, 2], "x"], "max_tokens": 3, "logprobs": 2,
+"echo": true, "best_of": 3,
  "params": {"top_p": 0.3}, "timeout": 1e1, "mrss_gatingweight": ["1", 2]}"""
 _TOML = b"""[story]
 terms = "knowledge:0.5 + tone"
@@ -241,6 +260,9 @@ TARGETS: dict[str, Target] = {
     ),
     "methods": Target(methods, [b"mdelta", b"gschedule:amber=1@0,0@20", b"gposterior:0.1"]),
     "bodies": Target(bodies, [b"c" + _CHAT, b"t" + _TEXT, b"t" + _CHAT]),
+    "inputs": Target(
+        inputs, [b"e" + _INPUT, b"t" + _CHAT, b't{"prompt": "x"}', b'd{"tokens": [1]}']
+    ),
     "mixtures_toml": Target(mixtures_toml, [_TOML]),
     "state_safetensors": Target(state_safetensors, [save(tuned_state())]),
     "state_pth": Target(state_pth, [_pth()]),

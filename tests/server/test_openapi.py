@@ -23,12 +23,15 @@ from mrss_provider.errors import InvalidRequestError
 from mrss_provider.openai_schema import (
     CHAT_KEYS,
     COMPLETION_KEYS,
+    EMBEDDING_KEYS,
+    EMBEDDING_MRSS_KEYS,
     MRSS_KEYS,
     parse_chat_request,
     parse_completion_request,
+    parse_embed_request,
 )
 from mrss_provider.openai_schema.keys import STREAM_KEYS
-from mrss_provider.server import admin, rwkv_infer, schemas
+from mrss_provider.server import admin, rwkv_infer, schemas, text_schemas
 from mrss_provider.server.admin_schemas import bodies
 from mrss_provider.server.admin_schemas import rwkv_infer as rwkv_infer_bodies
 from mrss_provider.server.app import create_app
@@ -36,6 +39,7 @@ from mrss_provider.server.openapi import document
 
 CHAT = {"model": "tone", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tone", "prompt": "hi"}
+EMBEDDING = {"model": "tone", "input": "hi"}
 # After these nothing is there that could answer; and the lease, which does not end.
 LEFT_OUT = {("DELETE", "/v1/model"), ("POST", "/removemodel"), ("GET", "/v1/lease")}
 
@@ -44,6 +48,8 @@ def test_the_paths_are_those_of_the_application():
     routes = {
         (method, re.sub(r":\w+}", "}", route.path))
         for route in create_app(FakeBackend()).routes
+        # The playground's files are no part of the API.
+        if route.include_in_schema
         for method in route.methods - {"HEAD"}
     }
     written = {
@@ -64,10 +70,12 @@ def test_the_document_is_served():
     [
         (CHAT_KEYS, schemas.CHAT),
         (COMPLETION_KEYS, schemas.TEXT),
+        (EMBEDDING_KEYS, text_schemas.EMBEDDING),
+        (EMBEDDING_MRSS_KEYS, text_schemas.EMBEDDING_MRSS),
         (MRSS_KEYS, schemas.MRSS),
         (STREAM_KEYS, schemas.STREAM_OPTIONS),
     ],
-    ids=["chat", "text", "mrss", "stream_options"],
+    ids=["chat", "text", "embedding", "embedding_mrss", "mrss", "stream_options"],
 )
 def test_every_honoured_key_is_described_and_no_other(table, known):
     assert set(known) == table.honoured
@@ -113,15 +121,14 @@ def limits(known):
 
 
 def test_the_limits_are_those_of_the_parsers():
-    extra = {"top_logprobs": {"logprobs": True}, "best_of": {}}
+    extra = {"top_logprobs": {"logprobs": True}}
     for known, parse, base in (
         (schemas.CHAT, parse_chat_request, CHAT),
-        (schemas.TEXT, parse_completion_request, TEXT),
+        (schemas.TEXT, parse_completion_request, {**TEXT, "echo": True}),
+        (text_schemas.EMBEDDING, parse_embed_request, EMBEDDING),
     ):
         for key, value, expected in limits(known):
             body = {**base, **extra.get(key, {}), key: value}
-            if key == "best_of":
-                body["n"] = value
             assert is_taken(parse, body) == expected, (key, value)
     for key, value, expected in limits(schemas.MRSS):
         assert is_taken(parse_chat_request, {**CHAT, "mrss": {key: value}}) == expected
@@ -132,7 +139,8 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        config = ServerConfig(port=probe.getsockname()[1], request_timeout_s=10.0)
+        port, feedback = probe.getsockname()[1], folder / "feedback.jsonl"
+        config = ServerConfig(port=port, request_timeout_s=10.0, feedback=feedback)
     with serving(AsyncEngine(write_folders(folder)), config):
         yield f"http://127.0.0.1:{config.port}"
 

@@ -325,7 +325,7 @@ def test_the_version_tells_who_answers():
         body = client.get("/version").json()
     assert body["protocol"] == 1
     assert body["model"] == "fake"
-    assert set(body) == {"protocol", "version", "pid", "model"}
+    assert set(body) == {"protocol", "version", "pid", "model", "playground"}
 
 
 def call(app, method, path, receive):

@@ -4,6 +4,8 @@ import pytest
 from admin_client import serving_engine, write_folders
 from test_admin import answer_of, expect_error, ids_of
 
+from mrss_provider.server import rwkv_infer
+
 SUCCESS = {"status": "success"}
 STATE = {
     "state_filename": "more/a.pth",
@@ -159,6 +161,7 @@ def test_numbers_may_be_texts_or_numbers(client):
         ("/loadstatemodel", {**STATE, "state_file": "x"}, 400, "did you mean"),
         ("/mrss_set_gatingweight", {"state_viewname": "none"}, 404, "none"),
         ("/loadmodel", {**MODEL, "model_strategy": "nf4"}, 400, "quantize"),
+        ("/loadmodel", {**MODEL, "model_strategy": "int8pack"}, 400, "int8"),
         ("/loadmodel", {**MODEL, "adapter_filename": "x.pth"}, 400, "adapter"),
         ("/loadmodel", {**MODEL, "model_filename": "../../x.pth"}, 400, "inside"),
         ("/loadmodel", {**MODEL, "model_filename": "models/none.pth"}, 404, "none.pth"),
@@ -172,6 +175,19 @@ def test_mistakes_are_told_and_change_nothing(client, path, body, status, words)
     assert names_of(client) == before
     assert ids_of(client)[0] == "base"
     assert client.get("/ready").status_code == 200
+
+
+def test_a_strategy_is_a_dtype_or_a_quantisation(client, monkeypatch):
+    orders = []
+
+    async def keep(admin, lifecycle, order):
+        orders.append(order)
+
+    monkeypatch.setattr(rwkv_infer, "load_model", keep)
+    for strategy in ("", "int8", "fp16"):
+        post(client, "/loadmodel", MODEL | {"model_strategy": strategy})
+    said = [(order.dtype, order.quantize) for order in orders]
+    assert said == [(None, None), (None, "int8"), ("fp16", "none")]
 
 
 def test_a_body_must_be_json(client):

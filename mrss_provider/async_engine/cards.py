@@ -1,0 +1,32 @@
+"""What `/v1/models` lists of a loaded model: each name, and what can be asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mrss_provider.async_engine.loading import Loaded
+from mrss_provider.backend import ModelCard
+from mrss_provider.errors import MRSSError
+
+
+def model_cards(loaded: Loaded) -> list[ModelCard]:
+    """Return the names that are served, `base` first."""
+    return [replace(card, supports=_supports(card, loaded)) for card in loaded.library.cards()]
+
+
+def _supports(card: ModelCard, loaded: Loaded) -> tuple[str, ...]:
+    try:
+        mixture = loaded.library.resolve(card.id)
+    except MRSSError:
+        # A mixture that names what is no longer there is listed, and refused when asked.
+        return ()
+    template = loaded.speaking(mixture.template).template
+    found = []
+    if template.tool_call is not None:
+        found.append("tools")
+    if template.thought is not None:
+        found.append("thinking")
+    # The hidden states of one state can be an embedding.
+    if mixture.rows == 1:
+        found.append("embeddings")
+    return tuple(found)
