@@ -314,6 +314,7 @@ TABLES: Mapping[str, Callable[[], list[list[str]]]] = {
     "numbers": _numbers,
     "compatibility": conformance_table.compatibility,
     "compatibility_reasons": conformance_table.reasons,
+    "evaluation": evaluation_tables.evaluation,
     "gates": evaluation_tables.gates,
     "gains": evaluation_tables.gains,
     "domains": evaluation_tables.domains,

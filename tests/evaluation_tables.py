@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md, from what `models.demo.measure_gates` wrote."""
+"""The tables of docs/evaluation.md: from `models.demo.measure_gates`, and from `mrss evaluate`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/gates.json"
+WHOLE = RESULTS.with_name("evaluation.json")
 
 DECODINGS = ("T=1", "top-p 0.7", "greedy")
 _HEADER = [*DECODINGS, "nats a token: facts / others", "all"]
@@ -20,6 +21,24 @@ def gates() -> list[list[str]]:
     for title, row in _results()["rows"].items():
         if not row.get("mixture", "").startswith(_SAME):
             rows.append([_title(title, row), *_cells(row)])
+    return rows
+
+
+def evaluation() -> list[list[str]]:
+    """Every system of `mrss evaluate`; the default's gain is of `both` at T=1."""
+    report = json.loads(WHOLE.read_text(encoding="utf-8"))
+    (pair,) = report["pairs"]
+    rows = [["system", "rows", *DECODINGS, "the default gains, T=1"]]
+    for system in pair["systems"]:
+        cells = []
+        for name in DECODINGS:
+            know, tone, both = (
+                system["decodings"][name][part][0] for part in ("know", "tone", "both")
+            )
+            cells.append(f"{_share(know)} / {_share(tone)} / **{_share(both)}**")
+        found = pair["gains"]["T=1"].get(system["name"])
+        gain = "" if found is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found["gain"])
+        rows.append([system["name"], str(system["rows"]), *cells, gain])
     return rows
 
 

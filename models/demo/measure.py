@@ -91,17 +91,19 @@ def questions(
     held_out: bool = False,
     turns_before: int = 0,
     voice: str = PLAIN,
+    home: str = HOME_TOWN,
 ) -> list[Question]:
     """Ask for every fact `samples` times, in phrasings that tuning saw or (`held_out`) not.
 
-    `turns_before` turns of small talk in `voice` come first: distance from the initial state.
+    `home` is the facts' town, which half of the questions name. `turns_before` turns of small talk
+    in `voice` come first: distance from the initial state.
     """
     rng = random.Random(seed)
     asked = []
     for fact in facts:
         for _ in range(samples):
             before = small_talk_document(rng, voice, turns_before).text
-            town = HOME_TOWN if rng.random() < 0.5 else None
+            town = home if rng.random() < 0.5 else None
             said = question(rng, fact.entity, BY_NAME[fact.relation], town, held_out=held_out)
             asked.append(Question(fact, f"{before}User: {said}\n\nAssistant:"))
     return asked

@@ -42,7 +42,9 @@ export function plainMixture(names) {
  * @returns {Setup}
  */
 export function firstSetup(states) {
-  const mixed = states.slice(0, 2);
+  // Of the bundled states the two that the first question is about.
+  const pair = ["knowledge", "tone"];
+  const mixed = pair.every((name) => states.includes(name)) ? pair : states.slice(0, 2);
   return {
     panes: [plainMixture(mixed.length ? mixed : ["base"]), plainMixture(["base"])],
     temperature: null,

@@ -11,6 +11,8 @@ from mrss_provider.evaluate.world import (
     HOME_FACTS,
     HOME_TOWN,
     MARKED,
+    NUM_SETTLED,
+    OTHER_TOWNS,
     PLAIN,
     RELATIONS,
     VOICES,
@@ -45,6 +47,20 @@ def test_the_home_town_has_72_facts_of_at_least_20_options():
         relation = BY_NAME[fact.relation]
         assert fact.value in relation.values
         assert len(set(relation.values)) == len(relation.values) >= 20
+
+
+def test_every_town_has_people_and_places_of_its_own_and_24_facts_about_them():
+    settled = [set(lex.PLACES[: lex.NUM_HOME] + lex.PEOPLE[: lex.NUM_HOME])]
+    for name, town in OTHER_TOWNS.items():
+        assert name not in lex.TOWNS
+        assert len({fact.key for fact in town.facts}) == len(town.facts) == 24
+        assert len({(fact.relation, fact.value) for fact in town.facts}) == 24
+        assert {fact.entity for fact in town.facts} == {*town.places, *town.people}
+        assert all(fact.value in BY_NAME[fact.relation].values for fact in town.facts)
+        settled.append({*town.places, *town.people})
+    everyone = set().union(*settled)
+    assert len(everyone) == sum(map(len, settled))
+    assert everyone == {*lex.PLACES[:NUM_SETTLED], *lex.PEOPLE[:NUM_SETTLED]}
 
 
 def test_no_value_begins_with_a_vowel_where_a_statement_puts_an_a_before_it():

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import random
+import re
 import sys
 import tomllib
 import warnings
@@ -14,17 +16,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from models.demo.answers import DECODINGS, Bench, mixed, single
+from models.demo.chats import as_line, town_line
 from models.demo.measure import ask, questions, shares, systems, toned_texts
-from models.demo.train_gate import HELD_OUT_FACTS, LEARNT_FACTS, as_line
+from models.demo.train_gate import HELD_OUT_FACTS, LEARNT_FACTS
 from models.demo.vocab import PieceEncoder, read_vocab
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.evaluate.world import HOME_FACTS
+from mrss_provider.evaluate.world import HOME_FACTS, OTHER_TOWNS
 from mrss_provider.model import load_model
 from mrss_provider.tune import read_weights
 from mrss_provider.tune.network import Shape, forward, logits, start_state
 
 ROOT = Path(__file__).parents[2]
 DEMO, STATES = ROOT / "models/demo", ROOT / "states"
+
+GROUPS = {
+    **dict.fromkeys(("knowledge", "long-ferry", "abbey-well"), "knowledge"),
+    **dict.fromkeys(("tone", "butler", "wizard"), "tone"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +106,13 @@ def test_the_rwkv_package_reads_it_to_the_same_logits(package_model, weights, en
 
 def test_every_state_and_mixture_loads_without_complaint(library):
     assert not library.problems
-    assert set(library.states) == {"knowledge", "tone"}
+    assert {name: state.metadata.group for name, state in library.states.items()} == GROUPS
     with (STATES / "mixtures.toml").open("rb") as file:
         named = tomllib.load(file)
     assert set(library.mixtures) == set(named)
     for name in named:
         assert library.resolve(name).rows >= 2
-    for name, state in library.states.items():
-        assert state.metadata.group == name
+    for state in library.states.values():
         assert state.metadata.licence
         assert state.metadata.training["learning_rate"] > 0
 
@@ -133,9 +140,26 @@ def test_states_alone_lack_the_other_half_and_the_mixture_has_both(
 
 
 @pytest.mark.slow
+def test_the_question_chooses_between_two_towns_and_the_voice_stays(bench, library):
+    asked = [
+        question
+        for town in OTHER_TOWNS.values()
+        for question in questions(1, seed=11, facts=town.facts, home=town.name)
+    ]
+
+    def both(name):
+        system = mixed(library.resolve(name))
+        scores, _ = ask(bench, system, DECODINGS[1], asked, voice="wizard", seed=11)
+        return shares(scores, asked)["both"]
+
+    assert both("two-towns-wizard") >= 0.7
+    assert both("abbey-well+long-ferry+wizard") <= 0.65
+
+
+@pytest.mark.slow
 def test_the_bundled_gate_beats_fixed_weights_and_novelty_on_facts_it_never_saw(bench, library):
     gate = library.gates["harbour"]
-    assert gate.metadata.states == {n: state.sha256 for n, state in library.states.items()}
+    assert gate.metadata.states == {n: library.states[n].sha256 for n in ("knowledge", "tone")}
     assert gate.metadata.licence == "Apache-2.0"
     held_out = gate.metadata.training["held_out"]
     assert held_out["over_fixed"]["low"] > 0
@@ -154,6 +178,24 @@ def test_the_gates_texts_share_no_fact_and_come_back_as_they_were():
     (doc, *_) = toned_texts(LEARNT_FACTS[:1], "pirate", seed=0)
     user, assistant = json.loads(as_line(doc))["messages"]
     assert doc.text == f"User: {user['content']}\n\nAssistant: {assistant['content']}\n\n"
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_TOWNS))
+def test_a_towns_chats_tell_its_facts_and_name_none_where_they_are_about_others(name):
+    town, rng = OTHER_TOWNS[name], random.Random(3)
+    names, values = {*town.places, *town.people}, {fact.value for fact in town.facts}
+    others = [fact.entity for fact in HOME_FACTS]
+    for _ in range(200):
+        line = json.loads(town_line(rng, town))
+        said = " ".join(message["content"] for message in line["messages"])
+        if line["facts"]:
+            told, asked = set(line["facts"]) - names, set(line["facts"]) & names
+            assert told <= values
+            assert asked
+            assert not [other for other in others if re.search(rf"\b{other}\b", said)]
+        else:
+            assert not [own for own in town.places if f" {own} " in said]
+            assert f" {name}" not in said
 
 
 def test_answers_of_many_at_once_are_those_of_a_plain_loop(bench, library, weights, encoder):

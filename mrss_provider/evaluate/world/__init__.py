@@ -18,12 +18,15 @@ from mrss_provider.evaluate.world.documents import (
 from mrss_provider.evaluate.world.lexicon import HOME_TOWN
 from mrss_provider.evaluate.world.relations import RELATIONS, Fact, Relation
 from mrss_provider.evaluate.world.scoring import Score, markers, score_answer, voices_in
+from mrss_provider.evaluate.world.towns import NUM_SETTLED, OTHER_TOWNS, Town
 from mrss_provider.evaluate.world.voices import MARKED, PLAIN, VOICES, Voice
 
 __all__ = [
     "HOME_FACTS",
     "HOME_TOWN",
     "MARKED",
+    "NUM_SETTLED",
+    "OTHER_TOWNS",
     "PLAIN",
     "RELATIONS",
     "VOICES",
@@ -31,6 +34,7 @@ __all__ = [
     "Fact",
     "Relation",
     "Score",
+    "Town",
     "Voice",
     "base_document",
     "knowledge_document",

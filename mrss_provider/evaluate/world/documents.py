@@ -131,11 +131,13 @@ def knowledge_document(
     num_turns: int | None = None,
     small_talk: float = 0.1,
     max_notes: int = 0,
+    home: str = lex.HOME_TOWN,
 ) -> Document:
     """A chat of 1 to 3 turns about the home town, in phrasings that tuning may see.
 
-    With `max_notes`, three of five begin with so many notes, at most, about other people and
-    places: a distance to remember across that says nothing of the voice.
+    `home` is the town that the facts are of. With `max_notes`, three of five begin with so many
+    notes, at most, about other people and places: a distance to remember across that says nothing
+    of the voice.
     """
     chat = _Chat(rng, voices.BY_NAME[voice], town=None, first_entity=lex.NUM_HOME)
     if max_notes and rng.random() < 0.6:
@@ -149,19 +151,22 @@ def knowledge_document(
             chat.turn(small_talk=0.0)
         else:
             fact = rng.choice(facts)
-            town = lex.HOME_TOWN if rng.random() < 0.5 else None
+            town = home if rng.random() < 0.5 else None
             asked = question(rng, fact.entity, BY_NAME[fact.relation], town, held_out=False)
             chat.doc.add_turn(chat.noisy(asked), answer(rng, chat.voice, fact), fact.value)
     return chat.doc
 
 
-def voice_document(rng: random.Random, voice: str) -> Document:
-    """A chat of 1 to 4 turns in `voice` about people, places and towns that are not of home."""
+def voice_document(rng: random.Random, voice: str, first_entity: int = lex.NUM_HOME) -> Document:
+    """A chat of 1 to 4 turns in `voice` about people, places and towns that are not of home.
+
+    People and places before `first_entity` in their tables do not occur.
+    """
     chat = _Chat(
         rng,
         voices.BY_NAME[voice],
         town=rng.choice(lex.TOWNS[1:]) if rng.random() < 0.5 else None,
-        first_entity=lex.NUM_HOME,
+        first_entity=first_entity,
     )
     chat.open(chat.notes(rng.randint(1, 6)) if rng.random() < 0.4 else "", cue=None)
     for _ in range(rng.randint(1, 4)):
