@@ -112,6 +112,7 @@ def test_an_answer_goes_on_with_states_that_are_removed(config):
     assert [run(config, main)] == alone[0]
 
 
+@pytest.mark.slow
 def test_what_outlasts_the_drain_ends_with_a_clear_error(config, texts):
     async def main(engine):
         stream = await engine.open(LONG)
@@ -169,6 +170,7 @@ def test_a_load_that_fails_late_brings_the_old_model_back(config, texts):
     assert run(config, main, loader=loader) == texts["first"]
 
 
+@pytest.mark.slow
 def test_the_next_model_may_be_quantised_and_the_one_after_it_not(config):
     async def main(engine):
         precisions = []
@@ -180,6 +182,7 @@ def test_the_next_model_may_be_quantised_and_the_one_after_it_not(config):
     assert run(config, main) == ["fp32+int8", "fp32+int8", "fp32"]
 
 
+@pytest.mark.slow
 def test_a_removed_model_can_be_replaced(config, texts):
     async def main(engine):
         await engine.admin.remove_model(1)
@@ -196,6 +199,7 @@ def test_a_removed_model_can_be_replaced(config, texts):
     assert run(config, main) == texts["second"]
 
 
+@pytest.mark.slow
 def test_one_change_at_a_time(config):
     async def main(engine):
         stream = await engine.open(LONG)
@@ -210,6 +214,7 @@ def test_one_change_at_a_time(config):
     run(config, main)
 
 
+@pytest.mark.slow
 def test_a_change_goes_on_when_whoever_asked_has_left(config, texts):
     async def main(engine):
         swap = asyncio.create_task(engine.admin.load_model(ModelOrder("second")))
@@ -274,6 +279,7 @@ def test_an_order_says_more_than_a_path(config):
     assert ids == ["My Model", "My Model knowledge", "My Model tone"]
 
 
+@pytest.mark.slow
 def test_a_model_may_be_replaced_while_the_first_one_loads(config, texts):
     async def main():
         async with asyncio.timeout(60):

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_model import write_model_folder, write_state
 
 SOAK = Path(__file__).parents[2] / "benchmarks/soak.py"
 KINDS = {"answered", "cancelled", "checked", "killed", "left", "read slowly", "refused", "talked"}
 
 
+@pytest.mark.slow
 def test_a_short_soak_ends_as_it_should(tmp_path):
     states = tmp_path / "states"
     states.mkdir()

@@ -56,6 +56,7 @@ def _pull(hub_url: str, *args: str, cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_an_alias_fetches_the_newest_file_and_prints_its_path(hub: FakeHub, tmp_path: Path) -> None:
     code, out, err = _pull(hub.url, "rwkv7-g1-0.1b", "--to", "here", cwd=tmp_path)
     name = "rwkv7-g1d-0.1b-20260129-ctx8192"
@@ -118,12 +119,14 @@ def test_a_line_that_drops_is_taken_up_again(hub: FakeHub, tmp_path: Path) -> No
     assert (tmp_path / "models/large/large.pth").read_bytes() == _LARGE
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
     for _ in range(2):
         assert _pull(hub.url, "rwkv7-g1-0.1b", cwd=tmp_path)[0] == 0
     assert hub.ranges(".pth") == [None]
 
 
+@pytest.mark.slow
 def test_a_damaged_download_is_removed(hub: FakeHub, tmp_path: Path) -> None:
     hub.wrong_digest = True
     code, out, err = _pull(hub.url, "rwkv7-g1-0.1b", cwd=tmp_path)

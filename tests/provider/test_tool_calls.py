@@ -159,6 +159,7 @@ def test_litellms_log_gets_reasoning_text_and_calls_of_a_stream(read, backend):
     assert calls == [("call_0", "weather", '{"city": "Ulm"}'), ("call_1", "time", "{}")]
 
 
+@pytest.mark.slow
 def test_anthropics_wire_gets_every_block_of_a_stream(backend):
     # LiteLLM's bridge reads one kind of thing, and one call, from a chunk.
     backend.script = [Delta(reasoning="Hm.", text="Wait.", num_tokens=2), *TWO_CALLS]

@@ -87,7 +87,7 @@ def test_a_saved_state_loads_for_its_model_with_its_provenance(path, tmp_path):
     assert about.training["last_loss"] == 2.0
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [pytest.param(6, marks=pytest.mark.slow), 7])
 def test_an_rwkv_peft_file_gives_the_package_the_logits_of_our_engine(tmp_path, version):
     path = write_checkpoint(tmp_path / "tiny.pth", version)
     weights = read_weights(path)
