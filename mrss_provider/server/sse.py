@@ -47,8 +47,11 @@ class EventWriter:
     def write(self, delta: Delta) -> bytes:
         """Return the events for `delta`, joined; b"" if there is nothing to say."""
         if not _is_plain(delta) or delta.index not in self._begun:
-            self._begun.add(delta.index)
-            return b"".join([event(chunk) for chunk in self._writer.chunks(delta)])
+            chunks = self._writer.chunks(delta)
+            # What says nothing of the choice, such as the usage alone, does not begin it.
+            if any(chunk["choices"] for chunk in chunks):
+                self._begun.add(delta.index)
+            return b"".join(map(event, chunks))
         frame = self._frames.get((delta.index, delta.num_tokens))
         if frame is None:
             frame = self._frame(delta)

@@ -1,7 +1,7 @@
 """Events: the same bytes whether what repeats is encoded once or every time."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mrss_provider.backend import Delta, TokenLogprob, Usage
@@ -27,6 +27,7 @@ DELTAS = st.lists(
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
 @given(deltas=DELTAS, counts=st.booleans())
+@example(deltas=[Delta(usage=Usage(1, 2)), *[Delta(text="a", num_tokens=1)] * 3], counts=False)
 def test_events_are_the_chunks_encoded_one_by_one(kind, deltas, counts):
     head = AnswerHead(kind, "id-1", 1_700_000_000, 'a"b+c', "f", 2)
     options = StreamOptions(stream=True, include_usage=True, include_num_tokens=counts)
