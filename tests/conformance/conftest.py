@@ -16,6 +16,8 @@ _WARNINGS = (
     "ignore:::litellm",
     "ignore:::pydantic",
     "ignore:::langchain_openai",
+    # Of its own `echo` and other parameters that it passes on.
+    "ignore:WARNING!",
     "ignore:::instructor",
 )
 _NEEDED = ("langchain_openai", "instructor", "anthropic")
