@@ -25,6 +25,8 @@ const prompt = /** @type {HTMLTextAreaElement} */ (find("prompt"));
 let catalogue;
 /** @type {Panes | undefined} */
 let panes;
+/** Whether somebody sent a prompt before there were panes to ask. */
+let isEarly = false;
 /** @type {Votes} */
 let votes;
 
@@ -73,6 +75,7 @@ function makePanes() {
   });
   update();
   if (shared.isBroken) tell("The link's set-up cannot be read; this is your last one");
+  if (isEarly) send();
 }
 
 /** @param {import("./pane.js").Pane} pane */
@@ -118,6 +121,7 @@ function showConnection(state) {
 
 function send() {
   const text = prompt.value.trim();
+  isEarly = !panes && text !== "";
   if (!panes || !text) return;
   prompt.value = "";
   fitPrompt();
