@@ -1,9 +1,10 @@
-"""What weights in 8 bits cost and give on a CPU: speed, memory, and how well the model predicts.
+"""What quantised weights cost and give: speed, memory, and how well the model predicts.
 
     python benchmarks/quantize.py speed --model 0.1B      # random weights in the official shapes
     python benchmarks/quantize.py memory --model 0.1B
     python benchmarks/quantize.py accuracy                # the bundled model, unseen documents
     python benchmarks/quantize.py mixtures                # its mixtures: who knows, who has a voice
+    python benchmarks/quantize.py gpu                     # all but the last on CUDA, 1.5B
 
 Kinds of weights are timed in turns, on one thread, in its own CPU time: neighbours on the machine
 make that longer by what they take of memory and caches, but not by the cores that they hold.
@@ -17,25 +18,26 @@ import argparse
 import itertools
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from cpu_decode import MODELS, commit, cpu_name
+from mrss_kernels.quantized import Format, dequantize
+from quantize_scores import SEED, against, interval, scores, unseen_documents
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL
-from mrss_provider.evaluate.world import base_document
 from mrss_provider.model import Model, load_model
-from mrss_provider.model.int8 import pick_int8_form, quantize_int8
+from mrss_provider.model.int8 import pick_int8_form
+from mrss_provider.model.quantized import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -53,15 +55,12 @@ KINDS: dict[str, dict[str, object]] = {
     "int8 pack": {"quantize": "int8", "packed": False},
 }
 CHUNK_LEN = 128
-BATCH_ROWS = 40
-# Its documents are not those of training, which began from small seeds.
-SEED = 20_261_125
 
 
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["speed", "memory", "accuracy", "mixtures", "load"])
+    parser.add_argument("part", choices=["speed", "memory", "accuracy", "mixtures", "gpu", "load"])
     parser.add_argument("--model", choices=MODELS, default="0.1B")
     parser.add_argument("--version", type=int, choices=[6, 7], default=7)
     parser.add_argument("--rounds", type=int, default=8)
@@ -74,10 +73,21 @@ def main() -> None:
     if args.part == "load":
         print(json.dumps(loaded_memory(args.file, args.kind)))
         return
+    if args.part == "gpu":
+        # Here and not above: it needs a CUDA device and Triton.
+        from quantize_gpu import KINDS as CUDA_KINDS
+        from quantize_gpu import gpu
+
+        gpu("1.5b", list(CUDA_KINDS))
+        return
     load_before = round(os.getloadavg()[0], 2)
     parts = {"speed": speed, "memory": memory, "accuracy": accuracy, "mixtures": mixtures}
     lines = parts[args.part](args)
-    facts = {"benchmark": f"quantize {args.part}", "cpu": cpu_name(), "torch": torch.__version__}
+    facts: dict[str, object] = {
+        "benchmark": f"quantize {args.part}",
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+    }
     facts |= {"int8_form": pick_int8_form(packed=True), "commit": commit()}
     facts |= {"date": time.strftime("%Y-%m-%d"), "load_before": load_before}
     with RESULTS.open("a") as file:
@@ -177,26 +187,13 @@ def own_memory() -> int:
 
 def accuracy(args: argparse.Namespace) -> list[dict[str, object]]:
     """Score documents that the bundled model has not seen, with each kind and in fp32."""
-    bench, _ = open_bench(DEMO_MODEL, BUNDLED_STATES, "cpu")
-    rng = random.Random(SEED)
-    documents = [bench.encoder.encode(base_document(rng).text) for _ in range(args.documents)]
+    documents = unseen_documents(args.documents)
     wanted = scores(load_kind({"dtype": "fp32"}), documents)
     lines = []
     for kind, options in KINDS.items():
-        got = scores(load_kind(options), documents)
-        pairs = list(zip(got, wanted, documents, strict=True))
-        nll = [float(nats(one, ids).mean()) for one, _, ids in pairs]
-        more = [float((nats(one, ids) - nats(ref, ids)).mean()) for one, ref, ids in pairs]
-        kl = [
-            float((ref.double().exp() * (ref.double() - one)).sum(-1).mean())
-            for one, ref, _ in pairs
-        ]
-        same = [float((one.argmax(-1) == ref.argmax(-1)).double().mean()) for one, ref, _ in pairs]
-        line: dict[str, object] = {"model": "bundled", "kind": kind, "documents": len(pairs)}
+        line: dict[str, object] = {"model": "bundled", "kind": kind, "documents": len(documents)}
         line["tokens"] = sum(map(len, documents))
-        for name, values in (("nll", nll), ("nll_more_than_fp32", more), ("kl_to_fp32", kl)):
-            line |= interval(name, values)
-        lines.append(line | interval("same_top_1_as_fp32", same))
+        lines.append(line | against(scores(load_kind(options), documents), wanted, documents))
     return lines
 
 
@@ -205,43 +202,18 @@ def load_kind(options: dict[str, object]) -> Model:
     return load_model(DEMO_MODEL, device="cpu", threads=1, **options)  # type: ignore[arg-type]
 
 
-def scores(model: Model, documents: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return what may follow each token but the last: log-probabilities [T - 1, V] a document."""
-    found: list[Tensor] = []
-    for start in range(0, len(documents), BATCH_ROWS):
-        batch = documents[start : start + BATCH_ROWS]
-        lengths = [len(ids) - 1 for ids in batch]
-        tokens = torch.tensor([token for ids in batch for token in ids[:-1]])
-        bounds = [0, *itertools.accumulate(lengths)]
-        pool, slots = model.new_pool(len(batch)), torch.arange(len(batch))
-        hidden = model.prefill(tokens, bounds, slots, pool, all_positions=True)
-        found += model.head(hidden).log_softmax(-1).split(lengths)
-    return found
-
-
-def nats(log_probs: Tensor, ids: Sequence[int]) -> Tensor:
-    """Return what each token but the first of `ids` costs, [T - 1]."""
-    return -log_probs.double().gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
-def interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Return the mean over documents and half the width of its 95 % interval."""
-    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5
-    return {name: round(statistics.fmean(values), 7), f"{name}_ci": round(half, 7)}
-
-
 def mixtures(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Ask the bundled mixtures, with weights as they are and as 8 bits hold them."""
+    """Ask the bundled mixtures, with weights as they are and as codes and scales hold them."""
     lines: list[dict[str, object]] = []
     asked = questions(args.samples, seed=SEED)
     texts: dict[str, dict[str, list[str]]] = {}
-    for kind in ("none", "int8"):
+    for kind in ("none", "int8", "fp8", "int4"):
         bench, library = open_bench(DEMO_MODEL, BUNDLED_STATES, "cpu")
-        if kind == "int8":
-            for name, weight in bench.weights.items():
-                if name.endswith(".weight") and weight.ndim == 2 and name != "emb.weight":
-                    values, scales = quantize_int8(weight)
-                    weight.copy_(values.float() * scales[:, None])
+        for name, weight in bench.weights.items():
+            is_large = name.endswith(".weight") and weight.ndim == 2 and name != "emb.weight"
+            if is_large and kind != "none":
+                held = quantize(weight, cast(Format, kind), torch.empty(0))
+                weight.copy_(dequantize(held, torch.float32))
         for title, system in systems(bench, library).items():
             if title not in ("knowledge alone", "tone alone", "linear novelty", "delta novelty"):
                 continue
@@ -253,8 +225,8 @@ def mixtures(args: argparse.Namespace) -> list[dict[str, object]]:
                 line |= interval(part, [float(getattr(one, part)) for one in judged])
             lines.append(line)
     for line, title in itertools.product(lines, texts):
-        if line["kind"] == "int8" and line["mixture"] == title:
-            pairs = zip(texts[title]["none"], texts[title]["int8"], strict=True)
+        if line["kind"] != "none" and line["mixture"] == title:
+            pairs = zip(texts[title]["none"], texts[title][str(line["kind"])], strict=True)
             line["same_answers"] = round(statistics.fmean(a == b for a, b in pairs), 4)
     return lines
 

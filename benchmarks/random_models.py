@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 from unittest import mock
 
 import torch
+from mrss_kernels.quantized import Format
 from torch import Tensor
 
 from mrss_provider.model import Model, rwkv7_cuda
@@ -55,16 +57,35 @@ def random_model(
     device: str = "cuda",
     seed: int = 0,
     ffn_zeros: float | None = None,
+    quantize: str = "none",
 ) -> Model:
     """Return a model with seeded random weights, drawn so that activations stay near 1.
 
-    Weights are drawn in `dtype` and then held in `compute_dtype`, if that is given. With
+    Weights are drawn in `dtype` and then held in `compute_dtype`, if that is given; the large ones
+    in codes with `quantize`, on CUDA. With
     `ffn_zeros`, about that share of the ffns' inner activations are zeros, as in trained models,
     and the model reads sparsely; without it half of them are, and it does not.
     """
     tensors = random_tensors(shape, dtype=dtype, device=device, seed=seed)
     if ffn_zeros is not None:
         lower_keys(tensors, shape, ffn_zeros)
+    sparse = ffn_zeros is not None
+    held = compute_dtype or dtype
+    return model_of(
+        shape, tensors, dtype=held, state_dtype=state_dtype, quantize=quantize, sparse_ffn=sparse
+    )
+
+
+def model_of(
+    shape: Shape,
+    tensors: dict[str, Tensor],
+    *,
+    dtype: str,
+    state_dtype: str = "fp32",
+    quantize: str = "none",
+    sparse_ffn: bool = False,
+) -> Model:
+    """Return a model that holds weights by name in `dtype`, on the device that they are on."""
     weights = Weights(
         version=shape.version,
         num_layers=shape.num_layers,
@@ -79,9 +100,9 @@ def random_model(
         tensors=tensors,
         time_state=None,
     )
-    held = compute_dtype or dtype
-    sparse = ffn_zeros is not None
-    return Model(weights, torch.device(device), held, state_dtype, "plain", sparse_ffn=sparse)
+    large = None if quantize == "none" else cast(Format, quantize)
+    device = tensors["emb.weight"].device
+    return Model(weights, device, dtype, state_dtype, "plain", large=large, sparse_ffn=sparse_ffn)
 
 
 def lower_keys(tensors: dict[str, Tensor], shape: Shape, share: float) -> None:
@@ -99,7 +120,7 @@ def lower_keys(tensors: dict[str, Tensor], shape: Shape, share: float) -> None:
 def zero_share(model: Model) -> float:
     """Return the share of zeros among the inner activations of the ffns of one decode step."""
     shares: list[Tensor] = []
-    plain = rwkv7_cuda._squared_relu
+    plain = rwkv7_cuda.squared_relu
 
     def counted(x: Tensor, weight: Tensor) -> Tensor:
         y = plain(x, weight)
@@ -107,7 +128,7 @@ def zero_share(model: Model) -> float:
         return y
 
     ids = torch.arange(8, device=model.device)
-    with mock.patch.object(rwkv7_cuda, "_squared_relu", counted):
+    with mock.patch.object(rwkv7_cuda, "squared_relu", counted):
         pool = model.new_pool(8)
         for _ in range(3):
             model.fused.decode(ids, ids, pool)  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from mrss_provider.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 StateDtype = Literal["fp32", "fp16"]
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int4", "fp8"]
 LazyRows = Literal["auto", "on", "off"]
 LogFormat = Literal["text", "json"]
 
@@ -47,7 +47,7 @@ class EngineConfig:
         dtype: of the weights; "auto" keeps the file's on CUDA, picks the fastest exact-enough
             on CPU.
         quantize: "int8" holds the large matrices in 8 bits: half the memory and nearly the same
-            answers, on a CPU.
+            answers; on CUDA also "fp8", and "int4" for a quarter of the memory.
         state_dtype: of the recurrent wkv state.
         sparse_ffn: hold a third of the weights twice, so that decoding one row reads only what is
             not multiplied by zero (CUDA, RWKV-7; not done where memory is short).

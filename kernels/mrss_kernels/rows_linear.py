@@ -23,6 +23,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.unpack_codes import widen
 
 GROUP_LEN = 64
 """Output rows that share one input group: the granularity of `groups`."""
@@ -58,6 +59,7 @@ class LinearConfig(NamedTuple):
 def gemv_kernel(
     p_x,
     p_w,
+    p_scales,
     p_groups,
     p_y,
     R,
@@ -65,12 +67,17 @@ def gemv_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    ASM: tl.constexpr,
     GROUPED: tl.constexpr,
     RELU2: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (R / BN, SPLITS). x [M, K], w [R, K], y [SPLITS, R]; the first block comes early."""
+    """Grid (R / BN, SPLITS). x [M, K], w [R, K], y [SPLITS, R]; the first block comes early.
+
+    Of a SCALED weight w are codes in 8 bits, and scales [R] what they are multiplied by.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_n = tl.program_id(0)
@@ -83,12 +90,14 @@ def gemv_kernel(
         p_x += tl.load(p_groups + i_n * BN // 64) * K
     if PDL:
         tl.extra.cuda.gdc_wait()
-    acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
+    acc = widen(w, tl.float32, ASM) * tl.load(p_x + o_k).to(tl.float32)[None, :]
     for k in tl.static_range(BK, K // SPLITS, BK):
         p_next = p_tile + k
         w = tl.load(p_next) if EVEN else tl.load(p_next, mask=(o_n < R)[:, None], other=0.0)
-        acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
+        acc += widen(w, tl.float32, ASM) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
+    if SCALED:
+        y *= tl.load(p_scales + o_n, mask=o_n < R, other=0.0)
     if RELU2:
         y = tl.maximum(y, 0.0)
         y = y * y
@@ -252,7 +261,8 @@ def rows_linear(
     }
     flags |= dependent_launch(x.device)
     if rows == 1 and config.num_stages == 1:
-        gemv_kernel[grid](x, weight, groups, y, size_r, **flags)
+        flags |= {"SCALED": False, "ASM": 0}
+        gemv_kernel[grid](x, weight, None, groups, y, size_r, **flags)
     elif rows:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         flags |= {"BM": block_m, "STAGES": config.num_stages}

@@ -160,7 +160,7 @@ def _decode(config: EngineConfig) -> Finding:
     import torch
 
     from mrss_provider.cli.states import read_config
-    from mrss_provider.model.fused_support import fused_obstacle
+    from mrss_provider.model.fused_support import check_quantizable, fused_obstacle
     from mrss_provider.model.int8 import pick_int8_form
     from mrss_provider.model.linear import pick_backend, pick_dtype
     from mrss_provider.model.model import check_quantize
@@ -171,7 +171,7 @@ def _decode(config: EngineConfig) -> Finding:
     dtype = config.dtype
     if dtype == "auto":
         dtype = cast(Dtype, pick_dtype(device, getattr(torch, shape.dtype)))
-    check_quantize(config.quantize, config.device)
+    check_quantize(config.quantize, config.device, sparse_ffn=config.sparse_ffn)
     quantized = "" if config.quantize == "none" else f", {config.quantize} for the large ones"
     held = f"{dtype} weights{quantized}, {config.state_dtype} states"
     if not is_cuda:
@@ -179,7 +179,9 @@ def _decode(config: EngineConfig) -> Finding:
         if quantized:
             backend = f"{backend}, {config.quantize} {pick_int8_form(packed=True)}"
         return Finding("ok", "decode", f"layer by layer on the CPU ({backend}), {held}")
-    obstacle = fused_obstacle(replace(shape, dtype=dtype), device)
+    shape = replace(shape, dtype=dtype, quantize=config.quantize)
+    check_quantizable(shape, device)
+    obstacle = fused_obstacle(shape, device)
     if obstacle is None:
         return Finding("ok", "decode", f"fused kernels in CUDA graphs, {held}")
     found = f"layer by layer, right but slow, {held}: {obstacle}"

@@ -10,7 +10,7 @@ import torch
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of weights by the names that `EngineConfig.dtype` uses."""
 
-QUANTIZATIONS: Final = ("none", "int8")
+QUANTIZATIONS: Final = ("none", "int8", "int4", "fp8")
 """What `EngineConfig.quantize` may be."""
 
 
@@ -23,7 +23,7 @@ class ModelConfig:
         dtype: of the weights as loaded, those apart that are quantised: "fp32", "bf16" or "fp16".
         fingerprint: sha256 (hex) of layer 0's key weight, as stored in the file.
         name: the file's or folder's name, for people.
-        quantize: how the large matrices are held: "none" is in `dtype`, or "int8".
+        quantize: how the large matrices are held: "none" is in `dtype`; "int8", "int4", "fp8".
     """
 
     version: int

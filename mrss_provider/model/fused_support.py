@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import ModelConfig
 
 MIN_CAPABILITY = (8, 0)
@@ -17,6 +18,42 @@ GROUP_LEN = 64
 
 _DTYPES = ("fp16", "bf16")
 _HEAD_SIZES = (16, 32, 64, 128)
+
+FP8_CAPABILITY = (8, 9)
+"""Of a CUDA device: from there on it converts e4m3."""
+
+INT4_PAIR_SIZE = 128
+"""Widths of weights in 4 bits are multiples of it."""
+
+
+def check_quantizable(config: ModelConfig, device: torch.device) -> None:
+    """Refuse a model whose weights a device cannot hold as `config.quantize` says.
+
+    Raises:
+        ConfigError: on CUDA, what the fused kernels do not take, or widths that int4 has no form
+            for.
+    """
+    if config.quantize == "none" or device.type != "cuda":
+        return
+    obstacle = fused_obstacle(config, device)
+    widths = (("width", config.hidden_size), ("ffn width", config.ffn_size))
+    for what, width in widths if config.quantize == "int4" else ():
+        if obstacle is None and width % INT4_PAIR_SIZE:
+            obstacle = f"the {what} {width} is no multiple of {INT4_PAIR_SIZE}"
+    if obstacle is not None:
+        raise ConfigError(
+            f"{config.quantize} weights cannot be had here: {obstacle}; choose quantize none",
+            param="quantize",
+        )
+
+
+def fp8_obstacle(device: torch.device) -> str | None:
+    """Return why a CUDA device cannot read weights in fp8, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FP8_CAPABILITY:
+        return None
+    got, needed = (".".join(map(str, pair)) for pair in (capability, FP8_CAPABILITY))
+    return f"the card has compute capability {got}, fp8 needs {needed}"
 
 
 def fused_obstacle(config: ModelConfig, device: torch.device) -> str | None:

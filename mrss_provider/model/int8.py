@@ -1,4 +1,4 @@
-"""Linear layers with weights in 8 bits, on a CPU: one fp32 scale an output, rounded to nearest.
+"""Weights in 8 bits, one fp32 scale an output, rounded to nearest; and linears of them on a CPU.
 
 Two forms:
 
@@ -45,8 +45,8 @@ class Int8Weight(NamedTuple):
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
     """Return each row of a matrix [out, in], any float dtype, in 8 bits around zero."""
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0])
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
     for start in range(0, weight.shape[0], _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         block = weight[rows].float()

@@ -5,13 +5,29 @@ One matrix after the other, so that never more than one is held in two forms.
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor
 
 from mrss_provider.errors import ModelFileError
-from mrss_provider.model.int8 import Int8Form, make_int8_linear, quantize_int8
+from mrss_provider.model.int8 import make_int8_linear, quantize_int8
 from mrss_provider.model.linear import Activation, Backend, Linear, make_head, make_linear
 from mrss_provider.model.weights import Weights
+
+if TYPE_CHECKING:
+    from mrss_kernels.quantized import Format
+
+    from mrss_provider.model.int8 import Int8Form
+
+# Elements of the room that quantised weights are written out to on CUDA: 32 MB stay in the L2.
+_SCRATCH_LEN = 1 << 24
+
+_CPU_FORMS = ("vnni", "pack")
+
+# What one product reads together with receptance, key and value.
+_FIRST_HALVES = ("att.w1", "att.a1", "att.g1", "att.v1", "att.time_decay_w1")
 
 
 class Loader:
@@ -23,7 +39,7 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
         backend: Backend,
-        int8: Int8Form | None = None,
+        large: Int8Form | Format | None = None,
     ) -> None:
         """Set what all tensors become.
 
@@ -32,14 +48,15 @@ class Loader:
             device: where they go.
             dtype: of matrices.
             backend: the form of linears.
-            int8: the form of large linears in 8 bits; None leaves them as the others.
+            large: the form of large linears: of int8 on a CPU, a format of the kernels on CUDA;
+                None leaves them as the others.
         """
         self._name = weights.name
         self._tensors = weights.tensors
         self._device = device
         self._dtype = dtype
         self._backend = backend
-        self._int8 = int8
+        self._large = large
 
     def matrix(self, name: str, *, own: bool) -> Tensor:
         """Return a matrix in the weights' dtype.
@@ -86,8 +103,8 @@ class Loader:
         Raises:
             ModelFileError: as `matrix`.
         """
-        if self._int8 is not None and name.endswith(".weight"):
-            return self._int8_linear(name, self._int8, activation)
+        if self._is_large(name):
+            return self._large_linear(name, activation)
         stacked, _, index = name.rpartition(".")
         own = self._backend == "plain"
         if index.isdigit():
@@ -103,15 +120,38 @@ class Loader:
             ModelFileError: as `matrix`.
         """
         name = "head.weight"
-        if self._int8 is not None:
-            return self._int8_linear(name, self._int8, "none")
+        if self._is_large(name):
+            return self._large_linear(name, "none")
         return make_head(self.matrix(name, own=self._backend == "plain"), self._backend)
 
-    def _int8_linear(self, name: str, form: Int8Form, activation: Activation) -> Linear:
-        weight = quantize_int8(self._tensors[name])
-        if not torch.isfinite(weight.scales).all():
+    def _is_large(self, name: str) -> bool:
+        """Tell whether a matrix is one of those that are quantised."""
+        if self._large is None:
+            return False
+        is_first_half = self._large not in _CPU_FORMS and name.endswith(_FIRST_HALVES)
+        return name.endswith(".weight") or is_first_half
+
+    def _large_linear(self, name: str, activation: Activation) -> Linear:
+        """Quantise a matrix where it is to be used."""
+        if self._large in _CPU_FORMS:
+            on_cpu = quantize_int8(self._tensors[name])
+            self._expect_finite(name, on_cpu.scales)
+            return make_int8_linear(on_cpu, cast("Int8Form", self._large), activation)
+        # Here and not above: a machine without CUDA needs no Triton.
+        from mrss_provider.model.quantized import QuantizedLinear, quantize
+
+        matrix = self._tensors[name].to(self._device)
+        weight = quantize(matrix, cast("Format", self._large), self._scratch)
+        self._expect_finite(name, weight.scales)
+        return QuantizedLinear(weight, activation)
+
+    @functools.cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty(_SCRATCH_LEN, dtype=self._dtype, device=self._device)
+
+    def _expect_finite(self, name: str, scales: Tensor) -> None:
+        if not torch.isfinite(scales).all():
             raise ModelFileError(f"{self._name}: {name} holds NaN or infinity; get the file again")
-        return make_int8_linear(weight, form, activation)
 
 
 class LayerLinears:

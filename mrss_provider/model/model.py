@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import DTYPES, QUANTIZATIONS, ModelConfig
 from mrss_provider.model.cpu import keep_freed_memory, set_threads
+from mrss_provider.model.fused_support import check_quantizable, fp8_obstacle
 from mrss_provider.model.int8 import Int8Form, pick_int8_form
-from mrss_provider.model.linear import Backend, PlainLinear, pick_backend, pick_dtype
+from mrss_provider.model.linear import Backend, pick_backend, pick_dtype
 from mrss_provider.model.loader import Loader
 from mrss_provider.model.rwkv6 import Layer6
 from mrss_provider.model.rwkv7 import NORM_EPS, Layer7
@@ -25,6 +26,8 @@ from mrss_provider.model.steps import DecodeStep, PrefillStep, Step
 from mrss_provider.model.weights import Weights, load_weights
 
 if TYPE_CHECKING:
+    from mrss_kernels.quantized import Format
+
     from mrss_provider.model.cuda_graphs import DecodeGraphs, RaggedGraphs
     from mrss_provider.model.rwkv6_cuda import FusedDecoder6
     from mrss_provider.model.rwkv7_cuda import FusedDecoder
@@ -50,15 +53,17 @@ def load_model(
         dtype: of the weights: "fp32", "bf16", "fp16"; "auto" as `pick_dtype` says.
         threads: CPU threads of this whole process; 0 is physical cores - 1, at least 1.
         state_dtype: of the recurrent states, "fp32" or "fp16".
-        quantize: "int8" holds the large matrices and the head in 8 bits; on a CPU.
+        quantize: what holds the large matrices and the head: "int8" in 8 bits; on CUDA also "int4"
+            and "fp8".
         packed: lay weights out for speed; False keeps them plain, for comparison.
         sparse_ffn: on CUDA, hold the ffns' value matrices of RWKV-7 a second time, so that decoding
-            one row reads only what is not multiplied by zero; not done where memory is short.
+            one row reads only what is not multiplied by zero; not done where memory is short, and
+            not with quantised weights.
 
     Raises:
         ModelFileError: not such a checkpoint; says what was found and what is needed.
         ConfigError: an unknown dtype, device or quantisation, CUDA where there is none, or a
-            quantisation that the device does not have.
+            quantisation that the device or the model's shape does not allow.
     """
     for key, value, allowed in (
         ("dtype", dtype, ["auto", *DTYPES]),
@@ -68,37 +73,52 @@ def load_model(
             raise ConfigError(
                 f"{key} must be one of {', '.join(allowed)}, got {value!r}", param=key
             )
-    check_quantize(quantize, device)
+    check_quantize(quantize, device, sparse_ffn=sparse_ffn)
     where = _device(device)
     weights = load_weights(path)
     name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
     if where.type == "cpu":
         set_threads(threads)
     backend = pick_backend(where, name, packed=packed)
-    int8 = pick_int8_form(packed=packed) if quantize == "int8" else None
-    model = Model(weights, where, name, state_dtype, backend, int8=int8, sparse_ffn=sparse_ffn)
+    large = _large_form(quantize, where, packed=packed)
+    model = Model(weights, where, name, state_dtype, backend, large=large, sparse_ffn=sparse_ffn)
     if where.type == "cpu":
         # Not before: the temporaries of loading are large, and no step needs as much.
         keep_freed_memory()
     return model
 
 
-def check_quantize(quantize: str, device: str) -> None:
+def check_quantize(quantize: str, device: str, *, sparse_ffn: bool = False) -> None:
     """Refuse a quantisation that `device`, by its name in `load_model`, does not have.
 
     Raises:
-        ConfigError: an unknown one, int8 anywhere but on a CPU, or no such device.
+        ConfigError: an unknown one, one of CUDA on a CPU, fp8 on a card that cannot, one together
+            with `sparse_ffn` on CUDA, or no such device.
     """
     if quantize not in QUANTIZATIONS:
         raise ConfigError(
             f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r:.40}",
             param="quantize",
         )
-    if quantize != "none" and _device(device).type != "cpu":
+    if quantize == "none":
+        return
+    where = _device(device)
+    if where.type == "cpu":
+        if quantize != "int8":
+            raise ConfigError(
+                f"{quantize} weights are offered on cuda, not on a CPU; choose quantize int8 or "
+                f"none",
+                param="quantize",
+            )
+        return
+    obstacle = fp8_obstacle(where) if quantize == "fp8" else None
+    if obstacle is not None:
+        raise ConfigError(f"{obstacle}; choose quantize int8 or int4", param="quantize")
+    if sparse_ffn:
         raise ConfigError(
-            f"{quantize} weights are offered on a CPU, not on cuda; choose quantize none, or "
-            f"device cpu",
-            param="quantize",
+            f"sparse_ffn keeps weights in 16 bits once more, and quantize {quantize} none of them; "
+            f"choose one of the two",
+            param="sparse_ffn",
         )
 
 
@@ -122,10 +142,15 @@ class Model:
         state_dtype: str,
         backend: Backend,
         *,
-        int8: Int8Form | None = None,
+        large: Int8Form | Format | None = None,
         sparse_ffn: bool = False,
     ) -> None:
-        """Convert and lay out the weights; see `load_model`."""
+        """Convert and lay out the weights; see `load_model`, and `Loader` for `large`.
+
+        Raises:
+            ModelFileError: values that cannot be held so.
+            ConfigError: a shape or dtype that cannot be quantised so.
+        """
         self._wants_sparse_ffn = sparse_ffn
         self.config = ModelConfig(
             version=weights.version,
@@ -138,12 +163,13 @@ class Model:
             dtype=dtype,
             fingerprint=weights.fingerprint,
             name=weights.name,
-            quantize="none" if int8 is None else "int8",
+            quantize="none" if large is None else "int8" if large in ("vnni", "pack") else large,
         )
         self.device = device
+        check_quantizable(self.config, device)
         self.base_state = _base_state(weights, device)
         self._state_dtype = state_dtype
-        load = Loader(weights, device, DTYPES[dtype], backend, int8)
+        load = Loader(weights, device, DTYPES[dtype], backend, large)
         self._embedding = load.matrix("emb.weight", own=True)
         self._ln0 = load.norm("blocks.0.ln0") if "blocks.0.ln0.weight" in weights.tensors else None
         layer = Layer7 if weights.version == 7 else Layer6
@@ -251,11 +277,11 @@ class Model:
             return None
         # Here and not above: a machine without CUDA needs no Triton.
         from mrss_provider.model import rwkv6_cuda, rwkv7_cuda
+        from mrss_provider.model.products import weight_of
 
         if not rwkv7_cuda.is_supported(self.config, self.device):
             return None
-        # On CUDA the head is one of the two plain forms, and both keep their weight.
-        head = cast(PlainLinear, self._head).weight
+        head = weight_of(self._head)
         around = (self._embedding, self._ln0, self._ln_out, head)
         if self.config.version == 6:
             return rwkv6_cuda.FusedDecoder6(cast(list[Layer6], self._layers), *around)
@@ -326,6 +352,15 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device; use cpu", param="device")
     return torch.device(name)
+
+
+def _large_form(quantize: str, device: torch.device, *, packed: bool) -> Int8Form | Format | None:
+    """Return how large matrices are held; None is in the weights' dtype."""
+    if quantize == "none":
+        return None
+    if device.type == "cpu":
+        return pick_int8_form(packed=packed)
+    return cast("Format", quantize)
 
 
 def _base_state(weights: Weights, device: torch.device) -> StateSnapshot | None:

@@ -19,15 +19,25 @@ from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import time_mix6 as time_ops
 from torch import Tensor
 
-from mrss_provider.model.linear import Linear, PlainLinear
-from mrss_provider.model.products import head_logits, product, weight_of
+from mrss_provider.model.linear import PlainLinear
+from mrss_provider.model.products import (
+    Weight,
+    few_rows,
+    head_logits,
+    many_rows,
+    one_part,
+    product,
+    rows_of,
+    square_products,
+    squared_relu,
+    stack,
+    tensor_of,
+    weight_of,
+)
 from mrss_provider.model.rwkv6 import Layer6
 from mrss_provider.model.state import StatePool
 
 Norm = tuple[Tensor, Tensor]
-
-# In one part: whoever reads the LoRA's first half of many rows reads it over and over.
-_LOW_RANK = linear_ops.LinearConfig(32, 64, 1, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -55,14 +65,14 @@ class PackedLayer:
     mix_down: Tensor
     mix_up: Tensor
     mix: Tensor
-    project: Tensor
+    project: Weight
     groups: Tensor
     decay_up: Tensor
     vectors: Tensor
-    output: Tensor
+    output: Weight
     ffn_mix: Tensor
-    ffn_in: Tensor
-    ffn_value: Tensor
+    ffn_in: Weight
+    ffn_value: Weight
     scale: float
 
 
@@ -75,16 +85,16 @@ class FusedDecoder6:
         embedding: Tensor,
         ln0: Norm | None,
         ln_out: Norm,
-        head: Tensor,
+        head: Weight,
     ) -> None:
         """Pack the layers' weights; their linears are *modified* to views of the packed ones.
 
         Args:
-            layers: of a model whose linears are plain and on CUDA.
+            layers: of a model on CUDA whose linears are plain, or the large ones quantised.
             embedding: [V, C], in the weights' dtype.
             ln0: norm of looked-up rows, or None.
             ln_out: the last norm.
-            head: [V, C], in the weights' dtype.
+            head: [V, C], in the weights' dtype or quantised.
         """
         self._layers = [pack_layer(layer) for layer in layers]
         self._embedding = embedding
@@ -146,51 +156,33 @@ class FusedDecoder6:
 def pack_layer(layer: Layer6) -> PackedLayer:
     """Pack one layer; its linears are *modified* to views of the packed weights."""
     downs = [layer.key, layer.value, layer.receptance, layer.gate, layer.decay_w1]
-    project, lengths = _pack(downs)
+    project, lengths = stack(downs)
     # Of k, v, r, g and the decay's LoRA: the input that it reads, of w, k, v, r, g.
     groups = [
         source
         for source, length in zip([1, 2, 3, 4, 0], lengths, strict=True)
         for _ in range(length // linear_ops.GROUP_LEN)
     ]
-    mix_up = torch.stack([weight_of(w2) for w2 in layer.mix_w2])
+    mix_up = torch.stack([tensor_of(w2) for w2 in layer.mix_w2])
     for w2, weight in zip(layer.mix_w2, mix_up, strict=True):
         cast(PlainLinear, w2).weight = weight
     return PackedLayer(
         ln1=layer.ln1,
         ln2=layer.ln2,
         mix_x=layer.mix_x,
-        mix_down=weight_of(layer.mix_w1),
+        mix_down=tensor_of(layer.mix_w1),
         mix_up=mix_up,
         mix=layer.mix[:, 0].contiguous(),
         project=project,
         groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
-        decay_up=weight_of(layer.decay_w2),
+        decay_up=tensor_of(layer.decay_w2),
         vectors=torch.stack([layer.decay, layer.bonus.flatten(), *layer.ln_x]).contiguous(),
         output=weight_of(layer.output),
         ffn_mix=torch.stack([layer.ffn_mix_k, layer.ffn_mix_r]).contiguous(),
-        ffn_in=_pack([layer.ffn_key, layer.ffn_receptance])[0],
+        ffn_in=stack([layer.ffn_key, layer.ffn_receptance])[0],
         ffn_value=weight_of(layer.ffn_value),
         scale=layer.scale,
     )
-
-
-def _pack(linears: Sequence[Linear]) -> tuple[Tensor, list[int]]:
-    """Stack weights [*, C], each padded with zeros to a multiple of 64 rows; they become views.
-
-    Returns:
-        The packed weight, and how many of its rows each linear has.
-    """
-    lengths = [
-        -(-len(weight_of(x)) // linear_ops.GROUP_LEN) * linear_ops.GROUP_LEN for x in linears
-    ]
-    first = weight_of(linears[0])
-    packed = first.new_zeros((sum(lengths), first.shape[1]))
-    for linear, rows in zip(linears, torch.split(packed, lengths), strict=True):
-        weight = weight_of(linear)
-        view = rows[: len(weight)]
-        cast(PlainLinear, linear).weight = view.copy_(weight)
-    return packed, lengths
 
 
 def _time_mix(
@@ -199,12 +191,12 @@ def _time_mix(
     """Return the output projection's input [B, C] from the five mixed inputs [5, B, C]."""
     low = None
     if mixed.shape[1] <= linear_ops.MAX_ROWS:
-        projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
+        projected = few_rows(mixed, layer.project, layer.groups)
     else:
         channels = mixed.shape[2]
-        square = layer.project[: 4 * channels].view(4, channels, channels)
-        projected = torch.bmm(mixed[1:], square.mT)
-        low = linear_ops.rows_linear(mixed[:1], layer.project[4 * channels :], config=_LOW_RANK)
+        projected = square_products(mixed[1:], layer.project)
+        down = rows_of(layer.project, 4 * channels, len(layer.project))
+        low = one_part(mixed[:1], down)
     return time_ops.time_mix6(
         projected,
         layer.decay_up,
@@ -219,9 +211,11 @@ def _time_mix(
     )
 
 
-def _key_receptance(x: Tensor, weight: Tensor, ffn_size: int) -> tuple[Tensor, Tensor]:
+def _key_receptance(x: Tensor, weight: Weight, ffn_size: int) -> tuple[Tensor, Tensor]:
     """Return `max(key, 0)^2` [B, F] in the dtype of x [2, B, K], and the receptance [B, C]."""
-    if x.shape[1] <= linear_ops.MAX_ROWS:
+    is_few = x.shape[1] <= linear_ops.MAX_ROWS
+    if is_few and isinstance(weight, Tensor):
         return ffn_ops.key_receptance(x, weight, ffn_size)
-    key = linear_ops.square_relu_(torch.mm(x[0], weight[:ffn_size].t()))
-    return key, torch.mm(x[1], weight[ffn_size:].t())
+    key = squared_relu(x[:1], rows_of(weight, 0, ffn_size))[0]
+    receptance = rows_of(weight, ffn_size, len(weight))
+    return key, one_part(x[1:], receptance)[0] if is_few else many_rows(x[1], receptance)

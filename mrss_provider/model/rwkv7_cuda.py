@@ -18,18 +18,28 @@ from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import sparse_linear as sparse_ops
 from mrss_kernels import time_mix7 as time_ops
 from torch import Tensor
+from torch.nn import functional as F
 
 from mrss_provider.model.config import ModelConfig
 from mrss_provider.model.fused_support import fused_obstacle
-from mrss_provider.model.linear import PlainLinear
-from mrss_provider.model.products import head_logits, product, weight_of
+from mrss_provider.model.linear import Linear
+from mrss_provider.model.products import (
+    Weight,
+    few_rows,
+    head_logits,
+    one_part,
+    product,
+    rows_of,
+    square_products,
+    squared_relu,
+    stack,
+    tensor_of,
+    weight_of,
+)
 from mrss_provider.model.rwkv7 import Layer7
 from mrss_provider.model.state import StatePool
 
 Norm = tuple[Tensor, Tensor]
-
-# In one part: whoever reads the LoRAs' first halves of many rows reads them over and over.
-_LOW_RANK = linear_ops.LinearConfig(32, 64, 1, 4, 4)
 
 SPARSE_ROWS = 1
 """Rows up to which reading the ffn's useful rows gains (kernels/README.md, measured)."""
@@ -54,15 +64,15 @@ class PackedLayer:
     ln1: Norm
     ln2: Norm
     mix: Tensor
-    project: Tensor
+    project: Weight
     groups: Tensor
     ranks: tuple[int, int, int, int]
     up: Tensor
     vectors: Tensor
-    output: Tensor
+    output: Weight
     ffn_mix: Tensor
-    ffn_key: Tensor
-    ffn_value: Tensor
+    ffn_key: Weight
+    ffn_value: Weight
     ffn_value_t: Tensor | None
 
 
@@ -84,20 +94,20 @@ class FusedDecoder:
         embedding: Tensor,
         ln0: Norm | None,
         ln_out: Norm,
-        head: Tensor,
+        head: Weight,
         *,
         sparse_ffn: bool = False,
     ) -> None:
         """Pack the layers' weights; their linears are *modified* to views of the packed ones.
 
         Args:
-            layers: of a model whose linears are plain and on CUDA.
+            layers: of a model on CUDA whose linears are plain, or the large ones quantised.
             embedding: [V, C], in the weights' dtype.
             ln0: norm of looked-up rows, or None.
             ln_out: the last norm.
-            head: [V, C], in the weights' dtype.
+            head: [V, C], in the weights' dtype or quantised.
             sparse_ffn: keep a transposed copy of each ffn's value, and read of it what is not
-                multiplied by zero, for up to `SPARSE_ROWS` rows.
+                multiplied by zero, for up to `SPARSE_ROWS` rows; not of quantised ones.
         """
         self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
@@ -145,7 +155,7 @@ class FusedDecoder:
             x, mixed = norm_ops.add_norm_mix(
                 x, parts, *layer.ln2, pool.shift_ffn[i], slots, layer.ffn_mix, dtype=dtype
             )
-            squared = _squared_relu(mixed, layer.ffn_key)
+            squared = squared_relu(mixed, layer.ffn_key)
             if sparse and layer.ffn_value_t is not None:
                 parts = sparse_ops.sparse_linear(squared[0], layer.ffn_value_t)
             else:
@@ -168,14 +178,13 @@ class FusedDecoder:
         """Return the output projection's input [B, C] from the six mixed inputs [6, B, C]."""
         low = None
         if mixed.shape[1] <= linear_ops.MAX_ROWS:
-            projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
+            projected = few_rows(mixed, layer.project, layer.groups)
         else:
             channels = mixed.shape[2]
-            square = layer.project[: 3 * channels].view(3, channels, channels)
-            projected = torch.bmm(mixed[:3], square.mT)
+            projected = square_products(mixed[:3], layer.project)
             groups = layer.groups[3 * channels // linear_ops.GROUP_LEN :]
-            down = layer.project[3 * channels :]
-            low = linear_ops.rows_linear(mixed, down, groups, config=_LOW_RANK)
+            down = rows_of(layer.project, 3 * channels, len(layer.project))
+            low = one_part(mixed, down, groups)
         return time_ops.time_mix7(
             projected,
             layer.up,
@@ -192,21 +201,11 @@ class FusedDecoder:
 def pack_layer(layer: Layer7, *, sparse_ffn: bool = False) -> PackedLayer:
     """Pack one layer; its linears are *modified* to views of the packed weights."""
     value = weight_of(layer.ffn_value)
-    square = [weight_of(x) for x in (layer.receptance, layer.key, layer.value)]
     downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
     ups = [layer.w2, layer.a2, layer.g2] + ([layer.v2] if layer.index else [])
-    padded = [_pad(weight_of(x), 0) for x in downs]
-    project = torch.cat(square + padded)
-    lengths = [len(x) for x in square + padded]
+    project, lengths = stack([layer.receptance, layer.key, layer.value, *downs])
     # Of r, k, v, w, a, g, v's LoRA: the row of `mix` that it reads.
     inputs = [0, 1, 2, 3, 4, 5, 2][: len(lengths)]
-    start = 0
-    for linear, length in zip(
-        [layer.receptance, layer.key, layer.value, *downs], lengths, strict=True
-    ):
-        plain = cast(PlainLinear, linear)
-        plain.weight = project[start : start + plain.weight.shape[0]]
-        start += length
     groups = [
         source
         for source, length in zip(inputs, lengths, strict=True)
@@ -221,13 +220,13 @@ def pack_layer(layer: Layer7, *, sparse_ffn: bool = False) -> PackedLayer:
         project=project,
         groups=torch.tensor(groups, dtype=torch.int32, device=project.device),
         ranks=(rank_w, rank_a, rank_g, rank_v),
-        up=torch.cat([_pad(weight_of(x), 1) for x in ups], 1).contiguous(),
+        up=torch.cat([_padded_columns(x) for x in ups], 1).contiguous(),
         vectors=_vectors(layer),
         output=weight_of(layer.output),
         ffn_mix=layer.ffn_mix[None].contiguous(),
         ffn_key=weight_of(layer.ffn_key),
         ffn_value=value,
-        ffn_value_t=value.t().contiguous() if sparse_ffn else None,
+        ffn_value_t=cast(Tensor, value).t().contiguous() if sparse_ffn else None,
     )
 
 
@@ -240,16 +239,7 @@ def _vectors(layer: Layer7) -> Tensor:
     return torch.stack(rows).contiguous()
 
 
-def _pad(weight: Tensor, dim: int) -> Tensor:
-    """Append zeros along `dim` up to a multiple of 64."""
-    missing = -weight.shape[dim] % linear_ops.GROUP_LEN
-    shape = list(weight.shape)
-    shape[dim] = missing
-    return torch.cat((weight, weight.new_zeros(shape)), dim)
-
-
-def _squared_relu(x: Tensor, weight: Tensor) -> Tensor:
-    """Return max(x @ weight^T, 0)^2 [1, B, R] in the dtype of x [1, B, K]."""
-    if x.shape[1] <= linear_ops.MAX_ROWS:
-        return linear_ops.rows_linear(x, weight, activation="relu2", out_dtype=x.dtype)
-    return linear_ops.square_relu_(torch.mm(x[0], weight.t()))[None]
+def _padded_columns(linear: Linear) -> Tensor:
+    """Return a weight with zeros appended to its rows up to a multiple of 64."""
+    weight = tensor_of(linear)
+    return F.pad(weight, (0, -weight.shape[1] % linear_ops.GROUP_LEN))

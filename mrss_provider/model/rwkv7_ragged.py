@@ -19,13 +19,23 @@ from mrss_kernels import wkv7_chunk as wkv_ops
 from mrss_kernels.ragged_mix7 import TimeInputs
 from torch import Tensor
 
-from mrss_provider.model.products import product
+from mrss_provider.model.products import (
+    few_rows,
+    many_rows,
+    product,
+    rows_of,
+    square_products,
+    squared_relu,
+    written_out,
+)
 from mrss_provider.model.rwkv7_cuda import Norm, PackedLayer
 from mrss_provider.model.state import StatePool
 
 # Elements of the FFN's inner activations that are held at a time: 32 MB stay in the L2, which saves
 # more than the cut products lose (870 us a layer against 913 whole, 8192 tokens of 1.5B, H100).
 _FFN_ELEMENTS = 1 << 24
+# Of quantised weights, which are written out once for every chunk.
+_QUANTIZED_FFN_ELEMENTS = 1 << 26
 
 # From so many tokens a sequence on, the last layer's output is computed for last tokens only.
 _TAIL_LEN = 4
@@ -65,8 +75,9 @@ class RaggedStep:
         self._ln0 = ln0
         self._ln_out = ln_out
         self.grouped_tokens = grouped_tokens
-        ffn_size = layers[0].ffn_key.shape[0]
-        self.ffn_chunk_len = ffn_chunk_len or max(_FFN_ELEMENTS // ffn_size, 1)
+        key = layers[0].ffn_key
+        elements = _FFN_ELEMENTS if isinstance(key, Tensor) else _QUANTIZED_FFN_ELEMENTS
+        self.ffn_chunk_len = ffn_chunk_len or max(elements // len(key), 1)
 
     def forward(
         self,
@@ -170,13 +181,13 @@ class RaggedStep:
         size = pool.wkv.shape[-1]
         common = (layer.up, layer.vectors, layer.ranks, v_first, size)
         if num_tokens <= self.grouped_tokens:
-            projected = linear_ops.rows_linear(mixed, layer.project, layer.groups)
+            projected = few_rows(mixed, layer.project, layer.groups)
             inputs = time_ops.time_inputs7(projected, *common)
             low = projected[..., 3 * channels :]
         else:
-            square = layer.project[: 3 * channels].view(3, channels, channels)
-            projected = torch.bmm(mixed[:3], square.mT)
-            low = lora_down7.lora_down7(mixed, layer.project[3 * channels :], layer.ranks)
+            projected = square_products(mixed[:3], layer.project)
+            down = written_out(rows_of(layer.project, 3 * channels, len(layer.project)))
+            low = lora_down7.lora_down7(mixed, down, layer.ranks)
             inputs = time_ops.time_inputs7(projected, *common, low=low)
             low = low[None]
         heads = (num_tokens, channels // size, size)
@@ -192,13 +203,10 @@ class RaggedStep:
         """Return the parts [P, T, C] of the FFN of x [T, C]."""
         num_tokens = x.shape[0]
         if num_tokens <= linear_ops.MAX_ROWS:
-            hidden = linear_ops.rows_linear(
-                x[None], layer.ffn_key, activation="relu2", out_dtype=x.dtype
-            )
-            return linear_ops.rows_linear(hidden, layer.ffn_value)
+            return few_rows(squared_relu(x[None], layer.ffn_key), layer.ffn_value)
         out = torch.empty_like(x)
         for first in range(0, num_tokens, self.ffn_chunk_len):
             chunk = slice(first, first + self.ffn_chunk_len)
-            hidden = linear_ops.square_relu_(torch.mm(x[chunk], layer.ffn_key.t()))
-            torch.mm(hidden, layer.ffn_value.t(), out=out[chunk])
+            hidden = linear_ops.square_relu_(many_rows(x[chunk], layer.ffn_key))
+            many_rows(hidden, layer.ffn_value, out=out[chunk])
         return out[None]

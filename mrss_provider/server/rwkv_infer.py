@@ -48,7 +48,7 @@ class _Precision(TypedDict, total=False):
 _PRECISIONS: dict[str, _Precision] = {
     "": {},
     "None": {},
-    "int8": {"quantize": "int8"},
+    **{quantize: {"quantize": quantize} for quantize in ("int8", "int4", "fp8")},
     **{dtype: {"dtype": dtype, "quantize": "none"} for dtype in ("fp16", "bf16", "fp32")},
 }
 
@@ -171,8 +171,8 @@ def _success() -> Response:
 def _precision(strategy: str) -> _Precision:
     if strategy not in _PRECISIONS:
         raise InvalidRequestError(
-            f"model_strategy must be '', fp16, bf16, fp32 or int8, the only one that this engine "
-            f"can quantize to; got {strategy!r:.40}",
+            f"model_strategy must be '', fp16, bf16, fp32, or what this engine can quantize to: "
+            f"int8, int4, fp8; got {strategy!r:.40}",
             param="model_strategy",
         )
     return _PRECISIONS[strategy]

@@ -23,6 +23,7 @@ PARTS = [
     "model",
     "decode",
     "vocabulary",
+    "template",
     "states",
 ]
 
@@ -152,6 +153,8 @@ def test_the_decode_step_that_a_model_gets_is_told_with_the_reason(
     wide = card.findings(dtype="fp32")["decode"]
     assert (wide.verdict, wide.remedy) == ("warn", "choose --dtype bf16 or fp16")
     assert "the weights are fp32" in wide.found
+    small = card.findings(dtype="fp16", quantize="int4")["decode"]
+    assert small.found.endswith("fp16 weights, int4 for the large ones, fp32 states")
     card.set(get_device_capability=lambda device=None: (7, 5))
     old = card.findings(dtype="fp16")["decode"]
     assert "compute capability 7.5, the fused kernels need 8.0" in old.found

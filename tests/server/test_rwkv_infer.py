@@ -140,6 +140,7 @@ def test_numbers_may_be_texts_or_numbers(client):
     mixture = client.get("/v1/mixtures/n").json()
     assert mixture["terms"] == "a+b:0.5+c:2+base:0.1"
     assert (mixture["temperature"], mixture["top_p"]) == (0.5, 1.0)
+    assert mixture["served"] == {"reinject": "never"}
 
 
 @pytest.mark.parametrize(
@@ -184,10 +185,14 @@ def test_a_strategy_is_a_dtype_or_a_quantisation(client, monkeypatch):
         orders.append(order)
 
     monkeypatch.setattr(rwkv_infer, "load_model", keep)
-    for strategy in ("", "int8", "fp16"):
+    for strategy in ("", "int8", "int4", "fp8", "fp16"):
         post(client, "/loadmodel", MODEL | {"model_strategy": strategy})
     said = [(order.dtype, order.quantize) for order in orders]
-    assert said == [(None, None), (None, "int8"), ("fp16", "none")]
+    assert said == [
+        (None, None),
+        *((None, kind) for kind in ("int8", "int4", "fp8")),
+        ("fp16", "none"),
+    ]
 
 
 def test_a_body_must_be_json(client):
