@@ -121,6 +121,9 @@ class _Pending:
     pending: PendingTokens
     due: float
 
+    def go_on(self) -> None:
+        self.pending.go_on()
+
     def picked(self) -> list[Picked]:
         time.sleep(max(0.0, self.due - time.monotonic()))
         return self.pending.picked()

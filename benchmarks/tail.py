@@ -117,6 +117,7 @@ def make_tail(cell: Cell, vocab: int) -> tuple[TailInputs, TailOutputs]:
 def launch_cell(cell: Cell, logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> None:
     """Launch the tail with the flags that an engine would set."""
     flags = {"truncate": cell.truncate, "mixed": cell.mixed, "gated": cell.gated}
+    flags["constrained"] = False
     launch_tail(logits, inputs, outputs, **flags)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mrss_kernels.reference_merge import Mixing, merge
 from mrss_kernels.tail_tensors import (
     GATES,
+    MAX_ENDS,
     ORDERS,
     RULES,
     SAMPLED,
@@ -30,9 +31,12 @@ def tail(logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> None:
     `outputs.merged` is written for every request.
     """
     outputs.ids.fill_(-1)
-    for g in range(inputs.num_groups):
-        if inputs.column("num_rows")[g] > 0:
-            _pick(g, logits, inputs, outputs)
+    taken = [g for g in range(inputs.num_groups) if inputs.column("num_rows")[g] > 0]
+    for g in taken:
+        if inputs.column("allowed_row")[g] >= 0:
+            _allow(g, logits, inputs)
+    for g in taken:
+        _pick(g, logits, inputs, outputs)
 
 
 def mixing_of(g: int, inputs: TailInputs) -> Mixing:
@@ -119,6 +123,22 @@ def uniform(seed: int, choice: int, position: int) -> float:
     magnitude = c0 if c0 < 1 << 31 else c0 ^ mask
     # What `tl.uint_to_uniform_float` does, in fp32.
     return float(torch.tensor(magnitude, dtype=torch.float32) * 4.6566127342e-10)
+
+
+def _allow(g: int, logits: Tensor, inputs: TailInputs) -> None:
+    """Leave request g's rows of `logits` the tokens that its mask does."""
+    first, count = (int(inputs.column(name)[g]) for name in ("first_row", "num_rows"))
+    rows, vocab = slice(first, first + count), logits.shape[1]
+    own = inputs.allowed[int(inputs.column("allowed_row")[g])]
+    words, ends = own[:-MAX_ENDS], own[-MAX_ENDS:]
+    ends = ends[ends >= 0].long()
+    if len(ends):
+        moved = torch.cat((ends.new_zeros(1), ends))
+        logits[rows, 0] = logits[rows][:, moved].double().logsumexp(-1).to(logits.dtype)
+        logits[rows] = logits[rows].index_fill(1, ends, -torch.inf)
+    bits = torch.arange(32, device=logits.device)
+    is_out = (words[:, None] >> bits & 1).flatten()[:vocab] == 0
+    logits[rows] = logits[rows].masked_fill(is_out, -torch.inf)
 
 
 def _pick(g: int, logits: Tensor, inputs: TailInputs, outputs: TailOutputs) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrss_kernels import draw_token, gate_rows, merge_rows
+from mrss_kernels import allowed_tokens, draw_token, gate_rows, merge_rows
 from mrss_kernels._checks import (
     expect_contiguous,
     expect_device,
@@ -22,6 +22,7 @@ from mrss_kernels.tail_tensors import (
     FLOAT_FIELDS,
     GATE_SIZE,
     INT_FIELDS,
+    MAX_ENDS,
     MAX_VOCAB_SIZE,
     TailInputs,
     TailOutputs,
@@ -49,6 +50,7 @@ def launch_tail(
     truncate: bool = True,
     mixed: bool = True,
     gated: bool = True,
+    constrained: bool = True,
     num_groups: int | None = None,
 ) -> None:
     """Pick one token for each request. Launches kernels only: it can be captured.
@@ -63,6 +65,7 @@ def launch_tail(
         truncate: whether any request has top_k, a top_p below 1 or a min_p above 0.
         mixed: whether any request has more than one row.
         gated: whether any request has another gate than `fixed`; not looked at unless `mixed`.
+        constrained: whether any request has a row of `TailInputs.allowed`.
         num_groups: only the first so many requests are looked at; None is all of them.
 
     Raises:
@@ -80,6 +83,11 @@ def launch_tail(
     sizes = {"V": vocab, "NB": blocks, "BLOCK": s.block, "num_warps": max(1, s.block // 128)}
     # Without contraction an expression has the same bits in every variant of a kernel.
     sizes |= {"enable_fp_fusion": False} | dependent_launch(logits.device)
+    if constrained:
+        launch = {name: value for name, value in sizes.items() if name != "NB"}
+        allowed_tokens.allow_tokens_kernel[grid](
+            logits, inputs.ints, inputs.allowed, stride, **launch
+        )
     padded = {"NBP": next_power_of_2(blocks)}
     most = next_power_of_2(s.max_rows)
     if mixed:
@@ -251,6 +259,7 @@ def _check(logits: Tensor, inputs: TailInputs, outputs: TailOutputs, num_groups:
             f"got {scratch.part_max.shape[0]}"
         )
     pools = (inputs.counts.shape[0], vocab)
+    masks = -(-vocab // 32) + MAX_ENDS
     expected = (
         ("logits", logits, (num_rows, vocab), torch.float32),
         ("ints", inputs.ints, (len(INT_FIELDS), capacity), torch.int32),
@@ -262,6 +271,7 @@ def _check(logits: Tensor, inputs: TailInputs, outputs: TailOutputs, num_groups:
         ("bias", inputs.bias, (inputs.bias.shape[0], vocab), torch.float32),
         ("banned", inputs.banned, (vocab,), torch.uint8),
         ("gates", inputs.gates, (inputs.gates.shape[0], GATE_SIZE), torch.float32),
+        ("allowed", inputs.allowed, (inputs.allowed.shape[0], masks), torch.int32),
         ("token_ids", outputs.token_ids, (outputs.token_ids.shape[0],), torch.int64),
         ("ids", outputs.ids, (max(num_groups, outputs.ids.shape[0]),), torch.int64),
         ("log_probs", outputs.log_probs, outputs.ids.shape, torch.float32),

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """What the kernels of a step's tail share: fields by number, weights as integers, who is last.
 
-Nothing here is a kernel. `tail.launch_tail` launches those of `gate_rows`, `merge_rows` and
-`draw_token`, in this order.
+Nothing here is a kernel. `tail.launch_tail` launches those of `allowed_tokens`, `gate_rows`,
+`merge_rows` and `draw_token`, in this order.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ POSITION: tl.constexpr = tl.constexpr(INT_FIELDS.index("position"))
 COUNT_ROW: tl.constexpr = tl.constexpr(INT_FIELDS.index("count_row"))
 BIAS_ROW: tl.constexpr = tl.constexpr(INT_FIELDS.index("bias_row"))
 GATE_ROW: tl.constexpr = tl.constexpr(INT_FIELDS.index("gate_row"))
+ALLOWED_ROW: tl.constexpr = tl.constexpr(INT_FIELDS.index("allowed_row"))
 CUT: tl.constexpr = tl.constexpr(FLOAT_FIELDS.index("cut"))
 TEMPERATURE: tl.constexpr = tl.constexpr(FLOAT_FIELDS.index("temperature"))
 TOP_P: tl.constexpr = tl.constexpr(FLOAT_FIELDS.index("top_p"))

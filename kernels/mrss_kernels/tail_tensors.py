@@ -6,6 +6,7 @@ The host fills `TailInputs` between steps; `tail.launch_tail` and `reference_tai
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ INT_FIELDS = (
     "count_row",
     "bias_row",
     "gate_row",
+    "allowed_row",
 )
 """Rows of `p_ints [len, G]`."""
 
@@ -77,6 +79,9 @@ MAX_BLOCKS = 128
 
 MIN_BLOCK = 1024
 
+MAX_ENDS = 8
+"""Tokens of a request that may mean the end of its text, beside token 0."""
+
 SEEN, SAMPLED = 1, 2
 """Bits of `marks`: the token occurred in prompt or answer, or in the answer."""
 
@@ -105,6 +110,8 @@ class TailInputs:
     - count_row: row of `counts` and `marks`, its own; -1 is no penalties. repetition (1 off),
       presence, frequency (0 off), decay (1 off).
     - bias_row: row of `bias`; -1 is none.
+    - allowed_row: row of `allowed`; -1 is none. Of requests that share rows one at most has one,
+      which holds for all.
 
     Attributes:
         ints: int32 [len(INT_FIELDS), G].
@@ -119,6 +126,10 @@ class TailInputs:
             added after the penalties.
         banned: uint8 [V], 1 for ids that no request may get.
         gates: learned gates, fp32 [P3, GATE_SIZE].
+        allowed: what grammars leave, int32 [P4, ceil(V / 32) + MAX_ENDS]: bit i of word w is 1 if
+            token 32 w + i may come next, else it is as good as banned. Behind the words ids (-1
+            none) whose probability becomes token 0's, and theirs 0; their bits are 1 all the same,
+            and nothing bans them.
     """
 
     ints: Tensor
@@ -130,6 +141,7 @@ class TailInputs:
     bias: Tensor
     banned: Tensor
     gates: Tensor
+    allowed: Tensor
 
     @classmethod
     def allocate(
@@ -141,12 +153,13 @@ class TailInputs:
         num_count_rows: int = 0,
         num_bias_rows: int = 0,
         num_gate_rows: int = 0,
+        num_allowed_rows: int = 0,
         device: torch.device | str = "cuda",
     ) -> TailInputs:
-        """Return inputs of padding requests without penalties, bias, bans or truncation."""
+        """Return inputs of padding requests without penalties, bias, bans, masks or truncation."""
         ints = torch.zeros(len(INT_FIELDS), num_groups, dtype=torch.int32, device=device)
         floats = torch.zeros(len(FLOAT_FIELDS), num_groups, device=device)
-        for name in ("next_row", "count_row", "bias_row"):
+        for name in ("next_row", "count_row", "bias_row", "allowed_row"):
             ints[INT_FIELDS.index(name)] = -1
         for name in ("temperature", "top_p", "repetition", "decay", "exponent", "tau", "sharpness"):
             floats[FLOAT_FIELDS.index(name)] = 1.0
@@ -161,6 +174,7 @@ class TailInputs:
             bias=torch.zeros(num_bias_rows, vocab_size, device=device),
             banned=torch.zeros(vocab_size, dtype=torch.uint8, device=device),
             gates=torch.zeros(num_gate_rows, GATE_SIZE, device=device),
+            allowed=no_masks(num_allowed_rows, vocab_size, device=device),
         )
 
     @property
@@ -330,6 +344,14 @@ class TailScratch:
             num_undecided=ints(num_groups),
             arrived=ints(num_groups),
         )
+
+
+def no_masks(num_rows: int, vocab_size: int, **where: Any) -> Tensor:
+    """Return rows for `TailInputs.allowed` that allow no token; `where` is for `torch.zeros`."""
+    num_words = -(-vocab_size // 32)
+    rows = torch.zeros(num_rows, num_words + MAX_ENDS, dtype=torch.int32, **where)
+    rows[:, num_words:] = -1
+    return rows
 
 
 def choose_block(vocab_size: int) -> int:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast, get_args
 
-from mrss_provider.backend import Backend, GenerateRequest, Message, MixtureOptions
+from mrss_provider.backend import (
+    Backend,
+    GenerateRequest,
+    Grammar,
+    Message,
+    MixtureOptions,
+    Reinject,
+)
 from mrss_provider.cli.ask import Reply, Show, ask, ignore, thinker, unsaid, writer
-from mrss_provider.cli.output import answer_json, note
+from mrss_provider.cli.output import CommandError, answer_json, note, read_text
 from mrss_provider.cli.spoken import Painter, print_legend
 from mrss_provider.errors import InvalidRequestError, MRSSError
 from mrss_provider.mixture import Kind, check_weight, parse_method
@@ -18,6 +28,7 @@ from mrss_provider.sampling_params import SamplingParams
 HELP = """\
 /weights knowledge=1 tone=0.9   weigh the states (ratios); /weights off: as the name says
 /merge power:0.5, /gate fixed   combine them another way; off: the default
+/reinject turn, or never        give states anew at each of your turns; off: as the name says
 /model NAME                     talk to another mixture, the conversation goes on
 /think on, off or auto          whether the model thinks first; auto: as it likes
 /reset                          forget the conversation
@@ -38,9 +49,11 @@ class Conversation:
     weights: dict[str, float] | None = None
     merge: str | None = None
     gate: str | None = None
+    reinject: Reinject | None = None
     trace: bool = False
     turns: list[Message] = field(default_factory=list)
     thinking: bool | None = None
+    grammar: Grammar | None = None
 
     def request(self, text: str) -> GenerateRequest:
         """Return the request that says `text` next."""
@@ -49,8 +62,11 @@ class Conversation:
             model=self.model,
             sampling=self.sampling,
             messages=(*system, *self.turns, Message("user", text)),
-            mixture=MixtureOptions(self.weights, self.merge, self.gate, trace=self.trace),
+            mixture=MixtureOptions(
+                self.weights, self.merge, self.gate, trace=self.trace, reinject=self.reinject
+            ),
             thinking=self.thinking,
+            grammar=self.grammar,
         )
 
     def keep(self, text: str, reply: str) -> None:
@@ -69,6 +85,7 @@ class Conversation:
             "weights": self._set_weights,
             "merge": lambda words: self._set_method("merge", words),
             "gate": lambda words: self._set_method("gate", words),
+            "reinject": self._set_reinject,
             "model": self._set_model,
             "think": self._set_thinking,
             "reset": self._reset,
@@ -98,10 +115,20 @@ class Conversation:
             setattr(self, kind, parse_method(" ".join(words), kind, kind).text)
         return f"{kind}: {getattr(self, kind) or 'as the name says'}"
 
+    def _set_reinject(self, words: list[str]) -> str:
+        known = get_args(Reinject)
+        if words and (len(words) > 1 or words[0] not in (*known, "off")):
+            raise InvalidRequestError(
+                f"/reinject takes {', '.join(known)} or off, got {' '.join(words)!r}"
+            )
+        if words:
+            self.reinject = None if words[0] == "off" else cast(Reinject, words[0])
+        return f"reinject: {self.reinject or 'as the name says'}"
+
     def _set_model(self, words: list[str]) -> str:
         if words:
             self.model = words[0].removeprefix("mrss/")
-            self.weights = self.merge = self.gate = None
+            self.weights = self.merge = self.gate = self.reinject = None
         return f"model: {self.model}"
 
     def _set_thinking(self, words: list[str]) -> str:
@@ -115,6 +142,34 @@ class Conversation:
     def _reset(self, words: list[str]) -> str:
         self.turns.clear()
         return "the conversation starts anew"
+
+
+def read_grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """Return what every answer is to conform to: a schema in a file, an expression, or nothing.
+
+    What else they must be is known where they are compiled.
+
+    Raises:
+        CommandError: both are given, or the file has no JSON object.
+    """
+    if json_schema is not None and regex is not None:
+        raise CommandError("an answer conforms to one thing: give --json-schema or --regex")
+    if regex is not None:
+        if not regex:
+            raise CommandError("--regex must be an expression that is not empty; leave it out")
+        return Grammar("regex", regex, "--regex")
+    if json_schema is None:
+        return None
+    try:
+        schema = json.loads(read_text(json_schema))
+    except (ValueError, RecursionError) as exc:
+        raise CommandError(f"{json_schema} is no JSON: {exc}") from exc
+    if not isinstance(schema, dict):
+        raise CommandError(
+            f"{json_schema} must have a JSON Schema, which is an object, got "
+            f"{type(schema).__name__}"
+        )
+    return Grammar("json_schema", json.dumps(schema), "--json-schema")
 
 
 def chat(
@@ -182,6 +237,8 @@ def _turn(
         show("\n")
         if reply.trace_summary is not None:
             print_legend(reply.trace_summary)
+        if conversation.grammar is not None and reply.finish_reason == "length":
+            note("[cut at the most tokens that it may have, so it need not conform]")
         # An answer that was stopped has no usage.
         if told and reply.usage:
             note(reply.summary())

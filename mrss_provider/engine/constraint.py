@@ -6,11 +6,11 @@ The engine sees token ids and bits; what a grammar is, it does not know.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from mrss_provider.engine.request import EOS_ID
 from mrss_provider.errors import InvalidRequestError, MRSSError
 
-_MAX_WORKERS = 4
 # Less work than it is to hand it to another thread and hear of its end.
 _MIN_HANDED_S = 2e-4
+# Fewer masks are found one after the other: several threads take their time to get going.
+_MIN_TOGETHER = 4
 
 
 class Constraint(Protocol):
@@ -52,6 +53,16 @@ class Constraint(Protocol):
         """
         ...
 
+    def fill_masks(
+        self, together: Sequence[Self], masks: NDArray[np.uint32]
+    ) -> list[MRSSError | None]:
+        """Write the masks of several constraints of this class to `masks` [N, num_words] at once.
+
+        Returns:
+            What `fill_mask` would have raised for each.
+        """
+        ...
+
     def advance(self, token_id: int) -> None:
         """Move on by a token that the mask allows, not the end.
 
@@ -73,7 +84,8 @@ class AllowedTokens:
         end_ids: tokens that mean the end of the text where the answer may end.
         words: the mask that `look` found, uint32 [ceil(V / 32)].
         error: what ends the answer instead of a token; None if there is one.
-        look_s: seconds that the last `look` took, many before the first.
+        look_s: seconds that the last `look` took, its share where several were found at once; many
+            before the first.
     """
 
     def __init__(self, constraint: Constraint, banned: Sequence[int]) -> None:
@@ -90,6 +102,7 @@ class AllowedTokens:
         self.look_s = 1.0
         self._is_over = False
         self._wanted = ~mask_of(banned, constraint.num_words)
+        self._has_bans = bool(banned)
 
     def advance(self, token_id: int) -> bool:
         """Move on by a token that was drawn; return whether the answer is complete with it.
@@ -107,8 +120,7 @@ class AllowedTokens:
 
     def look(self) -> None:
         """Find the next token's mask, or why there is none. Lets other threads of Python run."""
-        # A step may have been planned for an answer that has ended since.
-        if self._is_over or self.error is not None:
+        if not self._is_wanted:
             return
         started = time.perf_counter()
         try:
@@ -116,8 +128,39 @@ class AllowedTokens:
         except MRSSError as exc:
             self.error = exc
             return
-        self.look_s = time.perf_counter() - started
-        self.words &= self._wanted
+        self._found(time.perf_counter() - started)
+
+    @staticmethod
+    def look_together(answers: Sequence[AllowedTokens]) -> None:
+        """Do as `look` for several answers at once."""
+        by_kind: dict[type, list[AllowedTokens]] = defaultdict(list)
+        for answer in answers:
+            if answer._is_wanted:
+                by_kind[type(answer._constraint)].append(answer)
+        for own in by_kind.values():
+            if len(own) < _MIN_TOGETHER:
+                for answer in own:
+                    answer.look()
+                continue
+            started = time.perf_counter()
+            constraints = [answer._constraint for answer in own]
+            masks = np.empty((len(own), constraints[0].num_words), dtype=np.uint32)
+            errors = constraints[0].fill_masks(constraints, masks)
+            share_s = (time.perf_counter() - started) / len(own)
+            for answer, mask, error in zip(own, masks, errors, strict=True):
+                answer.words, answer.error = mask, error
+                if error is None:
+                    answer._found(share_s)
+
+    @property
+    def _is_wanted(self) -> bool:
+        # A step may have been planned for an answer that has ended since.
+        return not self._is_over and self.error is None
+
+    def _found(self, seconds: float) -> None:
+        self.look_s = seconds
+        if self._has_bans:
+            self.words &= self._wanted
         if not self.words.any():
             self.error = InvalidRequestError(
                 f"{self._constraint.param} leaves no token to go on with that logit_bias does not "
@@ -125,9 +168,32 @@ class AllowedTokens:
                 param=self._constraint.param,
             )
 
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that mean the end here: it may come, and the grammar has no other use for them."""
+        may_end = bool(self.words[0] & np.uint32(1))
+        return [i for i in self.end_ids if not _has(self.words, i)] if may_end else []
+
+    def pack(self, row: NDArray[np.int32]) -> None:
+        """Write the mask that `look` found to a row of the tail's `TailInputs.allowed`.
+
+        It leaves nothing where there is an error.
+        """
+        words, ends = row[: len(self.words)].view(np.uint32), row[len(self.words) :]
+        ends[:] = -1
+        if self.error is not None:
+            words[:] = 0
+            return
+        words[:] = self.words
+        # A token that the request bans adds nothing to the end.
+        found = [i for i in self.ends if _has(self._wanted, i)]
+        for n, token_id in enumerate(found):
+            ends[n] = token_id
+            words[token_id // 32] |= np.uint32(1 << token_id % 32)
+
 
 class MaskWorkers:
-    """Threads that find masks while the caller's waits for the model. None until one is needed."""
+    """A thread that finds masks while the caller's waits for the model. None until it is needed."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
@@ -140,26 +206,19 @@ class MaskWorkers:
         """
         wanted = [answer for answer in answers if answer is not None]
         is_handed = sum(answer.look_s for answer in wanted) >= _MIN_HANDED_S
-        under_way = self._hand_over(wanted) if is_handed else []
+        under_way = self._hand_over(wanted) if is_handed else None
         try:
             yield
         finally:
-            for future in under_way:
-                future.result()
-        if not is_handed:
-            _look_at(wanted)
+            if under_way is not None:
+                under_way.result()
+        if under_way is None:
+            AllowedTokens.look_together(wanted)
 
-    def _hand_over(self, answers: Sequence[AllowedTokens]) -> list[Future[None]]:
-        num_workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    def _hand_over(self, answers: Sequence[AllowedTokens]) -> Future[None]:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mrss-masks")
-        shares = [answers[i::num_workers] for i in range(num_workers)]
-        return [self._pool.submit(_look_at, share) for share in shares if share]
-
-
-def _look_at(answers: Sequence[AllowedTokens]) -> None:
-    for answer in answers:
-        answer.look()
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="mrss-masks")
+        return self._pool.submit(AllowedTokens.look_together, answers)
 
 
 def mask_of(token_ids: Sequence[int], num_words: int) -> NDArray[np.uint32]:
@@ -194,8 +253,7 @@ def constrain(
 
 
 def _constrain_rows(logits: Tensor, answer: AllowedTokens) -> None:
-    may_end = bool(answer.words[0] & np.uint32(1))
-    ends = [i for i in answer.end_ids if not _has(answer.words, i)] if may_end else []
+    ends = answer.ends
     if ends:
         logits[:, EOS_ID] = logits[:, [EOS_ID, *ends]].logsumexp(-1)
     bits = np.unpackbits((~answer.words).view(np.uint8), bitorder="little")

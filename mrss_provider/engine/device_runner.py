@@ -4,14 +4,19 @@ A decode step is one replay of a CUDA graph: model, head, gate, merge, penalties
 drawn tokens where the next step reads them. The host launches step n + 1 and then looks at the
 tokens of step n, which have been copied to pinned memory. A step that also reads prompts is one
 pass over the weights for all its rows, and the same tail.
+
+What a grammar leaves of an answer depends on its last token. A step with such an answer has two
+halves: the model's is launched like any other; the head and the tail are when the host has seen the
+tokens before and has found the masks, while the device is busy with the first half.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,14 +25,22 @@ from torch import Tensor
 
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.batch import Batch, Choice, Running
-from mrss_provider.engine.constraint import MaskWorkers
+from mrss_provider.engine.constraint import AllowedTokens, MaskWorkers
 from mrss_provider.engine.model_runner import ModelRunner
+from mrss_provider.engine.pending_step import (
+    PendingStep,
+    Received,
+    TopTokens,
+    WaitingStep,
+    Wanted,
+    to_host,
+)
 from mrss_provider.engine.sampler import rank_tokens
 from mrss_provider.engine.step_graphs import StepGraphs
 from mrss_provider.engine.step_runner import PendingTokens, ReadyTokens, run_step
-from mrss_provider.engine.tail import Picked
 from mrss_provider.engine.tail_lane import Seat, TailFlags, is_fused
 from mrss_provider.engine.tail_layout import TailLayout
+from mrss_provider.errors import MRSSError
 from mrss_provider.model.cuda_graphs import BUCKETS, row_bucket
 
 if TYPE_CHECKING:
@@ -38,37 +51,8 @@ log = logging.getLogger(__name__)
 Tail = Callable[..., None]
 """`mrss_kernels.tail.launch_tail`, or a stand-in with its signature."""
 
-
-@dataclass(frozen=True)
-class _Received:
-    """Host memory that a step's tokens arrive in."""
-
-    ids: Tensor
-    log_probs: Tensor
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Places of the answers that want log-probabilities, and of those that want top tokens too."""
-
-    log_probs: list[int]
-    top: list[int]
-
-    @classmethod
-    def of(cls, batch: Batch) -> _Wanted:
-        """Look at the answers of a step."""
-        samplings = [choice.owner.request.sampling for choice in batch.sampling]
-        log_probs = [g for g, sampling in enumerate(samplings) if sampling.logprobs]
-        return cls(log_probs, [g for g in log_probs if samplings[g].top_logprobs])
-
-
-@dataclass(frozen=True)
-class _TopTokens:
-    """The likeliest tokens of the answers that want them: each [n, M], likeliest first."""
-
-    places: list[int]
-    values: Tensor
-    ids: Tensor
+Part = Callable[[int], tuple[Hashable, Callable[[], None]]]
+"""Of a decode step, by how many rows it has: the key of its graph, and what launches it."""
 
 
 class DeviceRunner:
@@ -102,11 +86,13 @@ class DeviceRunner:
         self._graphs = StepGraphs(model.device, self._layout.all_padding)
         # The answers of the last step, if another one of them is the same but for the tokens.
         self._steady: list[Choice] = []
-        self._wanted = _Wanted([], [])
+        self._wanted = Wanted([], [])
+        # What the first half of the last step left, if it was launched in halves: fp32 [R, C].
+        self._hidden: Tensor | None = None
         # One a step under way, and one that is being read.
         self._received = itertools.cycle(
             [
-                _Received(
+                Received(
                     torch.zeros(config.max_rows, dtype=torch.int64, pin_memory=self._is_cuda),
                     torch.zeros(config.max_rows, pin_memory=self._is_cuda),
                 )
@@ -131,10 +117,9 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingTokens:
-        """Begin a step; it is queued behind those under way."""
+        """Begin a step; it is queued behind those under way, which have gone on."""
         if self._is_repeated(batch):
-            self._decode(self._layout.num_rows, self._layout.flags)
-            return self._receive(batch)
+            return self._end(batch, self._decode(self._layout.num_rows, self._layout.flags))
         self._steady = []
         if not _is_fused(batch):
             self._layout.forget()
@@ -147,17 +132,17 @@ class DeviceRunner:
         if self._layout.arrange(seats):
             self._graphs.clear()
         flags = self._layout.flags
-        if not batch.chunks:
-            if seats:
-                self._decode(num_rows, flags)
-        else:
+        rest: Callable[[], None] | None = None
+        if batch.chunks:
             hidden = self._read(batch, scored)
             if seats:
-                self._pick(self._model.head(hidden), flags, len(seats))
-        self._wanted = _Wanted.of(batch)
+                rest = functools.partial(self._head_and_pick, hidden, flags, len(seats))
+        elif seats:
+            rest = self._decode(num_rows, flags)
+        self._wanted = Wanted.of(batch)
         if not batch.chunks and all(choice.is_steady for choice in batch.decoding):
             self._steady = batch.decoding
-        return self._receive(batch)
+        return self._end(batch, rest)
 
     def forget(self) -> None:
         """Know nothing of the answers any more: the next step uploads what it needs of them."""
@@ -170,24 +155,77 @@ class DeviceRunner:
         is_decoding = bool(batch.decoding) and not is_more
         return is_decoding and batch.decoding == self._steady
 
-    def _decode(self, num_rows: int, flags: TailFlags) -> None:
-        """Advance every row by its next token, and pick each answer's next one."""
+    def _decode(self, num_rows: int, flags: TailFlags) -> Callable[[], None] | None:
+        """Advance every row by its next token, and pick each answer's next one.
+
+        Returns:
+            What does the picking, where it must wait for masks.
+        """
+        if not flags.constrained:
+            self._run(functools.partial(self._step, flags), num_rows)
+            return None
+        self._run(self._reading, num_rows)
+        return functools.partial(self._run, functools.partial(self._picking, flags), num_rows)
+
+    def _run(self, part: Part, num_rows: int) -> None:
+        """Launch a part of a decode step: by a replay, unless it has more rows than any graph."""
         if not self._is_cuda or num_rows > BUCKETS[-1]:
-            _, step = self._step(num_rows, flags)
+            _, step = part(num_rows)
             step()
             return
         bucket = min(row_bucket(num_rows), len(self._layout.slots))
-        self._graphs.run(*self._step(bucket, flags))
+        self._graphs.run(*part(bucket))
 
-    def _step(self, bucket: int, flags: TailFlags) -> tuple[Hashable, Callable[[], None]]:
-        """Return a decode step of `bucket` rows, and the key of its graph."""
+    def _step(self, flags: TailFlags, bucket: int) -> tuple[Hashable, Callable[[], None]]:
+        """Return a whole decode step of `bucket` rows, and the key of its graph."""
 
         def step() -> None:
-            token_ids, slots = self._layout.token_ids[:bucket], self._layout.slots[:bucket]
-            hidden = self._advance(token_ids, slots, self._rows.pool)
-            self._pick(self._model.head(hidden), flags, bucket)
+            self._head_and_pick(self._advance_rows(bucket), flags, bucket)
 
-        return (bucket, flags, self._rows.pool.has_offsets), step
+        return ("step", bucket, flags, self._rows.pool.has_offsets), step
+
+    def _reading(self, bucket: int) -> tuple[Hashable, Callable[[], None]]:
+        """Return the first half of a step, which leaves what the head reads in `_hidden`."""
+
+        def step() -> None:
+            hidden = self._advance_rows(bucket)
+            if self._hidden is None:
+                # Not in a graph's own memory: a step runs once before it is captured.
+                self._hidden = hidden.new_zeros(len(self._layout.slots), hidden.shape[1])
+            self._hidden[:bucket] = hidden
+
+        return ("reading", bucket, self._rows.pool.has_offsets), step
+
+    def _picking(self, flags: TailFlags, bucket: int) -> tuple[Hashable, Callable[[], None]]:
+        """Return the second half of a step."""
+        assert self._hidden is not None
+        hidden = self._hidden[:bucket]
+        step = functools.partial(self._head_and_pick, hidden, flags, bucket)
+        return ("picking", bucket, flags), step
+
+    def _advance_rows(self, bucket: int) -> Tensor:
+        token_ids, slots = self._layout.token_ids[:bucket], self._layout.slots[:bucket]
+        return self._advance(token_ids, slots, self._rows.pool)
+
+    def _end(self, batch: Batch, rest: Callable[[], None] | None) -> PendingTokens:
+        """Launch what is left of a step, or let it wait for the masks of its answers."""
+        if rest is not None and self._layout.flags.constrained:
+            pick = functools.partial(self._pick_allowed, batch, self._wanted, rest)
+            return WaitingStep(pick)
+        if rest is not None:
+            rest()
+        return self._receive(batch, self._wanted)
+
+    @torch.inference_mode()
+    def _pick_allowed(
+        self, batch: Batch, wanted: Wanted, rest: Callable[[], None]
+    ) -> PendingTokens:
+        """Launch what is left of a step, all before it being committed."""
+        allowed = [choice.allowed for choice in batch.sampling]
+        AllowedTokens.look_together([own for own in allowed if own is not None])
+        self._layout.write_masks()
+        rest()
+        return self._receive(batch, wanted, _errors(allowed))
 
     @torch.inference_mode()
     def prepare(self, max_rows: int) -> None:
@@ -196,27 +234,32 @@ class DeviceRunner:
         Others are captured when they are first met, which takes seconds where their kernels are not
         in Triton's cache yet.
         """
-        alone = TailFlags(truncate=True, mixed=False, gated=False)
-        together = TailFlags(truncate=True, mixed=True, gated=True)
+        alone = TailFlags(truncate=True, mixed=False, gated=False, constrained=False)
+        together = TailFlags(truncate=True, mixed=True, gated=True, constrained=False)
         wanted = [rows for rows in BUCKETS if rows <= min(max_rows, len(self._layout.slots))]
         for done, rows in enumerate(wanted):
             log.info("preparing decode steps: %d of %d", done, len(wanted))
             for flags in (alone, together) if rows > 1 else (alone,):
-                self._graphs.prepare(*self._step(rows, flags))
+                self._graphs.prepare(*self._step(flags, rows))
+        if wanted:
+            # So that all kernels of a step in halves are compiled.
+            self._graphs.prepare(*self._reading(wanted[0]))
+            self._graphs.prepare(*self._picking(replace(alone, constrained=True), wanted[0]))
 
     @torch.inference_mode()
     def replay(self) -> None:
         """Do the last decode step again, for measurements: its answers get one more token."""
-        self._decode(self._layout.num_rows, self._layout.flags)
+        self._run(functools.partial(self._step, self._layout.flags), self._layout.num_rows)
 
-    def _pick(self, logits: Tensor, flags: TailFlags, num_groups: int) -> None:
+    def _head_and_pick(self, hidden: Tensor, flags: TailFlags, num_groups: int) -> None:
         self._tail(
-            logits,
+            self._model.head(hidden),
             self._layout.inputs,
             self._layout.outputs,
             truncate=flags.truncate,
             mixed=flags.mixed,
             gated=flags.gated,
+            constrained=flags.constrained,
             num_groups=num_groups,
         )
 
@@ -234,25 +277,27 @@ class DeviceRunner:
         token_ids = self._layout.token_ids[: len(slots)]
         return self._rows.read_beside(batch.chunks, scored, token_ids, slots)
 
-    def _receive(self, batch: Batch) -> PendingTokens:
+    def _receive(
+        self, batch: Batch, wanted: Wanted, errors: Mapping[int, MRSSError] | None = None
+    ) -> PendingTokens:
         """Ask for the step's tokens, and mark the moment when they have arrived."""
         count = len(batch.sampling)
         outputs = self._layout.outputs
         # First, as it may fail: a step that does takes no memory from those under way.
-        top = self._likeliest(batch, outputs)
+        top = self._likeliest(batch, wanted, outputs)
         received = next(self._received)
         received.ids[:count].copy_(outputs.ids[:count], non_blocking=True)
-        if self._wanted.log_probs:
+        if wanted.log_probs:
             received.log_probs[:count].copy_(outputs.log_probs[:count], non_blocking=True)
         arrived = None
         if self._is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        return _PendingStep(batch, received, self._wanted, top, arrived)
+        return PendingStep(batch, received, wanted, top, arrived, errors or {})
 
-    def _likeliest(self, batch: Batch, outputs: TailOutputs) -> _TopTokens | None:
+    def _likeliest(self, batch: Batch, wanted: Wanted, outputs: TailOutputs) -> TopTokens | None:
         """Rank the tokens of the answers that want the likeliest ones reported."""
-        places = self._wanted.top
+        places = wanted.top
         if not places:
             return None
         samplings = [batch.sampling[g].owner.request.sampling for g in places]
@@ -260,43 +305,13 @@ class DeviceRunner:
         index = torch.tensor(places, pin_memory=self._is_cuda).to(self._device, non_blocking=True)
         log_probs = outputs.merged.index_select(0, index).log_softmax(-1)
         values, ids = rank_tokens(log_probs, most)
-        return _TopTokens(places, _to_host(values), _to_host(ids))
+        return TopTokens(places, to_host(values), to_host(ids))
 
 
-@dataclass(frozen=True)
-class _PendingStep:
-    """A step whose tokens are on their way to the host."""
-
-    batch: Batch
-    received: _Received
-    wanted: _Wanted
-    top: _TopTokens | None
-    arrived: torch.cuda.Event | None
-
-    def picked(self) -> list[Picked]:
-        """Wait for the step; return one for each answer of `Batch.sampling`."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        count = len(self.batch.sampling)
-        ids: list[int] = self.received.ids[:count].tolist()
-        picked = [Picked(token if token >= 0 else None) for token in ids]
-        if not self.wanted.log_probs:
-            return picked
-        log_probs: list[float] = self.received.log_probs[:count].tolist()
-        for g in self.wanted.log_probs:
-            if ids[g] >= 0:
-                picked[g] = Picked(ids[g], log_probs[g])
-        if self.top is not None:
-            for n, g in enumerate(self.top.places):
-                if ids[g] >= 0:
-                    picked[g] = Picked(ids[g], log_probs[g], self._top_of(n, g))
-        return picked
-
-    def _top_of(self, n: int, g: int) -> tuple[tuple[int, float], ...]:
-        assert self.top is not None
-        count = self.batch.sampling[g].owner.request.sampling.top_logprobs or 0
-        best = zip(self.top.ids[n].tolist(), self.top.values[n].tolist(), strict=True)
-        return tuple((i, value) for i, value in best if value > -torch.inf)[:count]
+def _errors(allowed: Sequence[AllowedTokens | None]) -> dict[int, MRSSError]:
+    """Return by their places what ends answers that a grammar leaves no token."""
+    errors = {g: own.error for g, own in enumerate(allowed) if own is not None}
+    return {g: error for g, error in errors.items() if error is not None}
 
 
 def _is_fused(batch: Batch) -> bool:
@@ -318,11 +333,3 @@ def _seats(batch: Batch) -> tuple[list[Seat], int]:
             seats += [Seat(choice, row, tuple(choice.slots)) for choice in choices]
             row += chunk.running.request.mixture.rows
     return seats, row
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """Copy to host memory, not waiting for it on CUDA."""
-    if tensor.device.type == "cpu":
-        return tensor
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return out.copy_(tensor, non_blocking=True)

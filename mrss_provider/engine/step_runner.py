@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 class PendingTokens(Protocol):
     """The tokens of a step that was launched."""
 
+    def go_on(self) -> object:
+        """Launch what is left of the step, if anything; all steps before are committed.
+
+        Raises:
+            Exception: what it met; `picked` raises it again.
+        """
+        ...
+
     def picked(self) -> list[Picked]:
         """Wait for the step; return one for each answer of `Batch.sampling`."""
         ...
@@ -48,7 +56,10 @@ class StepRunner(Protocol):
         ...
 
     def launch(self, batch: Batch) -> PendingTokens:
-        """Begin a step; the states of all its rows move on by what they read."""
+        """Begin a step; the states of all its rows move on by what they read.
+
+        The step before has gone on (`PendingTokens.go_on`).
+        """
         ...
 
     def forget(self) -> None:
@@ -61,6 +72,9 @@ class ReadyTokens:
     """Tokens that are there already."""
 
     tokens: list[Picked]
+
+    def go_on(self) -> None:
+        """Do nothing: nothing is left."""
 
     def picked(self) -> list[Picked]:
         """Return them."""

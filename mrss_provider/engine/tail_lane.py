@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mrss_kernels.tail_tensors import FLOAT_FIELDS, GATES, INT_FIELDS, ORDERS, RULES
+from mrss_kernels.tail_tensors import FLOAT_FIELDS, GATES, INT_FIELDS, MAX_ENDS, ORDERS, RULES
 from numpy.typing import NDArray
 
 from mrss_provider.engine.batch import Choice
@@ -31,7 +31,7 @@ def is_fused(choice: Choice) -> bool:
     request = choice.owner.request
     if request.trace or request.forced or choice.is_heard or choice.is_probed:
         return False
-    if choice.allowed is not None:
+    if choice.allowed is not None and len(choice.allowed.end_ids) > MAX_ENDS:
         return False
     mixture = choice.mixture
     if mixture.rows == 1:
@@ -46,6 +46,7 @@ class TailFlags:
     truncate: bool
     mixed: bool
     gated: bool
+    constrained: bool
 
 
 @dataclass(eq=False)
@@ -101,6 +102,7 @@ def make_lane(seat: Seat, count_row: int, bias_row: int, gate_row: int) -> Lane:
         "count_row": count_row,
         "bias_row": bias_row,
         "gate_row": gate_row,
+        "allowed_row": -1,
     }
     floats = {
         "cut": mixture.cut,
@@ -125,6 +127,7 @@ def make_lane(seat: Seat, count_row: int, bias_row: int, gate_row: int) -> Lane:
             truncate=bool(sampling.top_k) or sampling.top_p < 1.0 or sampling.min_p > 0.0,
             mixed=rows > 1,
             gated=rows > 1 and tail_gate(mixture.gate) != "fixed",
+            constrained=choice.allowed is not None,
         ),
         count_row=count_row,
         bias_row=bias_row,

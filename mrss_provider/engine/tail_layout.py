@@ -20,11 +20,13 @@ from mrss_kernels.tail_tensors import (
     SEEN,
     TailInputs,
     TailOutputs,
+    no_masks,
 )
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mrss_provider.engine.batch import Choice
+from mrss_provider.engine.constraint import AllowedTokens
 from mrss_provider.engine.gate_table import GateTable
 from mrss_provider.engine.gates import Learned
 from mrss_provider.engine.logits_processors import Bias, Occurrences
@@ -100,12 +102,16 @@ class TailLayout:
             bias=empty,
             banned=banned,
             gates=self._gates.rows,
+            allowed=no_masks(max_rows, vocab_size, device=device),
         )
+        # One is enough: when masks are written, the step that had the last ones is over.
+        self._masks = no_masks(max_rows, vocab_size, pin_memory=self._is_cuda)
+        self._constrained: list[AllowedTokens] = []
         self.outputs = TailOutputs.allocate(
             self.token_ids, max_rows, max_rows, vocab_size, max_rows=max_rows_per_request
         )
         self.num_rows = 0
-        self.flags = TailFlags(truncate=False, mixed=False, gated=False)
+        self.flags = TailFlags(False, False, False, False)
         self._seats: list[Seat] = []
         self._weights: list[tuple[float, ...]] = []
         self._lanes: dict[Choice, Lane] = {}
@@ -146,6 +152,7 @@ class TailLayout:
         staged = self._next_staged()
         staged["slots"].fill(-1)
         staged["ints"].fill(0)
+        constrained: dict[int, AllowedTokens] = {}
         row_of: dict[Choice, int] = {}
         row = 0
         for g, seat in enumerate(seats):
@@ -158,6 +165,10 @@ class TailLayout:
             ints[_INT_AT["next_row"]] = row
             # `num_planned` counts the step to come; its random number does not.
             ints[_INT_AT["position"]] = choice.num_planned - 1
+            # Answers that share rows share their mask, which is applied once.
+            if choice.allowed is not None and seat.first_row not in constrained:
+                ints[_INT_AT["allowed_row"]] = len(constrained)
+                constrained[seat.first_row] = choice.allowed
             staged["floats"][:, g] = lane.floats
             staged["seeds"][g] = lane.seed
             staged["slots"][row : row + rows] = seat.slots
@@ -172,14 +183,23 @@ class TailLayout:
         moved = self.token_ids[source.clamp_min(0)]
         self.token_ids[:row] = torch.where(source < 0, self._device.tensors["tokens"][:row], moved)
         self._seats, self._row_of, self.num_rows = list(seats), row_of, row
+        self._constrained = list(constrained.values())
         lanes = [self._lanes[seat.choice].flags for seat in seats]
         self.flags = TailFlags(
             truncate=any(flags.truncate for flags in lanes),
             mixed=any(flags.mixed for flags in lanes),
             gated=any(flags.gated for flags in lanes),
+            constrained=bool(constrained),
         )
         grown, self._has_grown = self._has_grown, False
         return grown
+
+    def write_masks(self) -> None:
+        """Upload what the grammars of the step's answers leave; they have looked for it."""
+        count = len(self._constrained)
+        for row, allowed in zip(self._masks[:count].numpy(), self._constrained, strict=True):
+            allowed.pack(row)
+        self.inputs.allowed[:count].copy_(self._masks[:count], non_blocking=True)
 
     @contextlib.contextmanager
     def all_padding(self) -> Iterator[None]:

@@ -2,13 +2,15 @@ import asyncio
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import FakeBackend, text
 
-from mrss_provider.backend import Delta, GenerateRequest, Message
-from mrss_provider.cli.chat import Conversation, chat
-from mrss_provider.cli.output import printable
+from mrss_provider.backend import Delta, GenerateRequest, Grammar, Message
+from mrss_provider.cli.chat import Conversation, chat, read_grammar
+from mrss_provider.cli.output import CommandError, printable
 from mrss_provider.errors import InvalidRequestError, QueueFullError
 from mrss_provider.mixture import GATES, MERGES
 from mrss_provider.sampling_params import SamplingParams
@@ -116,8 +118,10 @@ def test_commands_change_the_next_request(
 ) -> None:
     backend = FakeBackend()
     lines = "/weights tone=0.9\n/weights knowledge=0.5\n/merge linear\n/gate fixed\nHi\n"
-    _say(talk, backend, runner, monkeypatch, lines + "/weights off\n/merge off\n/gate off\nHi\n")
+    lines = "/reinject turn\n" + lines + "/weights off\n/merge off\n/gate off\n/reinject off\nHi\n"
+    _say(talk, backend, runner, monkeypatch, lines)
     first, second = backend.requests
+    assert (first.mixture.reinject, second.mixture.reinject) == ("turn", None)
     assert first.mixture.weights == {"tone": 0.9, "knowledge": 0.5}
     assert (first.mixture.merge, first.mixture.gate) == ("linear", "fixed")
     assert second.mixture.weights is None
@@ -142,6 +146,7 @@ def test_reset_forgets_the_turns_and_model_changes_the_name(
         ("/gate none", f"gate must be one of {', '.join(GATES)}, got 'none'"),
         ("/gate posterior 0.05", f"gate must be one of {', '.join(GATES)}, got 'posterior 0.05'"),
         ("/merge power:2 fixed", "bad merge 'power:2 fixed' at position 7: unexpected ' '"),
+        ("/reinject always", "/reinject takes never, turn or off, got 'always'"),
         ("/weights tone", "a weight is written name=number"),
         ("/weights tone=inf", "weights: a weight must be finite"),
     ],
@@ -208,3 +213,37 @@ def test_ctrl_c_twice_at_the_prompt_leaves(
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
     assert printable("a\x1b[31m\tb\nc\r\x9bd é") == "a[31m\tb\ncd é"
+
+
+def test_a_schema_or_an_expression_goes_with_every_request(
+    talk: Conversation,
+    runner: asyncio.Runner,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "integer"}', encoding="utf-8")
+    talk.grammar = read_grammar(file, None)
+    backend = FakeBackend([replace(text("12"), finish_reason="length")])
+    chat(talk, backend, runner, message="How many?", as_json=False)
+    assert backend.requests[0].grammar == Grammar(
+        "json_schema", '{"type": "integer"}', "--json-schema"
+    )
+    out, err = capsys.readouterr()
+    assert (out, "need not conform" in err) == ("12\n", True)
+    assert read_grammar(None, "a+") == Grammar("regex", "a+", "--regex")
+    assert read_grammar(None, None) is None
+
+
+def test_what_is_no_schema_or_no_expression_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    for content, told in (("[1", "is no JSON"), ("[1]", "which is an object, got list")):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(CommandError, match=told):
+            read_grammar(file, None)
+    with pytest.raises(CommandError, match="cannot be read"):
+        read_grammar(tmp_path / "nothing", None)
+    with pytest.raises(CommandError, match="not empty"):
+        read_grammar(None, "")
+    with pytest.raises(CommandError, match="one thing"):
+        read_grammar(file, "a")

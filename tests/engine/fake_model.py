@@ -60,6 +60,9 @@ class FakePool:
         else:
             self.hidden[slot] = torch.zeros(SIZE) if state is None else state.vector
 
+    def reinject(self, slot: int, base_slot: int, state: FakeState) -> None:
+        self.hidden[slot] = self.hidden[base_slot] + state.vector
+
     def snapshot(self, slot: int) -> StateSnapshot:
         return StateSnapshot(self.hidden[slot].clone(), torch.zeros(1), torch.zeros(1))
 

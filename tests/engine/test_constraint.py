@@ -28,6 +28,14 @@ SAMPLINGS = [
 ]
 
 
+def met(constraint, words):
+    try:
+        constraint.fill_mask(words)
+    except InvalidRequestError as exc:
+        return exc
+    return None
+
+
 class Cycle:
     """A constraint: token `i` of an answer is one of `sets[i]`; behind them it may only end."""
 
@@ -44,6 +52,9 @@ class Cycle:
 
     def fill_mask(self, words):
         words[:] = mask_of(list(self.sets[self.at]), len(words))
+
+    def fill_masks(self, together, masks):
+        return [met(one, words) for one, words in zip(together, masks, strict=True)]
 
     def advance(self, token_id):
         assert token_id in self.sets[self.at]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrss_kernels import draw_token, gate_rows, merge_rows
+from mrss_kernels import allowed_tokens, draw_token, gate_rows, merge_rows
 
 FLOATS = (
     "p_logits p_floats p_named p_gates p_bias p_counts p_part_max p_part_mass p_parts p_row_max "
@@ -13,7 +13,7 @@ FLOATS = (
 )
 INTS = (
     "p_ints p_rule p_arrived p_best_id p_cell p_level_mass p_level_count p_least_cell p_offset "
-    "p_count p_num_candidates p_candidate_ids p_bracket p_num_undecided"
+    "p_count p_num_candidates p_candidate_ids p_bracket p_num_undecided p_allowed"
 )
 TYPES = dict.fromkeys(FLOATS.split(), "*fp32")
 TYPES |= dict.fromkeys(INTS.split(), "*i32")
@@ -36,10 +36,12 @@ def _cases(
     gate = {**padded, "KT": 8192 // block, "KB": 32}
     pick = {**padded, "PAIRS": 256, "FEW": 64, "WIDTH": 8, "TILE": 1024}
     find = {**sizes, "PAIRS": 256, "CHUNK": 1024}
+    allow = {"V": vocab, "BLOCK": block, "PDL": True}
     warps = block // 128
     stats, gates = gate_rows.row_stats_kernel, gate_rows.gate_kernel
     merge, draw = merge_rows.merge_rows_kernel, draw_token.draw_token_kernel
     found: list[tuple[str, Any, dict[str, Any], int]] = [
+        ("allow_tokens_kernel", allowed_tokens.allow_tokens_kernel, allow, warps),
         ("row_stats_kernel", stats, gate, warps),
         ("gate_kernel", gates, gate | {"KL": 4096 // block}, warps),
         ("find_candidates_kernel", draw_token.find_candidates_kernel, find, 4),
@@ -59,7 +61,7 @@ def _cases(
                 )
             )
     # Other sizes: the variants that need most registers are enough.
-    largest = ("row_stats", "gate", "merge_rows_kernel truncated mixed", "draw", "find")
+    largest = ("allow", "row_stats", "gate", "merge_rows_kernel truncated mixed", "draw", "find")
     if vocab != SIZES[0][0]:
         found = [one for one in found if one[0].startswith(largest) and "whole" not in one[0]]
     return [
