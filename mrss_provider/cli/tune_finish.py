@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -135,7 +136,8 @@ def _gaps(
             bench.weights, imitation, result, lines[:_GAP_LINES], max_len=config.max_len, seed=0
         )
         found = asdict(gap) | {"kl": gap.kl.mean, "low": gap.kl.low, "high": gap.kl.high}
-        return {key: round(value, 5) for key, value in found.items()}
+        # The ends of an interval of few texts are infinite, which JSON has no number for.
+        return {key: round(value, 5) for key, value in found.items() if math.isfinite(value)}
 
     seen, unseen = bench.parts
     return {"seen": measured(seen), "unseen": measured(unseen)}

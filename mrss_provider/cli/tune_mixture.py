@@ -65,8 +65,15 @@ def imitation_of(engine: EngineConfig, name: str, weights: Weights) -> Imitation
     """Return the loss of a state that imitates the mixture `name`.
 
     Raises:
-        MRSSError: no such mixture, or one whose gate depends on what the user wrote.
+        MRSSError: no such mixture, or one whose rows depend on more than the tokens: its gate
+            on what the user wrote, or its states on where turns begin.
     """
     library = StateLibrary(engine.states, read_config(engine.model), strict=engine.strict)
     mixture = library.resolve(name)
+    if mixture.reinject != "never":
+        raise InvalidRequestError(
+            f"a state imitates mixtures without reinject, got {name!r}, which has reinject "
+            f"{mixture.reinject!r}; name its terms instead",
+            param="distill",
+        )
     return Imitation(weights, mixture, make_merge(mixture.merge), gate_of(mixture))

@@ -150,9 +150,10 @@ def show_summary(summary: dict[str, Any]) -> list[str]:
             f"{summary['best_step']}, which is kept"
         )
     for kind, gap in (summary.get("gap") or {}).items():
+        interval = f"[{gap['low']:.4f}, {gap['high']:.4f}] " if "low" in gap else ""
         lines.append(
-            f"gap to the mixture, {kind} prompts: {gap['kl']:.4f} nats a token "
-            f"[{gap['low']:.4f}, {gap['high']:.4f}] (the base: {gap['base']:.4f}), same likeliest "
-            f"token {gap['agreement']:.1%}, {gap['prompts']} prompts"
+            f"gap to the mixture, {kind} prompts: {gap['kl']:.4f} nats a token {interval}"
+            f"(the base: {gap['base']:.4f}), same likeliest token {gap['agreement']:.1%}, "
+            f"{gap['prompts']} prompts"
         )
     return lines

@@ -15,9 +15,9 @@ from mrss_provider.sampling_params import SamplingParams
 from mrss_provider.tokenizer import Tokenizer
 from mrss_provider.tune.chats import Line, chat_example
 from mrss_provider.tune.config import TuneResult
-from mrss_provider.tune.examples import Example, make_batch
+from mrss_provider.tune.examples import Batch, Example, make_batch
 from mrss_provider.tune.gate_report import Interval, bootstrap
-from mrss_provider.tune.network import Shape, Weights, base_state, forward, logits, start_state
+from mrss_provider.tune.network import Weights, base_state, logits, read_rows
 from mrss_provider.tune.token_loss import Imitation
 
 MAX_ANSWERS_AT_ONCE = 8
@@ -161,8 +161,8 @@ def measure_gap(
         part = lines[start : start + _EXAMPLES_A_PASS]
         batch = make_batch([line.example for line in part], max_len, device)
         merged = imitation.merged(batch, batch.answer)
-        own = _logits(weights, batch.inputs, batch.answer, result.wkv, result.time_offset)
-        untuned = _logits(weights, batch.inputs, batch.answer, base, None)
+        own = _logits(weights, batch, result.wkv, result.time_offset)
+        untuned = _logits(weights, batch, base, None)
         kls.append(_divergence(merged, own))
         bases.append(_divergence(merged, untuned))
         same.append(merged.argmax(-1) == own.argmax(-1))
@@ -182,16 +182,13 @@ def measure_gap(
 
 
 @torch.no_grad()
-def _logits(
-    weights: Weights, inputs: Tensor, mask: Tensor, wkv: Tensor, offset: Tensor | None
-) -> Tensor:
-    rows = wkv.to(inputs.device).expand(len(inputs), *wkv.shape)
-    start = start_state(Shape.of(weights), rows, weights["emb.weight"].dtype)
-    offsets = None
-    if offset is not None:
-        offsets = offset.to(inputs.device).expand(len(inputs), *offset.shape)
-    hidden, _ = forward(weights, inputs, start, offsets=offsets)
-    return logits(weights, hidden[mask])
+def _logits(weights: Weights, batch: Batch, wkv: Tensor, offset: Tensor | None) -> Tensor:
+    """Return logits [M, V] of a batch's answers, read from a state."""
+    count, device = len(batch.lengths), batch.inputs.device
+    rows = wkv.to(device).expand(count, *wkv.shape)
+    offsets = None if offset is None else offset.to(device).expand(count, *offset.shape)
+    hidden = read_rows(weights, batch.inputs, batch.lengths, rows, offsets=offsets)
+    return logits(weights, hidden[batch.answer])
 
 
 def _divergence(merged: Tensor, own: Tensor) -> Tensor:

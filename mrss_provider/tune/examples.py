@@ -86,6 +86,7 @@ class Batch:
         answer: [B, T] bool, of the targets.
         fact: [B, T] bool, of the targets.
         real: [B, T] bool, false on padding.
+        lengths: on the host, how many are real in each row.
     """
 
     inputs: Tensor
@@ -93,20 +94,21 @@ class Batch:
     answer: Tensor
     fact: Tensor
     real: Tensor
+    lengths: tuple[int, ...]
 
 
 def make_batch(examples: Sequence[Example], max_len: int, device: torch.device) -> Batch:
-    """Pad `examples`, cut after `max_len` tokens, to one length that is a multiple of 16."""
+    """Pad `examples`, cut after `max_len` tokens, to the length of the longest."""
     longest = min(max_len, max(len(example.token_ids) for example in examples) - 1)
-    width = -(-longest // 16) * 16
-    ids = torch.zeros(len(examples), width + 1, dtype=torch.int64)
-    flags = torch.zeros(3, len(examples), width + 1, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        size = min(len(example.token_ids), longest + 1)
+    ids = torch.zeros(len(examples), longest + 1, dtype=torch.int64)
+    flags = torch.zeros(3, len(examples), longest + 1, dtype=torch.bool)
+    sizes = [min(len(example.token_ids), longest + 1) for example in examples]
+    for row, (example, size) in enumerate(zip(examples, sizes, strict=True)):
         ids[row, :size] = torch.tensor(example.token_ids[:size])
         flags[0, row, :size] = torch.tensor(example.answer[:size])
         flags[1, row, :size] = torch.tensor(example.fact[:size])
         flags[2, row, :size] = True
     ids, flags = ids.to(device), flags.to(device)
     answer, fact, real = flags[:, :, 1:]
-    return Batch(ids[:, :-1], ids[:, 1:], answer, fact, real)
+    lengths = tuple(max(0, size - 1) for size in sizes)
+    return Batch(ids[:, :-1], ids[:, 1:], answer, fact, real, lengths)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from mrss_provider.engine.gate_file import SHAPES
 from mrss_provider.engine.gating_layer import FEATURES, fold, scores
+from mrss_provider.resampling import Sample, judge
 from mrss_provider.tune.gate_data import GateData
 from mrss_provider.tune.gate_training import gated_log_probs
 
 NOVELTY_TEMPERATURE = 0.3
 """What `novelty` has unless a request says another one."""
-
-RESAMPLES = 2000
 
 _EM_STEPS = 500
 _DIVERGENCE = FEATURES.index("kl_to_base")
@@ -96,7 +95,9 @@ def best_fixed_weights(data: GateData) -> Tensor:
 
 
 def bootstrap(values: Tensor, document: Tensor, *, seed: int) -> Interval:
-    """Return the mean of `values` [T] and its interval, from texts drawn with replacement.
+    """Return the mean of `values` [T] and its interval, as `resampling` makes it of whole texts.
+
+    It is infinite for fewer than six texts, which tell nothing at 95 %.
 
     Args:
         values: fp64, one a token.
@@ -107,7 +108,5 @@ def bootstrap(values: Tensor, document: Tensor, *, seed: int) -> Interval:
     num = int(index.max()) + 1
     sums = torch.zeros(num, dtype=torch.float64).index_add_(0, index, values)
     counts = torch.zeros(num, dtype=torch.float64).index_add_(0, index, torch.ones_like(values))
-    drawn = torch.randint(num, (RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), low, high)
+    found = judge(Sample(sums.numpy(), counts.numpy()), seed)
+    return Interval(found.mean, *found.interval(0.95))

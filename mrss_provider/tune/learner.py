@@ -5,17 +5,19 @@ The model's weights stay as they are. Every number that decides the next step is
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.model.memory import forget_frames, lacked_memory
 from mrss_provider.tune.config import TuneConfig
 from mrss_provider.tune.examples import Batch, Example, make_batch
-from mrss_provider.tune.network import Shape, Weights, base_state, forward, logits, start_state
+from mrss_provider.tune.network import Shape, Weights, base_state, logits, read_rows
 from mrss_provider.tune.token_loss import TokenLoss, nll
 
 ADAM_BETAS = (0.9, 0.99)
@@ -107,11 +109,15 @@ class Learner:
             batches: one a job; examples are cut to the job's `max_len`.
 
         Raises:
-            InvalidRequestError: a batch without a token to learn, unless that is allowed.
+            InvalidRequestError: a batch without a token to learn, unless that is allowed, or one
+                that the device has no memory for.
         """
-        losses = self._sums(*self._batch(batches)).loss()
         parameters = [p for p in (self.states, self.offsets) if p is not None]
-        grads = torch.autograd.grad(losses.sum(), [p.values for p in parameters], allow_unused=True)
+        with self._told_of_memory(batches):
+            losses = self._sums(*self._batch(batches)).loss()
+            grads = torch.autograd.grad(
+                losses.sum(), [p.values for p in parameters], allow_unused=True
+            )
         values: list[float] = losses.tolist()
         clips = [config.grad_clip for config in self.configs]
         rates = [
@@ -138,10 +144,16 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Sequence[Example]]) -> list[float]:
-        """Return every job's loss [R] on the same examples, over all of their tokens."""
+        """Return every job's loss [R] on the same examples, over all of their tokens.
+
+        Raises:
+            InvalidRequestError: the device has no memory for a batch.
+        """
         total: _Sums | None = None
         for examples in batches:
-            sums = self._sums(*self._batch([examples] * len(self.configs)))
+            same = [examples] * len(self.configs)
+            with self._told_of_memory(same):
+                sums = self._sums(*self._batch(same))
             total = sums if total is None else _Sums(
                 total.learnt + sums.learnt, total.num_learnt + sums.num_learnt,
                 total.kept + sums.kept, total.num_kept + sums.num_kept,
@@ -192,12 +204,32 @@ class Learner:
         jobs = torch.arange(len(batches), device=self.device).repeat_interleave(counts)
         return make_batch(cut, longest, self.device), jobs
 
+    @contextlib.contextmanager
+    def _told_of_memory(self, batches: Sequence[Sequence[Example]]) -> Iterator[None]:
+        """Say which batch has no room on the device, if one has none."""
+        try:
+            yield
+        except Exception as error:
+            if not lacked_memory(error):
+                raise
+            # Whoever tries a smaller batch is to have the memory of this one.
+            forget_frames(error)
+            sizes = [
+                min(len(example.token_ids), config.max_len)
+                for config, examples in zip(self.configs, batches, strict=True)
+                for example in examples
+            ]
+            raise InvalidRequestError(
+                f"the device has no memory for a batch of {len(sizes)} examples of up to "
+                f"{max(sizes)} tokens; lower --batch-size or --max-len",
+                param="batch_size",
+            ) from error
+
     def _sums(self, batch: Batch, job_of_row: Tensor) -> _Sums:
         """Return what each job pays for a batch, differentiable in the states and offsets."""
-        dtype = self.weights["emb.weight"].dtype
-        start = start_state(self.shape, self.states.values[job_of_row], dtype)
+        wkv = self.states.values[job_of_row]
         offsets = None if self.offsets is None else self.offsets.values[job_of_row]
-        hidden, _ = forward(self.weights, batch.inputs, start, offsets=offsets)
+        hidden = read_rows(self.weights, batch.inputs, batch.lengths, wkv, offsets=offsets)
 
         on_all = self._per_row([float(c.loss_on == "all") for c in self.configs], job_of_row)
         locality = self._per_row([c.locality for c in self.configs], job_of_row)[:, None]
@@ -219,9 +251,9 @@ class Learner:
         if not bool(rows.any()):
             return hidden.new_zeros(0, dtype=torch.float32)
         with torch.no_grad():
-            states = self.base.expand(int(rows.sum()), *self.base.shape)
-            start = start_state(self.shape, states, hidden.dtype)
-            base_hidden, _ = forward(self.weights, batch.inputs[rows], start)
+            lengths = [n for n, read in zip(batch.lengths, rows.tolist(), strict=True) if read]
+            states = self.base.expand(len(lengths), *self.base.shape)
+            base_hidden = read_rows(self.weights, batch.inputs[rows], lengths, states)
             base = logits(self.weights, base_hidden[kept[rows]]).log_softmax(-1)
         own = logits(self.weights, hidden[kept]).log_softmax(-1)
         return (base.exp() * (base - own)).sum(-1)

@@ -5,7 +5,7 @@ It reads the same tensors that the engine serves. Nothing here knows text or fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrss_provider.tune import rwkv6, rwkv7
+from mrss_provider.tune.packing import Packing
+from mrss_provider.tune.rwkv7 import embed, layer_norm
 from mrss_provider.tune.wkv import Backend
 
 Weights = Mapping[str, Tensor]
-
-EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,11 @@ def forward(
     layer = rwkv6 if version(weights) == 6 else rwkv7
     by_layer = [None] * num_layers if offsets is None else offsets.unbind(1)
     after = RowState([], [], [])
-    x = F.embedding(token_ids, weights["emb.weight"]).float()
-    if "blocks.0.ln0.weight" in weights:
-        x = _layer_norm(x, weights, "blocks.0.ln0").float()
+    x = embed(weights, token_ids)
     v_first: Tensor | None = None
     for i in range(num_layers):
         block = f"blocks.{i}."
-        h = _layer_norm(x, weights, block + "ln1")
+        h = layer_norm(x, weights, block + "ln1")
         shift, wkv, offset = state.shift_att[i], state.wkv[i], by_layer[i]
         out, v_first, wkv = layer.time_mix(
             weights, block + "att.", h, shift, v_first, wkv, offset, backend
@@ -126,19 +124,57 @@ def forward(
         x = x + out
         after.wkv.append(wkv)
         after.shift_att.append(h[:, -1])
-        h = _layer_norm(x, weights, block + "ln2")
+        h = layer_norm(x, weights, block + "ln2")
         x = x + layer.channel_mix(weights, block + "ffn.", h, state.shift_ffn[i])
         after.shift_ffn.append(h[:, -1])
-    return _layer_norm(x, weights, "ln_out"), after
+    return layer_norm(x, weights, "ln_out"), after
+
+
+def read_rows(
+    weights: Weights,
+    token_ids: Tensor,
+    lengths: Sequence[int],
+    wkv: Tensor,
+    *,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Run B padded rows from the beginning, with frozen weights.
+
+    RWKV-7 in 16 bits on CUDA packs the rows, so that padding costs nothing, and runs fused kernels;
+    the others are `forward`.
+
+    Args:
+        weights: as `forward` takes them; they get no gradient.
+        token_ids: [B, T] int64.
+        lengths: tokens of each row; padding follows them.
+        wkv: where each row begins, [B, L, H, N, N] fp32; the token shifts are zeros.
+        offsets: as `forward` takes them.
+
+    Returns:
+        hidden [B, T, C]; on the padding it means nothing.
+    """
+    if packs_rows(weights):
+        # Its kernels need Triton, which the other forms do without.
+        from mrss_provider.tune.packed7 import forward_packed
+
+        packing = Packing.of(lengths, token_ids.shape[1], token_ids.device)
+        hidden = forward_packed(weights, packing.pack(token_ids), packing, wkv, offsets=offsets)
+        return packing.unpack(hidden, token_ids.shape[1])
+    start = start_state(Shape.of(weights), wkv, weights["emb.weight"].dtype)
+    hidden, _ = forward(weights, token_ids, start, offsets=offsets)
+    return hidden
+
+
+def packs_rows(weights: Weights) -> bool:
+    """Tell whether `read_rows` packs its rows for these weights."""
+    emb = weights["emb.weight"]
+    if not emb.is_cuda or emb.dtype == torch.float32 or version(weights) != 7:
+        return False
+    head_size = Shape.of(weights).head_size
+    # What the kernels are built for.
+    return 16 <= head_size <= 256 and head_size.bit_count() == 1
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
     """Return fp32 logits [..., V] of hidden [..., C]."""
     return F.linear(hidden, weights["head.weight"]).float()
-
-
-def _layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    """LayerNorm of fp32 `x` with fp32 statistics; the result has the weights' dtype."""
-    weight, bias = weights[name + ".weight"], weights[name + ".bias"]
-    out = F.layer_norm(x, x.shape[-1:], weight.float(), bias.float(), EPS)
-    return out.to(weight.dtype)

@@ -13,7 +13,23 @@ from mrss_provider.tune.wkv import Backend, wkv7
 LOG_DECAY_SCALE = -0.606530659712633
 """-exp(-0.5): the log decay is this times a sigmoid."""
 
+LN_EPS = 1e-5
 GROUP_NORM_EPS = 64e-5
+
+
+def embed(weights: Mapping[str, Tensor], token_ids: Tensor) -> Tensor:
+    """Return the residual stream [..., C] fp32 at the beginning; ln0 may be absent."""
+    x = F.embedding(token_ids, weights["emb.weight"]).float()
+    if "blocks.0.ln0.weight" in weights:
+        x = layer_norm(x, weights, "blocks.0.ln0").float()
+    return x
+
+
+def layer_norm(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return LayerNorm of fp32 `x` with fp32 statistics, in the weights' dtype."""
+    weight, bias = weights[name + ".weight"], weights[name + ".bias"]
+    out = F.layer_norm(x, x.shape[-1:], weight.float(), bias.float(), LN_EPS)
+    return out.to(weight.dtype)
 
 
 def time_mix(

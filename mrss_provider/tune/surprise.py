@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrss_provider.tune.chats import Line
 from mrss_provider.tune.examples import make_batch
-from mrss_provider.tune.network import Shape, Weights, base_state, forward, logits, start_state
+from mrss_provider.tune.network import Weights, base_state, logits, read_rows
 
 _EXAMPLES_A_PASS = 8
 
@@ -48,14 +48,13 @@ def mark_surprising(
 @torch.no_grad()
 def _nats(weights: Weights, lines: Sequence[Line], max_len: int) -> list[Tensor]:
     """Return what the base pays for every token of each example, -1 where no answer is."""
-    base, shape = base_state(weights), Shape.of(weights)
+    base = base_state(weights)
     found = []
     for start in range(0, len(lines), _EXAMPLES_A_PASS):
         examples = [line.example for line in lines[start : start + _EXAMPLES_A_PASS]]
         batch = make_batch(examples, max_len, weights["emb.weight"].device)
         rows = base.expand(len(examples), *base.shape)
-        first = start_state(shape, rows, weights["emb.weight"].dtype)
-        hidden, _ = forward(weights, batch.inputs, first)
+        hidden = read_rows(weights, batch.inputs, batch.lengths, rows)
         nats = torch.full(batch.inputs.shape, -1.0, device=hidden.device)
         log_probs = logits(weights, hidden[batch.answer]).log_softmax(-1)
         nats[batch.answer] = -log_probs.gather(-1, batch.targets[batch.answer][:, None])[:, 0]

@@ -18,7 +18,15 @@ from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.model import TunedState
 from mrss_provider.tune.examples import Batch
-from mrss_provider.tune.network import Shape, Weights, base_state, forward, logits, start_state
+from mrss_provider.tune.network import (
+    Shape,
+    Weights,
+    base_state,
+    forward,
+    logits,
+    read_rows,
+    start_state,
+)
 
 
 class TokenLoss(Protocol):
@@ -53,29 +61,35 @@ class FrozenRows:
         """Return [M, K, V] fp32 of the true elements of `mask`, of which every row has read all."""
         rows = mask.any(1)
         inputs, inner = batch.inputs[rows], mask[rows]
-        read = [self._read(state, inputs)[inner] for state in self._states]
+        lengths = [n for n, read in zip(batch.lengths, rows.tolist(), strict=True) if read]
+        read = [self._read(state, inputs, lengths)[inner] for state in self._states]
         return torch.stack([logits(self._weights, hidden) for hidden in read], 1)
 
-    def _read(self, state: TunedState | None, inputs: Tensor) -> Tensor:
+    def _read(self, state: TunedState | None, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
         count, device = len(inputs), inputs.device
         wkv = base_state(self._weights) if state is None else state.wkv.to(device)
-        start = start_state(
-            self._shape, wkv.expand(count, *wkv.shape), self._weights["emb.weight"].dtype
-        )
+        wkv = wkv.expand(count, *wkv.shape)
         offsets = None
-        if state is not None:
-            if state.time_offset is not None:
-                offsets = state.time_offset.to(device).expand(count, -1, -1)
-            for name in ("shift_att", "shift_ffn"):
-                shift = getattr(state, name)
-                if shift is not None:
-                    after = shift.to(device, start.shift_att[0].dtype)
-                    setattr(start, name, [one.expand(count, -1) for one in after])
-            if state.metadata.bos:
-                zeros = torch.zeros_like(inputs[:, :1])
-                _, start = forward(self._weights, zeros, start, offsets=offsets)
+        if state is not None and state.time_offset is not None:
+            offsets = state.time_offset.to(device).expand(count, -1, -1)
+        if state is None or _begins_with_wkv(state):
+            return read_rows(self._weights, inputs, lengths, wkv, offsets=offsets)
+        start = start_state(self._shape, wkv, self._weights["emb.weight"].dtype)
+        for name in ("shift_att", "shift_ffn"):
+            shift = getattr(state, name)
+            if shift is not None:
+                after = shift.to(device, start.shift_att[0].dtype)
+                setattr(start, name, [one.expand(count, -1) for one in after])
+        if state.metadata.bos:
+            zeros = torch.zeros_like(inputs[:, :1])
+            _, start = forward(self._weights, zeros, start, offsets=offsets)
         hidden, _ = forward(self._weights, inputs, start, offsets=offsets)
         return hidden
+
+
+def _begins_with_wkv(state: TunedState) -> bool:
+    """Tell whether a row of `state` begins with zero token shifts and no token before the text."""
+    return state.shift_att is None and state.shift_ffn is None and not state.metadata.bos
 
 
 class Beside:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrss_provider.tune.wkv import CHUNK_LEN, Backend, to_chunks
+from mrss_provider.tune.wkv import CHUNK_LEN, Backend, to_chunks, trim_fla
 
 
 def wkv6(
@@ -42,6 +42,7 @@ def wkv6(
     if backend == "fla" or (backend == "auto" and fits_fla):
         from fla.ops.rwkv6 import chunk_rwkv6
 
+        trim_fla(state.shape[-1])
         y, last = chunk_rwkv6(
             r, k, v, w, u, scale=1.0, initial_state=state, output_final_state=True
         )

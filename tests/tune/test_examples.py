@@ -46,9 +46,9 @@ def test_a_batch_shifts_pads_and_cuts():
     long = Example((5, 6, 7, 8, 9), (False, False, True, True, True), (False,) * 4 + (True,))
     short = Example((1, 2), (False, True), (False, False))
     batch = make_batch([long, short], 3, torch.device("cpu"))
-    assert batch.inputs.shape == (2, 16)
-    assert batch.inputs[0, :4].tolist() == [5, 6, 7, 8]
-    assert batch.targets[0, :4].tolist() == [6, 7, 8, 0]
-    assert batch.answer[0, :4].tolist() == [False, True, True, False]
+    assert batch.inputs.tolist() == [[5, 6, 7], [1, 2, 0]]
+    assert batch.targets.tolist() == [[6, 7, 8], [2, 0, 0]]
+    assert batch.answer.tolist() == [[False, True, True], [True, False, False]]
     assert not batch.fact.any()
     assert batch.real.sum(1).tolist() == [3, 1]
+    assert batch.lengths == (3, 1)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from tiny_model import TINY, checkpoint
+from tiny_model import Shape as TinyShape
 
 from mrss_provider.engine.gates import make_gate
 from mrss_provider.engine.merges import Rows, make_merge
@@ -201,10 +202,35 @@ def test_a_gate_that_reads_the_user_is_refused(weights):
         Beside(FrozenRows(weights, [None]), rule, gate, (0.5, 0.5))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_batch_without_room_on_the_device_is_one_sentence(weights, monkeypatch, error):
+    learner = Learner(weights, [config(max_len=4)], [None])
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("mrss_provider.tune.learner.read_rows", full)
+    before = learner.snapshot()
+    for call in (lambda: learner.step(0, HELD_OUT), lambda: learner.evaluate(HELD_OUT)):
+        with pytest.raises(
+            InvalidRequestError, match="2 examples of up to 4 tokens; lower --batch"
+        ):
+            call()
+    assert all(torch.equal(x, before[name]) for name, x in learner.snapshot().items())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("version", [6, 7])
 def test_states_and_offsets_are_learnt_on_cuda_in_bf16(version):
-    tensors = {n: t.to("cuda", torch.bfloat16) for n, t in checkpoint(version).items()}
+    # As many heads as in the other tests on CUDA: fla compiles its kernels for each number.
+    kept = checkpoint(version, TinyShape(hidden_size=256))
+    tensors = {n: t.to("cuda", torch.bfloat16) for n, t in kept.items()}
     learner = Learner(tensors, [config(offsets=True, steps=20)], [None])
     before = learner.evaluate(HELD_OUT)[0]
     for step in range(20):

@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from check_wkv import PREFILL, SLOTS, guarded_pool, vectors
 from mrss_kernels import fla_prefill, reference
-from oracle import DEVICE, INTERPRETED, rms
+from oracle import DEVICE, INTERPRETED, randn, rms
+
+from mrss_provider.tune import wkv
+from mrss_provider.tune.packing import Packing
 
 FLA = {7: fla_prefill.wkv7_prefill, 6: fla_prefill.wkv6_prefill}
 # fla multiplies in the inputs' dtype; this is a few roundings to fp16.
@@ -80,3 +83,22 @@ def test_fla_equals_reference(version) -> None:
     assert rms(pool - exact) <= TOLERANCE * rms(exact)
     others = [s for s in range(SLOTS) if s not in slots]
     assert torch.equal(pool[others], before[others])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("keep", [False, True])
+def test_packed_sequences_and_their_gradients_equal_the_torch_form(keep) -> None:
+    packing = Packing.of((5, 70, 1), 70, torch.device(DEVICE))
+    r, w, k, v, kk, a = vectors(7, 76, torch.float16, seed=3)
+    state = randn(3, *r.shape[1:], r.shape[-1], seed=6)
+    toward = randn(*r.shape, seed=7)
+    found = []
+    for backend, dtype in (("fla", torch.float16), ("torch", torch.float32)):
+        inputs = [x.to(dtype) for x in (r, k, v, -kk, kk * a)]
+        inputs = [inputs[0], w.float(), *inputs[1:], state]
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        y = wkv.wkv7_packed(*leaves, packing, keep=keep, backend=backend)
+        found.append([y.detach(), *torch.autograd.grad((y.float() * toward).sum(), leaves)])
+    for got, wanted in zip(*found, strict=True):
+        assert rms(got.float() - wanted) <= 2 * TOLERANCE * rms(wanted)
