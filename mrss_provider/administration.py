@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from mrss_provider.backend import Reinject
 from mrss_provider.sampling_params import SamplingOrder
 
 StateFormat = Literal["safetensors", "pth", "st"]
@@ -45,6 +46,7 @@ class MixtureSpec:
     merge: str | None = None
     gate: str | None = None
     cut: float | None = None
+    reinject: Reinject | None = None
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
@@ -69,7 +71,8 @@ class ModelOrder:
         path: of the checkpoint, inside the folder of models.
         display_name: what people call it; empty takes the model's own name.
         dtype: of the weights; None keeps the engine's setting.
-        quantize: "none" or "int8", as the engine's option; None keeps the engine's setting.
+        quantize: as the engine's option: "none", "int8", "int4" or "fp8"; None keeps the engine's.
+            setting.
         template: chat template by name; None takes the model's.
         stop: what ends a chat's answer; None takes the template's.
         defaults: of sampling; None takes the model's card.

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import ast
 import codecs
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mrss_provider.errors import InvalidRequestError, ModelFileError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 EOS_ID = 0
 """The end of text, whatever a Hugging Face file says of it."""
 
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
+# Tables by id are as long as the largest; no model has so many rows of logits.
+_MAX_ID = 1 << 24
 # What ast.literal_eval may raise.
 _BAD_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 _PATTERNS = ("vocab.txt", "rwkv_vocab*.txt", "tokenizer.json")
@@ -113,6 +120,35 @@ class Tokenizer:
         """Return the tokens' bytes joined; ids without bytes (0 too) add nothing."""
         return b"".join(self._table.get(token_id, b"") for token_id in token_ids)
 
+    def byte_starts(self, token_ids: Sequence[int]) -> tuple[bytes, NDArray[np.int64]]:
+        """Return what `decode_bytes` does, and before how many of its bytes each token begins.
+
+        For long prompts: some 1.5 ms for 34,000 tokens.
+
+        Args:
+            token_ids: any, N of them.
+
+        Returns:
+            The bytes, and their number before each token [N], int64.
+        """
+        import numpy as np
+
+        pieces, lengths = self._arrays
+        ids = np.fromiter(token_ids, np.int64, len(token_ids))
+        # Ids without an entry are as long as 0, which has none.
+        ids = np.where((ids >= 0) & (ids < len(lengths)), ids, EOS_ID)
+        sizes = lengths[ids]
+        return b"".join(pieces[ids].tolist()), np.cumsum(sizes) - sizes
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[NDArray[np.object_], NDArray[np.int64]]:
+        """The bytes of each id, and how many they are."""
+        import numpy as np
+
+        size = max(self._table, default=EOS_ID) + 1
+        pieces = np.array([self._table.get(i, b"") for i in range(size)], dtype=object)
+        return pieces, np.array([len(piece) for piece in pieces], np.int64)
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the tokens' text; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(token_ids).decode("utf-8", "replace")
@@ -173,12 +209,18 @@ def _read_world(path: Path, text: str) -> dict[int, bytes]:
         table[token_id] = token
     if len(set(table.values())) != len(table):
         raise ModelFileError(f"the vocabulary {path} has two ids for the same bytes")
-    _check_bytes(path, table)
+    _check_table(path, table)
     return table
 
 
-def _check_bytes(path: Path, table: dict[int, bytes]) -> None:
-    """Refuse a vocabulary that cannot encode every text: encoders drop such bytes silently."""
+def _check_table(path: Path, table: dict[int, bytes]) -> None:
+    """Refuse absurd ids, and a vocabulary that cannot encode every text.
+
+    Encoders drop bytes that they do not know silently.
+    """
+    largest = max(table, default=EOS_ID)
+    if largest > _MAX_ID:
+        raise ModelFileError(f"the vocabulary {path} may have ids up to {_MAX_ID}, got {largest}")
     tokens = set(table.values())
     missing = [byte for byte in range(256) if bytes([byte]) not in tokens]
     if missing:
@@ -246,7 +288,7 @@ def _read_huggingface(path: Path, text: str) -> tuple[dict[int, bytes], Callable
     }
     table |= {i: content.encode() for i, content in added.items()}
     table.pop(EOS_ID, None)
-    _check_bytes(path, table)
+    _check_table(path, table)
     return table, lambda text: _encode_huggingface(tokenizer, text)
 
 

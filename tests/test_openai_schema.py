@@ -3,6 +3,7 @@
 import json
 import math
 from array import array
+from dataclasses import replace
 from typing import get_type_hints
 
 import pytest
@@ -81,6 +82,7 @@ options = st.builds(
     gate=st.sampled_from([None, "fixed", "novelty:0.1,2", "schedule:a=0@0,1@9+b=1@3,turns"]),
     cut=st.none() | numbers(0, 1, exclude_max=True),
     trace=st.booleans(),
+    reinject=st.sampled_from([None, "never", "turn"]),
 ) | st.builds(MixtureOptions, gating_weights=st.lists(weights, max_size=4).map(tuple))
 messages = st.lists(
     st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts),
@@ -237,7 +239,7 @@ def test_null_is_as_if_absent():
         ({"mrss": {"given": "x"}, "n": 2}, "n", "left out with mrss.given"),
         ({"mrss": {"given": "x"}, "max_tokens": 5}, "max_tokens", "left out with mrss.given"),
         ({"mrss": {"given": "x"}, "stop": "."}, "stop", "left out with mrss.given"),
-        ({"mrss": {"reinject": "always"}}, "mrss.reinject", "'never'"),
+        ({"mrss": {"reinject": "always"}}, "mrss.reinject", "one of never, turn, got 'always'"),
         ({"mrss": {"merge": "mean"}}, "mrss.merge", "one of linear, geometric, product"),
         ({"mrss": {"gate": 1}}, "mrss.gate", "fixed, schedule, novelty"),
         ({"mrss": {"cut": 1.0}}, "mrss.cut", "[0, 1)"),
@@ -430,12 +432,18 @@ usages = st.builds(Usage, *[st.integers(0, 10**6)] * 3)
 FULL = schema.StreamOptions(stream=True, include_usage=True, include_num_tokens=True)
 
 
+def told_in_chats(delta):
+    """The end of the text, which has no bytes, has no part in a chat's content."""
+    return replace(delta, logprobs=tuple(token for token in delta.logprobs if token.token))
+
+
 @given(st.sampled_from(["chat", "text"]), st.lists(content_deltas, max_size=5), usages)
 def test_deltas_survive_the_wire_and_openai_reads_every_chunk(kind, deltas, usage):
     writer = schema.ChunkWriter(schema.new_head(kind, INFO), FULL)
     sent = [*deltas, Delta(usage=usage)]
     chunks = json.loads(json.dumps([c for delta in sent for c in writer.chunks(delta)]))
-    assert [schema.read_chunk(chunk) for chunk in chunks] == sent
+    expected = [told_in_chats(delta) for delta in sent] if kind == "chat" else sent
+    assert [schema.read_chunk(chunk) for chunk in chunks] == expected
     for chunk in chunks:
         model = ChatCompletionChunk if kind == "chat" else Completion
         # A chunk of a completion may be unfinished, which OpenAI's model of it does not know.
@@ -494,7 +502,7 @@ def test_openai_reads_whole_answers(deltas, usage):
         assert choice.message.content == "".join(delta.text for delta in own)
         assert choice.message.provider_specific_fields == {"mrss": chat_read.mrss}
         entries = choice.logprobs.content if choice.logprobs else []
-        tokens = [token.token for delta in own for token in delta.logprobs]
+        tokens = [token.token for delta in own for token in told_in_chats(delta).logprobs]
         assert [bytes(entry.bytes) for entry in entries] == tokens
     for choice in text_read.choices:
         lengths = choice.logprobs and len(choice.logprobs.tokens)
@@ -568,7 +576,7 @@ def test_admission_survives_the_headers():
 def test_model_lists_survive_the_wire_and_openai_reads_them():
     cards = [
         ModelCard("base", "base", "plain", 5, 4096),
-        ModelCard("a-b", "mixture", "", 0, 0),
+        ModelCard("a-b", "mixture", "", 0, 0, ("tools",), "turn"),
     ]
     body = json.loads(json.dumps(schema.model_list(cards)))
     assert schema.read_model_list(body) == cards

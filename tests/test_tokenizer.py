@@ -128,6 +128,14 @@ def test_an_unfinished_character_shows_only_at_the_end(tiny):
     assert decoder.flush() == "\ufffd"
 
 
+@given(st.lists(st.integers(-1, 70000) | st.integers(0, 300), max_size=30))
+def test_tokens_begin_where_the_bytes_of_those_before_end(world, ids):
+    data, starts = world.byte_starts(ids)
+    assert data == world.decode_bytes(ids)
+    before = [len(world.decode_bytes(ids[:num])) for num in range(len(ids))]
+    assert starts.tolist() == before
+
+
 def test_a_lone_surrogate_is_refused(world, huggingface_file):
     for tokenizer in (world, Tokenizer.load(huggingface_file)):
         with pytest.raises(InvalidRequestError, match=r"lone surrogate '\\ud800' at position 2"):
@@ -181,6 +189,7 @@ ALL_BYTES = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
         (ALL_BYTES + "9 'ab' 2\n", "line 257 .*: id 9 is given twice"),
         (ALL_BYTES + "0 'ab' 2\n", r"line 257 .*: id 0 is not above 0 \(0 is the end of text\)"),
         (ALL_BYTES + "300 'a' 1\n", "has two ids for the same bytes"),
+        (ALL_BYTES + "1000000000 'ab' 2\n", "may have ids up to 16777216, got 1000000000"),
         ("1 'a' 1\n2 'b' 1\n", r"lacks 254 of the 256 single bytes \(first: 0x00\)"),
     ],
 )

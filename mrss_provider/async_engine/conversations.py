@@ -104,6 +104,7 @@ class Conversations:
             seed=engine_request.sampling.seed,
             turn=engine_request.turn,
             messages=request.messages,
+            reinjections=engine_request.reinjections,
         )
         return await asyncio.to_thread(self._put, session, loaded)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mrss_provider.backend import GenerateRequest
-from mrss_provider.chat import ChatTemplate, told_tools, user_spans
+from mrss_provider.chat import ChatTemplate, PromptText, told_tools, user_spans
 from mrss_provider.engine.request import MAX_EVIDENCE, ResolvedMixture
 from mrss_provider.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def reads_prompt(mixture: ResolvedMixture) -> bool:
 
 def find_evidence(
     request: GenerateRequest,
-    text: str | None,
+    text: PromptText | None,
     token_ids: Sequence[int],
     template: ChatTemplate,
     tokenizer: Tokenizer,
@@ -39,8 +39,11 @@ def find_evidence(
     """
     if request.messages is None or text is None:
         return last_positions([range(len(token_ids))])
-    spans = user_spans(request.messages, template, text, told_tools(request), request.thinking)
-    return last_positions(token_spans(spans, text, token_ids, tokenizer))
+    spans = text.user_spans
+    if spans is None:
+        tools = told_tools(request)
+        spans = user_spans(request.messages, template, text.text, tools, request.thinking)
+    return last_positions(token_spans(spans, text.text, token_ids, tokenizer))
 
 
 def user_turn(request: GenerateRequest) -> int:

@@ -11,6 +11,7 @@ from mrss_provider.async_engine.card import Card, read_card
 from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.chat import ChatTemplate, load_template
 from mrss_provider.config import EngineConfig
+from mrss_provider.errors import MRSSError
 from mrss_provider.sampling_params import SamplingOrder
 from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 
@@ -58,6 +59,19 @@ class Loaded:
             self._others[template] = replace(self, template=load_template(template), plain=self)
         return self._others[template]
 
+    def tell_of_hidden_turns(self, why: MRSSError) -> None:
+        """Log once that mixtures are served without `reinject`, which nobody asked for."""
+        if not self._told:
+            self._told.append(why)
+            logger.warning(
+                "chats are served as with reinject 'never', tuned states fade in long ones: %s",
+                why.message,
+            )
+
+    @functools.cached_property
+    def _told(self) -> list[MRSSError]:
+        return []
+
     @functools.cached_property
     def _others(self) -> dict[str, Loaded]:
         return {}
@@ -73,6 +87,8 @@ def load(config: EngineConfig) -> Loaded:
     template, why = choose_template(config.template, card, config.model)
     logger.info("chat template %s: %s", template.name, why)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
+    # Its tables take some 20 ms of a large vocabulary, which an event loop should not wait for.
+    tokenizer.byte_starts(())
 
     # torch takes a second to import: the server listens before.
     from mrss_provider.engine.engine import Engine

@@ -12,8 +12,10 @@ from mrss_provider.async_engine.output_parser import OutputParser, State
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.chat import (
     ChatTemplate,
+    PromptText,
     answer_grammar,
     is_free_text,
+    render_chat,
     render_prompt,
     told_tools,
 )
@@ -132,7 +134,9 @@ def opening_of(request: GenerateRequest, template: ChatTemplate) -> str:
     return whole.removeprefix(bare).lstrip()
 
 
-async def prompt_of(request: GenerateRequest, loaded: Loaded) -> tuple[str | None, tuple[int, ...]]:
+async def prompt_of(
+    request: GenerateRequest, loaded: Loaded
+) -> tuple[PromptText | None, tuple[int, ...]]:
     """Return what a request's prompt is as text, unless it came as token ids, and as those.
 
     Raises:
@@ -140,13 +144,14 @@ async def prompt_of(request: GenerateRequest, loaded: Loaded) -> tuple[str | Non
     """
     prompt = request.prompt
     if request.messages is not None:
-        prompt = render_prompt(
-            request.messages, loaded.template, told_tools(request), request.thinking
-        )
-    if isinstance(prompt, str):
-        return prompt, await encode(prompt, loaded)
-    assert prompt is not None
-    return None, prompt
+        tools = told_tools(request)
+        text = render_chat(request.messages, loaded.template, tools, request.thinking)
+    elif isinstance(prompt, str):
+        text = PromptText(prompt)
+    else:
+        assert prompt is not None
+        return None, prompt
+    return text, await encode(text.text, loaded)
 
 
 async def encode(text: str, loaded: Loaded) -> tuple[int, ...]:
@@ -158,7 +163,7 @@ async def encode(text: str, loaded: Loaded) -> tuple[int, ...]:
 
 async def evidence_of(
     request: GenerateRequest,
-    text: str | None,
+    text: PromptText | None,
     prompt: tuple[int, ...],
     mixture: ResolvedMixture,
     loaded: Loaded,
@@ -167,7 +172,7 @@ async def evidence_of(
     if not reads_prompt(mixture):
         return ()
     arguments = (request, text, prompt, loaded.template, loaded.tokenizer)
-    if text is None or len(text) <= _MAX_INLINE_CHARS:
+    if text is None or len(text.text) <= _MAX_INLINE_CHARS:
         return find_evidence(*arguments)
     return await asyncio.to_thread(find_evidence, *arguments)
 

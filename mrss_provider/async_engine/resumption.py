@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.backend import GenerateRequest, Message
-from mrss_provider.chat import render_prompt
+from mrss_provider.chat import PromptText, render_chat, render_prompt
 from mrss_provider.engine.request import EngineRequest
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.tokenizer import Tokenizer
@@ -28,14 +28,16 @@ class Resumption:
         request: with the whole conversation.
         text: of the prompt, where all of it is text.
         prompt: token ids.
+        num_kept: tokens of the session that the prompt begins with.
         start: where the rows begin; None where they have read what is no part of it any more.
         capture: what the new session is made of, if the answer is saved.
     """
 
     session: Session
     request: GenerateRequest
-    text: str | None
+    text: PromptText | None
     prompt: tuple[int, ...]
+    num_kept: int
     start: StartPoint | None
     capture: Capture | None
 
@@ -60,9 +62,15 @@ class Resumption:
             sampling=sampling,
             evidence=evidence,
             turn=self.session.turn if self.answer_len else request.turn,
+            reinjections=self._reinjections(request),
             start=self.start,
             capture=self.capture,
         )
+
+    def _reinjections(self, request: EngineRequest) -> tuple[int, ...]:
+        """Return where what is kept was read so, and the request's own of the rest."""
+        before = (p for p in self.session.reinjections if p < self.num_kept)
+        return (*before, *(p for p in request.reinjections if p >= self.num_kept))
 
 
 def opening_text(request: GenerateRequest, loaded: Loaded) -> str:
@@ -92,19 +100,19 @@ def resumption_of(
     if goes_on and session.answer and session.num_read == len(session.tokens) - 1:
         prompt = session.tokens[: session.num_prompt]
         start = StartPoint(session.rows, len(prompt), session.answer, session.evidence)
-        return Resumption(session, full, None, prompt, start, capture)
+        return Resumption(session, full, None, prompt, len(prompt), start, capture)
     text, kept = None, len(session.tokens)
     encode = loaded.tokenizer.encode
     if messages is not None:
-        text = render_prompt(messages, loaded.template, thinking=request.thinking)
-        kept, rest = _matching(session.tokens, text.encode(), loaded.tokenizer)
+        text = render_chat(messages, loaded.template, thinking=request.thinking)
+        kept, rest = _matching(session.tokens, text.text.encode(), loaded.tokenizer)
         prompt = session.tokens[:kept] + tuple(encode(rest))
     else:
         new = request.prompt or ()
         prompt = session.tokens + tuple(encode(new) if isinstance(new, str) else new)
     begins = 0 < session.num_read <= kept and session.num_read < len(prompt)
     start = StartPoint(session.rows, session.num_read, (), session.evidence)
-    return Resumption(session, full, text, prompt, start if begins else None, capture)
+    return Resumption(session, full, text, prompt, kept, start if begins else None, capture)
 
 
 def _matching(tokens: tuple[int, ...], data: bytes, tokenizer: Tokenizer) -> tuple[int, str]:
@@ -180,6 +188,7 @@ def session_after(
         turn=request.turn,
         messages=_with_answer(resumption.request.messages, said),
         evidence=capture.evidence,
+        reinjections=request.reinjections,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mrss_provider.backend.answer import DeltaStream
-from mrss_provider.backend.request import GenerateRequest
+from mrss_provider.backend.request import GenerateRequest, Reinject
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class ModelCard:
         created: Unix time in seconds.
         context_len: longest prompt plus answer, in tokens.
         supports: what can be asked of it besides text: `tools`, `thinking`, `embeddings`.
+        reinject: whether its states are given anew at turns of the user's, where a request does
+            not say.
     """
 
     id: str
@@ -28,6 +30,7 @@ class ModelCard:
     created: int = 0
     context_len: int = 0
     supports: tuple[str, ...] = ()
+    reinject: Reinject = "never"
 
 
 class Backend(Protocol):

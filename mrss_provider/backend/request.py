@@ -10,6 +10,7 @@ from mrss_provider.errors import InvalidRequestError
 from mrss_provider.sampling_params import SamplingParams
 
 Role = Literal["system", "user", "assistant", "tool"]
+Reinject = Literal["never", "turn"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ class MixtureOptions:
         cut: plausibility cut in [0, 1) for the rules that have one; 0 is off.
         gating_weights: RWKV-Infer's list, in the order of the terms as typed.
         trace: tell of each token which state spoke.
+        reinject: whether tuned states are given anew to their rows: never, or where a turn of the
+            user's begins, but for the first; None is as the named mixture says, else there where
+            the mixture has the base's row anyway.
     """
 
     weights: Mapping[str, float] | None = None
@@ -111,6 +115,7 @@ class MixtureOptions:
     cut: float | None = None
     gating_weights: tuple[float, ...] | None = None
     trace: bool = False
+    reinject: Reinject | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ thought.
 
 from __future__ import annotations
 
-from mrss_provider.chat.rendering import render_prompt, user_spans
+from mrss_provider.chat.rendering import (
+    PromptText,
+    render_chat,
+    render_prompt,
+    turn_starts,
+    user_spans,
+)
 from mrss_provider.chat.template import (
     DEFAULT_TEMPLATE,
     TEMPLATE_SUFFIX,
@@ -23,11 +29,14 @@ __all__ = [
     "TEMPLATES",
     "TEMPLATE_SUFFIX",
     "ChatTemplate",
+    "PromptText",
     "answer_grammar",
     "detect_template",
     "is_free_text",
     "load_template",
+    "render_chat",
     "render_prompt",
     "told_tools",
+    "turn_starts",
     "user_spans",
 ]

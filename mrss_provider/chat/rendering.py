@@ -7,12 +7,27 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mrss_provider.backend import Message, Tool
 from mrss_provider.chat.sandbox import compiled
-from mrss_provider.chat.template import ChatTemplate
+from mrss_provider.chat.template import TEMPLATES, ChatTemplate, Pair
 from mrss_provider.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt as text.
+
+    Attributes:
+        text: what the model reads.
+        user_spans: of its characters, what the user wrote, in order, none empty; None where that
+            was not found on the way (see `user_spans`).
+    """
+
+    text: str
+    user_spans: tuple[range, ...] | None = None
 
 
 def render_prompt(
@@ -36,6 +51,31 @@ def render_prompt(
     return _render(messages, contents, template, tools, thinking)
 
 
+def render_chat(
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    tools: Sequence[Tool] = (),
+    thinking: bool | None = None,
+) -> PromptText:
+    """Do as `render_prompt` does, and find what the user wrote if that takes no second rendering.
+
+    Our own templates treat a text in the same way whether it has marks at its ends or not, so they
+    get it with marks, which are taken out again.
+
+    Raises:
+        InvalidRequestError: as `render_prompt`.
+    """
+    marks = _unused_marks([message.content for message in messages])
+    if template.source in _OWN_SOURCES and marks is not None:
+        marked = _marked(messages, marks)
+        found = _between(_render(messages, marked, template, tools, thinking), marks)
+        num_marked = sum(map(_is_said_by_user, messages))
+        if found.user_spans is not None and len(found.user_spans) == num_marked:
+            return found
+        # The tools' descriptions, or a call, have the same characters.
+    return PromptText(render_prompt(messages, template, tools, thinking))
+
+
 def user_spans(
     messages: Sequence[Message],
     template: ChatTemplate,
@@ -53,31 +93,82 @@ def user_spans(
     Returns:
         Spans of characters of `prompt`, in order, none empty.
     """
-    marks = _unused_marks(prompt, messages)
-    if len(marks) < 2:
+    marks = _unused_marks([prompt, *(message.content for message in messages)])
+    if marks is None:
         return ()
-    begin, end = marks
-    marked = [
-        _mark(message.content, begin, end) if message.role == "user" else message.content
-        for message in messages
-    ]
     try:
-        text = _render(messages, marked, template, tools, thinking)
+        marked = _render(messages, _marked(messages, marks), template, tools, thinking)
     except InvalidRequestError:
         return ()
-    if text.replace(begin, "").replace(end, "") != prompt:
-        return ()
-    spans: list[range] = []
-    start: int | None = None
-    # Every mark before this one is no part of the prompt.
-    for number, found in enumerate(re.finditer(f"[{begin}{end}]", text)):
-        at = found.start() - number
-        if (found[0] == begin) != (start is None):
-            return ()
-        if start is not None:
-            spans.append(range(start, at))
-        start = at if start is None else None
-    return tuple(spans) if start is None else ()
+    found = _between(marked, marks)
+    return found.user_spans or () if found.text == prompt else ()
+
+
+def turn_starts(
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    prompt: str,
+    spans: Sequence[range],
+) -> tuple[int, ...]:
+    """Find where the user's turns begin in the prompt that `render_prompt` made of these messages.
+
+    A turn begins with what names the user: what of the text before a message also comes before a
+    chat's first one. Messages without text are left out, and so is each that comes right after
+    another of the user's: it goes on with that turn.
+
+    Args:
+        messages: the chat.
+        template: of the model.
+        prompt: that they were rendered to.
+        spans: of `prompt`, what the user wrote (`user_spans`).
+
+    Returns:
+        Places in `prompt`, ascending; the first user's turn is among them.
+
+    Raises:
+        InvalidRequestError: the template makes something else of texts with marks in them, so that
+            they cannot be found.
+    """
+    turns = [
+        before.role != "user" if before else True
+        for before, message in zip((None, *messages), messages, strict=False)
+        if _is_said_by_user(message)
+    ]
+    if len(spans) != len(turns):
+        raise InvalidRequestError(
+            f"mrss.reinject 'turn' is refused: the chat template {template.name!r} does not show "
+            "where the user's turns are in what it makes of these messages; leave it out",
+            param="mrss.reinject",
+        )
+    opening = _before_first(template)
+    starts = []
+    bound = 0
+    for is_turn, span in zip(turns, spans, strict=True):
+        if is_turn and prompt.endswith(opening, bound, span.start):
+            starts.append(span.start - len(opening))
+        elif is_turn:
+            starts.append(span.start - _num_alike(prompt[bound : span.start], opening))
+        bound = span.stop
+    return tuple(starts)
+
+
+def _num_alike(text: str, other: str) -> int:
+    """Return how many characters at the ends of two texts are the same."""
+    pairs = zip(reversed(text), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@functools.lru_cache(maxsize=16)
+def _before_first(template: ChatTemplate) -> str:
+    """Return what comes before the user's text in a chat that begins with it."""
+    alone = (Message("user", "x"),)
+    try:
+        prompt = render_prompt(alone, template)
+    except InvalidRequestError:
+        # A template that wants more messages: turns begin with what the user wrote.
+        return ""
+    spans = user_spans(alone, template, prompt)
+    return prompt[: spans[0].start] if spans else ""
 
 
 def _render(
@@ -163,10 +254,35 @@ def _marks_of(template: ChatTemplate, *, with_tools: bool) -> re.Pattern[str] | 
     return re.compile("|".join(map(re.escape, marks)), re.IGNORECASE)
 
 
-def _unused_marks(prompt: str, messages: Sequence[Message]) -> list[str]:
-    """Return two characters for private use that stand nowhere in the messages, if there are."""
-    used = set(prompt).union(*(message.content for message in messages))
-    return list(itertools.islice((c for c in map(chr, _PRIVATE_USE) if c not in used), 2))
+def _unused_marks(texts: Sequence[str]) -> Pair | None:
+    """Return two characters for private use that stand nowhere in the texts, if there are."""
+    free = (c for c in map(chr, _PRIVATE_USE) if not any(c in text for text in texts))
+    marks = tuple(itertools.islice(free, 2))
+    return (marks[0], marks[1]) if len(marks) == 2 else None
+
+
+def _is_said_by_user(message: Message) -> bool:
+    return message.role == "user" and bool(message.content.strip())
+
+
+def _marked(messages: Sequence[Message], marks: Pair) -> list[str]:
+    """Return the messages' contents, the user's between marks."""
+    return [
+        _mark(message.content, *marks) if message.role == "user" else message.content
+        for message in messages
+    ]
+
+
+def _between(text: str, marks: Pair) -> PromptText:
+    """Take the marks out of a text; its spans are what was between them, if each has its pair."""
+    begin, end = marks
+    parts = re.split(f"([{begin}{end}])", text)
+    said = parts[::2]
+    if "".join(parts[1::2]) != (begin + end) * (len(parts) // 4):
+        return PromptText("".join(said))
+    ends = list(itertools.accumulate(map(len, said)))
+    spans = map(range, ends[:-1:2], ends[1::2])
+    return PromptText("".join(said), tuple(spans))
 
 
 def _mark(text: str, begin: str, end: str) -> str:
@@ -179,3 +295,4 @@ def _mark(text: str, begin: str, end: str) -> str:
 
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_OWN_SOURCES = frozenset(template.source for template in TEMPLATES.values())

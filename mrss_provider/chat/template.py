@@ -122,7 +122,7 @@ def detect_template(*names: str) -> tuple[str, str]:
 def _header(text: str, name: str) -> dict[str, Any]:
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ConfigError(f"the header of the chat template {name!r} is no TOML: {exc}") from exc
     known = ("stop", *_TEXTS, *_PAIRS)
     for key in raw:

@@ -131,7 +131,9 @@ def _resolve(engine: EngineConfig, name: str) -> ResolvedMixture:
             "trained under the linear merge"
         )
     library = StateLibrary(engine.states, read_config(engine.model), strict=engine.strict)
-    mixture = library.resolve(name, MixtureOptions(merge="linear", gate="novelty"))
+    mixture = library.resolve(
+        name, MixtureOptions(merge="linear", gate="novelty", reinject="never")
+    )
     check_rows(mixture)
     return mixture
 

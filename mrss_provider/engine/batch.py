@@ -19,6 +19,7 @@ from mrss_provider.engine.gates import Heard, gate_of, named_weights
 from mrss_provider.engine.lazy_rows import LazyRows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
 from mrss_provider.engine.prompt_reader import PromptNotes
+from mrss_provider.engine.reinjection import next_stop
 from mrss_provider.engine.request import EOS_ID, MAX_EVIDENCE, EngineRequest, ResolvedMixture
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Running:
     def num_unread(self) -> int:
         """Prompt tokens up to where a chunk must end."""
         stop = self.parting if self.num_read < self.parting else len(self.request.prompt)
-        return stop - self.num_read
+        return next_stop(self.request.reinjections, self.num_read, stop) - self.num_read
 
     @property
     def is_reading(self) -> bool:
@@ -246,6 +247,11 @@ class Chunk:
     def is_first(self) -> bool:
         """Whether the rows must take their initial states before it."""
         return self.start == self.running.num_cached
+
+    @property
+    def is_reinjected(self) -> bool:
+        """Whether the rows are given their tuned states anew before it."""
+        return self.start in self.running.request.reinjections
 
     @property
     def is_last(self) -> bool:
@@ -298,13 +304,20 @@ class Reread:
     """A piece of a prompt and its answer, for all rows of an answer that lost their states.
 
     Attributes:
+        start: where in prompt and answer it begins.
         tokens: what they read again.
         is_first: whether the rows must take their initial states before it.
     """
 
     choice: Choice
+    start: int
     tokens: Sequence[int]
     is_first: bool
+
+    @property
+    def is_reinjected(self) -> bool:
+        """Whether the rows are given their tuned states anew before it."""
+        return bool(self.tokens) and self.start in self.choice.owner.request.reinjections
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     merge = "delta"                 # as after `~` in a name; optional, as the rest
     gate = {name = "novelty", tau = 0.1}    # or "novelty:0.1"
     cut = 0.1
+    reinject = "turn"               # states are given anew at turns of the user's; or "never"
     temperature = 0.9
     top_p = 0.7
     sampling_order = "openai"
@@ -21,8 +22,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+from mrss_provider.backend import Reinject
 from mrss_provider.chat import TEMPLATES
 from mrss_provider.engine.merges import make_merge
 from mrss_provider.errors import ConfigError, InvalidRequestError
@@ -42,7 +44,7 @@ MIXTURES_FILE = "mixtures.toml"
 
 _SAMPLING_KEYS = ("temperature", "top_p", "sampling_order")
 _KEYS = (
-    *("terms", "merge", "gate", "cut"),
+    *("terms", "merge", "gate", "cut", "reinject"),
     *_SAMPLING_KEYS,
     *("template", "description", "display_name"),
 )
@@ -56,6 +58,7 @@ class NamedMixture:
     merge: Method | None = None
     gate: Method | None = None
     cut: float | None = None
+    reinject: Reinject | None = None
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
@@ -74,8 +77,8 @@ def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, Config
         return {}, {}
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        # TOMLDecodeError and UnicodeDecodeError are ValueErrors.
+    except (OSError, ValueError, RecursionError) as exc:
+        # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets may be nested too deeply.
         return {}, {path.name: ConfigError(f"{path.name} cannot be read: {exc}")}
     good: dict[str, NamedMixture] = {}
     bad: dict[str, ConfigError] = {}
@@ -120,6 +123,7 @@ def parse_table(table: object) -> NamedMixture:
         merge=merge,
         gate=_parse_method(table, "gate"),
         cut=_parse_cut(table, merge or DEFAULT_MERGE),
+        reinject=_parse_reinject(table),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         sampling_order=sampling.sampling_order,
@@ -152,6 +156,16 @@ def _parse_cut(table: Mapping[str, Any], merge: Method) -> float | None:
     if cut > 0 and not make_merge(merge).has_cut:
         raise ConfigError(f"the merge rule {merge.text!r} has no cut, remove it", param="cut")
     return cut
+
+
+def _parse_reinject(table: Mapping[str, Any]) -> Reinject | None:
+    value = table.get("reinject")
+    if value is not None and value not in get_args(Reinject):
+        raise ConfigError(
+            f"reinject must be one of {', '.join(get_args(Reinject))}, got {value!r:.40}",
+            param="reinject",
+        )
+    return cast(Reinject | None, value)
 
 
 def _parse_template(table: Mapping[str, Any]) -> str | None:

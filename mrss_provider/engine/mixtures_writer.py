@@ -64,6 +64,7 @@ def mixture_table(mixture: NamedMixture) -> dict[str, Any]:
         "merge": mixture.merge and mixture.merge.text,
         "gate": mixture.gate and mixture.gate.text,
         "cut": mixture.cut,
+        "reinject": mixture.reinject,
         "temperature": mixture.temperature,
         "top_p": mixture.top_p,
         "sampling_order": mixture.sampling_order,
@@ -82,7 +83,7 @@ def terms_text(terms: Sequence[Term]) -> str:
 def _read(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ConflictError(
             f"{MIXTURES_FILE} cannot be read ({exc}); mend it before it is changed from here"
         ) from exc
@@ -117,7 +118,7 @@ def _checked(lines: Sequence[str], expected: dict[str, Any], name: str) -> str:
     changed = text + "\n" if text else ""
     try:
         is_right = tomllib.loads(changed) == expected
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         is_right = False
     if not is_right:
         raise ConflictError(

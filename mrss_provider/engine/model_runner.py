@@ -91,7 +91,8 @@ class ModelRunner:
         """Write the states that rows begin with; rows tuned with a token 0 read it.
 
         Rows that have been somewhere before have the states of then, on `Running.rows`. Rows that
-        lost their states read again what they had read.
+        lost their states read again what they had read. Where a piece begins at a reinjection, its
+        rows are given their tuned states anew.
         """
         starting = [chunk.running for chunk in batch.chunks if chunk.is_first]
         bos_slots: list[int] = []
@@ -107,6 +108,12 @@ class ModelRunner:
             bos_slots.sort()
             ids = [EOS_ID] * len(bos_slots)
             self._model.decode(self._tensor(ids), self._tensor(bos_slots), self.pool)
+        for chunk in batch.chunks:
+            if chunk.is_reinjected:
+                self._reinject(chunk.running.choices[0])
+        for piece in batch.rereading:
+            if piece.is_reinjected:
+                self._reinject(piece.choice)
         lost = [
             _Sequence(slot, piece.tokens)
             for piece in batch.rereading
@@ -186,13 +193,26 @@ class ModelRunner:
         begins = request.prompt[0] == EOS_ID
         bos_slots: list[int] = []
         for slot, state in zip(slots, request.mixture.states, strict=True):
-            at_hand: RowState | None = state
-            if state is not None and self._resident is not None:
-                at_hand = self._resident.get(state)
-            self.pool.write(slot, at_hand)
+            self.pool.write(slot, self._at_hand(state))
             if state is not None and state.metadata.bos and not begins:
                 bos_slots.append(slot)
         return bos_slots
+
+    def _reinject(self, choice: Choice) -> None:
+        """Make each row what the base's row is plus its tuned state; the base's stays."""
+        mixture = choice.owner.request.mixture
+        assert mixture.base_row is not None
+        base_slot = choice.slots[mixture.base_row]
+        for slot, state in zip(choice.slots, mixture.states, strict=True):
+            at_hand = self._at_hand(state)
+            if at_hand is not None:
+                self.pool.reinject(slot, base_slot, at_hand)
+
+    def _at_hand(self, state: TunedState | None) -> RowState | None:
+        """Return a state where the pool is, if it is to be kept there."""
+        if state is None or self._resident is None:
+            return state
+        return self._resident.get(state)
 
     def _decode(self, choices: Sequence[Choice], rows: list[range | list[int]]) -> Tensor:
         """Feed each answer's last token to its rows; append each answer's rows to `rows`."""

@@ -102,8 +102,8 @@ class PrefixCache:
     def shared_len(self, keys: Sequence[str], tokens: Ids) -> int:
         """Return how much of `tokens` the rows have read before, whether it was kept or not."""
         with self._lock:
-            trees = [self._trees.get(key) for key in keys]
-            return min((tree.shared_len(tokens) if tree else 0) for tree in trees)
+            trees = self._trees_of(keys)
+            return min((tree.shared_len(tokens) for tree in trees), default=0)
 
     def restore(self, keys: Sequence[str], tokens: Ids, limit: int) -> Restored | None:
         """Return the longest hit in memory, on the device; it is now the last used."""
@@ -205,9 +205,8 @@ class PrefixCache:
     def _match(
         self, keys: Sequence[str], tokens: Ids, limit: int, *, files: bool
     ) -> tuple[int, list[Entry]]:
-        trees = [self._trees.get(key) for key in keys]
-        rows = [tree.find(tokens[:limit]) for tree in trees if tree is not None]
-        if not rows or len(rows) < len(trees):
+        rows = [tree.find(tokens[:limit]) for tree in self._trees_of(keys)]
+        if not rows:
             return 0, []
         for length in sorted(rows[0], reverse=True):
             entries = [row[length] for row in rows if length in row]
@@ -215,6 +214,11 @@ class PrefixCache:
             if len(entries) == len(rows) and usable:
                 return length, entries
         return 0, []
+
+    def _trees_of(self, keys: Sequence[str]) -> list[RadixTree[Entry]]:
+        """Return the tree of every key; none where one of them has none, before any is read."""
+        trees = [self._trees[key] for key in keys if key in self._trees]
+        return trees if len(trees) == len(keys) else []
 
     def _use(self, entry: Entry) -> StateSnapshot:
         for tier in (self._device, self._ram, self._disk):
@@ -350,13 +354,14 @@ class PrefixCache:
             return True
 
 
-def state_key(state: TunedState | None, *, reads_bos: bool) -> str:
-    """Return what a row's snapshots are filed under: its state's content.
+def state_key(state: TunedState | None, *, reads_bos: bool, mark: str = "") -> str:
+    """Return what a row's snapshots are filed under: its state's content, and when it was given.
 
     Args:
         state: of the row; None is the base.
         reads_bos: whether the row reads a token 0 of its own before the prompt.
+        mark: of the tokens before which the row was given its state anew (`reinjection.marks`).
     """
     if state is None:
         return "base"
-    return state.sha256 + "+0" * reads_bos
+    return state.sha256 + "+0" * reads_bos + (f"@{mark}" if mark else "")

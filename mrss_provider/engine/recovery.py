@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from mrss_provider.engine.batch import Batch, Choice, Reread, Running
+from mrss_provider.engine.reinjection import next_stop
 from mrss_provider.errors import EngineError
 
 
@@ -64,8 +65,10 @@ class LostAnswers:
         start = choice.num_reread
         assert start is not None
         # The last token is read in the step that decodes the next one.
-        tokens = [*choice.owner.request.prompt, *choice.answer[:-1]]
-        piece = Reread(choice, tokens[start : start + max_len], is_first=choice.is_stateless)
+        request = choice.owner.request
+        tokens = [*request.prompt, *choice.answer[:-1]]
+        stop = next_stop(request.reinjections, start, start + max_len)
+        piece = Reread(choice, start, tokens[start:stop], is_first=choice.is_stateless)
         choice.num_reread = start + len(piece.tokens)
         choice.is_stateless = False
         if choice.num_reread == len(tokens):

@@ -6,11 +6,13 @@ answers to one prompt; each sampled token comes back as a `TokenOutput`.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mrss_provider.backend import FinishReason
+from mrss_provider.backend import FinishReason, Reinject
+from mrss_provider.engine.reinjection import marks
 from mrss_provider.errors import MRSSError
 from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingOrder, SamplingParams
@@ -52,6 +54,10 @@ class ResolvedMixture:
         gate: gate ("fixed" for a single row).
         cut: plausibility cut in [0, 1); 0 is off.
         base_row: 0, or None if no row is the base.
+        reinject: whether the rows are given their tuned states anew at turns of the user's; there
+            is a base row then.
+        without_reinject: the same mixture with `reinject` "never", for what has no turns; None
+            where the request itself asks for "turn".
         temperature: the named mixture's default, or None.
         top_p: the named mixture's default, or None.
         sampling_order: the named mixture's default, or None.
@@ -73,6 +79,8 @@ class ResolvedMixture:
     cut: float
     base_row: int | None
     fingerprint: str
+    reinject: Reinject = "never"
+    without_reinject: ResolvedMixture | None = field(default=None, repr=False, compare=False)
     temperature: float | None = None
     top_p: float | None = None
     sampling_order: SamplingOrder | None = None
@@ -125,6 +133,8 @@ class EngineRequest:
         capture: gets the rows' states at the end of the prompt and of the answer.
         score_prompt: tell how likely each token of the prompt was, and so many of the likeliest in
             its place; None does not.
+        reinjections: positions of the prompt, ascending, where rows are given their tuned states
+            anew before the token there is read; none is 0. Only with a mixture that has a base row.
         pooling: what to make of the prompt's hidden states; it has one row then, and no answer.
         constraint: what each answer conforms to, at its beginning; the answers get forks of it.
     """
@@ -143,6 +153,7 @@ class EngineRequest:
     pauses: frozenset[int] = frozenset()
     capture: Capture | None = None
     score_prompt: int | None = None
+    reinjections: tuple[int, ...] = ()
     pooling: Pooling | None = None
     constraint: Constraint | None = field(default=None, repr=False, compare=False)
 
@@ -153,6 +164,11 @@ class EngineRequest:
     def is_read_whole(self) -> bool:
         """Whether something is wanted of every token of the prompt, so that none may be skipped."""
         return self.score_prompt is not None or self.pooling is not None
+
+    @functools.cached_property
+    def reinjection_marks(self) -> tuple[str, ...]:
+        """Names of the first 0, 1, 2, ... of `reinjections`; see `reinjection.marks`."""
+        return marks(self.reinjections)
 
     @property
     def rows(self) -> int:

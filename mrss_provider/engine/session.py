@@ -6,6 +6,7 @@ random numbers, whose position follows from the tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -46,6 +47,8 @@ class Session:
         turn: of the user's.
         messages: of a chat, with its last answer; None of a plain text.
         evidence: log-probabilities [T, K] that the rows gave to what a gate has read.
+        reinjections: before which of `tokens` the rows were given their tuned states anew, or will
+            be when they read on.
     """
 
     info: SessionInfo
@@ -58,6 +61,7 @@ class Session:
     turn: int
     messages: tuple[Message, ...] | None
     evidence: NDArray[np.float32] | None = None
+    reinjections: tuple[int, ...] = ()
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -78,6 +82,7 @@ class Session:
             "num_read": self.num_read,
             "seed": self.seed,
             "turn": self.turn,
+            "reinjections": self.reinjections,
             "messages": self.messages and [(m.role, m.content) for m in self.messages],
         }
         extra = {} if self.evidence is None else {"evidence": torch.from_numpy(self.evidence)}
@@ -109,6 +114,8 @@ class Session:
                 int(fields["seed"]),
                 int(fields["turn"]),
                 messages,
+                # A file without the field is of rows that began once.
+                reinjections=tuple(map(int, fields.get("reinjections", ()))),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as exc:
             raise StateFileError(f"the file is no session: {exc!r}") from exc
@@ -145,6 +152,18 @@ def _role(text: str) -> Role:
     return cast(Role, text)
 
 
+def _are_turns(session: Session) -> bool:
+    """Tell whether there may be reinjections where a session has them: at turns, beside a base."""
+    positions = session.reinjections
+    turns = [message for message in session.messages or () if message.role == "user"]
+    has_base = state_key(None, reads_bos=False) in session.states
+    return not positions or (
+        has_base
+        and len(positions) < len(turns)
+        and all(0 < a < b for a, b in itertools.pairwise((*positions, len(session.tokens))))
+    )
+
+
 def _evidence(blob: SnapshotBlob, session: Session) -> NDArray[np.float32] | None:
     """Return the evidence of a blob, and check what the session says of itself.
 
@@ -158,6 +177,7 @@ def _evidence(blob: SnapshotBlob, session: Session) -> NDArray[np.float32] | Non
         and 0 < session.num_prompt <= num_tokens
         and 0 <= session.seed < 1 << 64
         and session.turn > 0
+        and _are_turns(session)
     )
     evidence = blob.extra.get("evidence")
     if evidence is not None:

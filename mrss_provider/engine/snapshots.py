@@ -26,9 +26,10 @@ from torch import Tensor
 from mrss_provider.engine.batch import KEEP_EVERY, Choice, Chunk, Running
 from mrss_provider.engine.continuation import Captured
 from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN
-from mrss_provider.engine.prefix_cache import PrefixCache, Restored, state_key
+from mrss_provider.engine.prefix_cache import PrefixCache, Restored
+from mrss_provider.engine.prompt_lookup import find_longest, keys_after, shared_len, usable_len
 from mrss_provider.engine.radix_tree import Ids, as_ids
-from mrss_provider.engine.request import EOS_ID, EngineRequest
+from mrss_provider.engine.request import EngineRequest
 from mrss_provider.engine.snapshot_folder import SnapshotFolder
 from mrss_provider.model.state import STATE_DTYPES, StateSnapshot
 
@@ -79,14 +80,14 @@ class _Progress:
     """What has been kept of a running request.
 
     Attributes:
-        keys: of the rows' states.
+        request: whose prompt and answers they are.
         prompt: int32 [T].
         kept_len: the longest beginning of the prompt that is kept.
         near: the rows at the last end of a chunk, for when it turns out to be near the end.
         copies: of each answer, the newest last.
     """
 
-    keys: tuple[str, ...]
+    request: EngineRequest
     prompt: Ids
     kept_len: int
     near: _Kept | None = None
@@ -113,12 +114,14 @@ class SnapshotKeeper:
 
     def find(self, request: EngineRequest) -> Restored | None:
         """Return where a request's rows may begin, on the device; None is at their states."""
-        limit = _usable_len(request)
+        limit = usable_len(request)
         if not self.cache.is_on or limit < MIN_KEPT_LEN:
             return None
         self.settle()
+        ids = as_ids(request.prompt)
+        keys, stop = find_longest(self.cache, request, ids, limit)
         try:
-            return self.cache.restore(_keys(request), as_ids(request.prompt), limit)
+            return self.cache.restore(keys, ids, stop)
         except torch.OutOfMemoryError:
             self._give_way()
             return None
@@ -128,18 +131,19 @@ class SnapshotKeeper:
 
         What several prompts have in common is kept when the second one is met.
         """
-        limit = _usable_len(request)
+        limit = usable_len(request)
         if not self.cache.is_on or limit - num_cached < _FIRST_SPACING:
             return 0
-        shared = self.cache.shared_len(_keys(request), as_ids(request.prompt))
-        block = min(shared, limit) // PREFILL_BLOCK_LEN * PREFILL_BLOCK_LEN
+        block = shared_len(self.cache, request, limit) // PREFILL_BLOCK_LEN * PREFILL_BLOCK_LEN
         return block if block - num_cached >= _FIRST_SPACING else 0
 
     def load_files(self, request: EngineRequest) -> None:
         """Bring what a request can use from files to RAM. Any thread but the engine's."""
-        limit = _usable_len(request)
+        limit = usable_len(request)
         if limit >= MIN_KEPT_LEN:
-            self.cache.load_files(_keys(request), as_ids(request.prompt), limit)
+            ids = as_ids(request.prompt)
+            keys, stop = find_longest(self.cache, request, ids, limit, files=True)
+            self.cache.load_files(keys, ids, stop)
 
     def read(self, chunks: Sequence[Chunk]) -> None:
         """Keep what is worth it of prompts whose chunks a step reads; it has been launched."""
@@ -257,7 +261,7 @@ class SnapshotKeeper:
         progress = self._progress.get(running)
         if progress is None:
             request = running.request
-            progress = _Progress(_keys(request), as_ids(request.prompt), running.num_cached)
+            progress = _Progress(request, as_ids(request.prompt), running.num_cached)
             self._progress[running] = progress
         return progress
 
@@ -267,7 +271,8 @@ class SnapshotKeeper:
 
     def _take(self, progress: _Progress, tokens: Ids, slots: Sequence[int]) -> _Kept | None:
         """Copy rows behind what has been launched; None if they are kept already, or no room is."""
-        if self.cache.holds(progress.keys, tokens):
+        keys = keys_after(progress.request, len(tokens))
+        if self.cache.holds(keys, tokens):
             return None
         rows = self._copy(slots)
         return None if rows is None else self._watched(progress, tokens, rows)
@@ -275,7 +280,8 @@ class SnapshotKeeper:
     def _watched(self, progress: _Progress, tokens: Ids, rows: tuple[StateSnapshot, ...]) -> _Kept:
         """Return rows after `tokens` with a flag that will tell whether they are finite."""
         finite, arrived = self._are_finite(rows)
-        return _Kept(progress.keys, tokens, rows, finite, arrived)
+        keys = keys_after(progress.request, len(tokens))
+        return _Kept(keys, tokens, rows, finite, arrived)
 
     def _copy(self, slots: Sequence[int]) -> tuple[StateSnapshot, ...] | None:
         """Copy rows behind what has been launched; None if there is no room."""
@@ -342,22 +348,3 @@ def _device_bytes(device: torch.device, config: EngineConfig) -> int:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
     return min(_AUTO_DEVICE_BYTES, int(_AUTO_DEVICE_SHARE * free))
-
-
-def _usable_len(request: EngineRequest) -> int:
-    """Return how much of a prompt need not be read: its last token gives the first logits.
-
-    What the user wrote is scored while it is read, from the token before it on.
-    """
-    if request.is_read_whole:
-        return 0
-    most = len(request.prompt) - 1
-    return min([most, *(max(0, span.start - 1) for span in request.evidence[:1])])
-
-
-def _keys(request: EngineRequest) -> tuple[str, ...]:
-    begins = request.prompt[0] == EOS_ID
-    return tuple(
-        state_key(state, reads_bos=state is not None and state.metadata.bos and not begins)
-        for state in request.mixture.states
-    )

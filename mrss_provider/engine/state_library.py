@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrss_provider.backend import MixtureOptions, ModelCard
+from mrss_provider.backend import MixtureOptions, ModelCard, Reinject
 from mrss_provider.engine.gates import Gate, Learned, make_gate
 from mrss_provider.engine.merges import make_merge
 from mrss_provider.engine.mixtures_file import MIXTURES_FILE, NamedMixture
@@ -26,6 +26,7 @@ from mrss_provider.engine.state_folder import (
     STATE_SUFFIXES,
     Entries,
     Problem,
+    SamplingDefaults,
     load_folder,
     problem_of_gate,
 )
@@ -214,17 +215,19 @@ class StateLibrary:
         where = "mrss.weights" if options.gating_weights is None else "mrss_gatingweight"
         check_signs(terms, merge, "model" if terms == typed.terms else where)
         cut = chosen_cut(merge, len(terms), options.cut, named)
-        resolved = self._rows(entries, Mixture(terms, None, merge, gate), cut)
-        resolved = replace(resolved, template=chosen_template(resolved, named))
+        reinject = options.reinject or (named and named.reinject) or "never"
+        mixture = Mixture(terms, None, merge, gate)
         defaults = named or sampling_of(entries, typed)
-        if defaults is None:
-            return resolved
-        return replace(
-            resolved,
-            temperature=defaults.temperature,
-            top_p=defaults.top_p,
-            sampling_order=defaults.sampling_order,
-        )
+
+        def with_rows(reinject: Reinject) -> ResolvedMixture:
+            rows = self._rows(entries, mixture, cut, reinject)
+            resolved = replace(rows, template=chosen_template(rows, named))
+            return _with_sampling(resolved, defaults) if defaults else resolved
+
+        resolved = with_rows(reinject)
+        if options.reinject is None and resolved.reinject != "never":
+            resolved = replace(resolved, without_reinject=with_rows("never"))
+        return resolved
 
     def _check_model(self, typed: Mixture, text: str) -> None:
         if typed.model is not None and typed.model != self._model_name:
@@ -254,7 +257,9 @@ class StateLibrary:
                 param="model",
             )
 
-    def _rows(self, entries: Entries, mixture: Mixture, cut: float) -> ResolvedMixture:
+    def _rows(
+        self, entries: Entries, mixture: Mixture, cut: float, reinject: Reinject
+    ) -> ResolvedMixture:
         """Lay out the rows: the base first if it is named or needed, then the states by name."""
         ratios = canonical_weights(mixture.terms)
         names = sorted(ratios, key=lambda name: (name != BASE, name))
@@ -265,7 +270,10 @@ class StateLibrary:
         rule, gate = make_merge(merge), _gate(entries, method)
         trained = gate if isinstance(gate, Learned) else None
         base_named = BASE in ratios
-        if not base_named and (rule.anchored or gate.needs_base):
+        if names == [BASE]:
+            # There is nothing to give it anew.
+            reinject = "never"
+        if not base_named and (rule.anchored or gate.needs_base or reinject != "never"):
             names.insert(0, BASE)
         states = tuple(None if name == BASE else entries.states[name] for name in names)
         in_order = tuple(ratios.get(name, 0.0) for name in names)
@@ -275,6 +283,7 @@ class StateLibrary:
         file = (trained.sha256,) if trained else ()
         # A schedule says by name which state it means.
         scheduled = (tuple(names),) if "points" in method.parameters else ()
+        given_anew = (reinject,) if reinject != "never" else ()
         resolved = ResolvedMixture(
             canonical=mixture.canonical(),
             states=states,
@@ -287,8 +296,12 @@ class StateLibrary:
             cut=cut,
             base_row=0 if BASE in names else None,
             fingerprint=self._fingerprint(
-                states, weights, merge.text, method.text, cut, *heard, *file, *scheduled
+                states,
+                weights,
+                *(merge.text, method.text, cut),
+                *(*heard, *file, *scheduled, *given_anew),
             ),
+            reinject=reinject,
             trained_gate=trained,
         )
         gate.check(resolved)
@@ -314,6 +327,17 @@ class StateLibrary:
                     "next to nothing from it",
                     state.name,
                 )
+
+
+def _with_sampling(
+    mixture: ResolvedMixture, defaults: NamedMixture | SamplingDefaults
+) -> ResolvedMixture:
+    return replace(
+        mixture,
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
+        sampling_order=defaults.sampling_order,
+    )
 
 
 def _gate(entries: Entries, method: Method) -> Gate:

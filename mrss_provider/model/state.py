@@ -152,6 +152,18 @@ class StatePool:
                 shift[:, slot].copy_(value)
         self._write_offset(slot, state.time_offset)
 
+    def reinject(self, slot: int, base_slot: int, state: RowState) -> None:
+        """Make a slot's wkv what `base_slot` has plus what `state` has beyond the base state.
+
+        Nothing else of the slot changes. Where `base_slot` holds the base state untouched, the
+        slot's wkv becomes that of `state`.
+        """
+        added = state.wkv.float()
+        if self._base is not None:
+            added = added - self._base.wkv.float()
+        added = added.to(self.wkv.device)
+        self.wkv[:, slot].copy_(self.wkv[:, base_slot].float() + added)
+
     def copy(self, src_slot: int, dst_slots: Sequence[int]) -> None:
         """Make `dst_slots` hold what `src_slot` holds."""
         if not dst_slots:

@@ -247,7 +247,11 @@ def check_protocol(protocol: object) -> None:
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    """Write log-probabilities as chats have them, `token_id` beside each token."""
+    """Write log-probabilities as chats have them, `token_id` beside each token.
+
+    The token that ends the text is left out, as OpenAI does: it has no part in the content.
+    """
+    tokens = [token for token in tokens if token.token]
     if not tokens:
         return None
     return {

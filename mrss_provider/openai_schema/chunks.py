@@ -80,8 +80,8 @@ class ChunkWriter:
             choice["text"] = delta.text
             if traced:
                 choice["mrss"] = traced
-        if delta.logprobs:
-            choice["logprobs"] = self._logprobs(delta, index)
+        if delta.logprobs and (logprobs := self._logprobs(delta, index)):
+            choice["logprobs"] = logprobs
         if self._options.include_num_tokens:
             choice["num_tokens"] = delta.num_tokens
         choice["finish_reason"] = delta.finish_reason

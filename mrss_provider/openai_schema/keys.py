@@ -166,6 +166,7 @@ MRSS_KEYS = KeyTable(
             "merge",
             "gate",
             "cut",
+            "reinject",
             "sampling_order",
             "trace",
             "given",
@@ -176,9 +177,7 @@ MRSS_KEYS = KeyTable(
         }
     ),
     accepted=frozenset(),
-    refused={
-        "reinject": Refusal("only 'never' is served yet", neutral=("never",)),
-    },
+    refused={},
 )
 
 STREAM_KEYS = KeyTable(

@@ -29,6 +29,7 @@ def model_object(card: ModelCard) -> dict[str, Any]:
             "description": card.description,
             "context_len": card.context_len,
             "supports": list(card.supports),
+            "reinject": card.reinject,
         },
     }
 
@@ -53,6 +54,7 @@ def read_model_list(body: Mapping[str, Any]) -> list[ModelCard]:
                 created=item["created"],
                 context_len=item["mrss"]["context_len"],
                 supports=tuple(item["mrss"]["supports"]),
+                reinject=item["mrss"].get("reinject", "never"),
             )
             for item in body["data"]
         ]

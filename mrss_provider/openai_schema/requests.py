@@ -169,7 +169,7 @@ def _write_mixture_options(body: dict[str, Any], options: MixtureOptions) -> dic
     mrss: dict[str, Any] = {}
     if options.weights is not None:
         mrss["weights"] = dict(options.weights)
-    for name in ("merge", "gate", "cut"):
+    for name in ("merge", "gate", "cut", "reinject"):
         value = getattr(options, name)
         if value is not None:
             mrss[name] = value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from mrss_provider.backend import Message, MixtureOptions
+from mrss_provider.backend import Message, MixtureOptions, Reinject
 from mrss_provider.errors import ContextLengthError, InvalidRequestError
 from mrss_provider.mixture import Kind, check_weight, parse_method
 from mrss_provider.openai_schema.checks import check_text as _check_text
@@ -176,6 +176,7 @@ def parse_mixture_options(known: Mapping[str, Any]) -> MixtureOptions:
         cut=_parse_cut(mrss.get("cut")),
         gating_weights=None if gating is None else _parse_gating_weights(gating),
         trace=expect(mrss.get("trace", False), bool, "mrss.trace", "true or false"),
+        reinject=_parse_reinject(mrss.get("reinject")),
     )
 
 
@@ -236,6 +237,15 @@ def _parse_cut(value: object) -> float | None:
             f"mrss.cut must be in [0, 1), got {_shown(value)}", param="mrss.cut"
         )
     return float(cast(float, value))
+
+
+def _parse_reinject(value: object) -> Reinject | None:
+    if value is not None and value not in get_args(Reinject):
+        raise InvalidRequestError(
+            f"mrss.reinject must be one of {', '.join(get_args(Reinject))}, got {_shown(value)}",
+            param="mrss.reinject",
+        )
+    return cast(Reinject | None, value)
 
 
 def _check_total_chars(texts: Any, where: str) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mrss_provider.administration import Defaults, MixtureSpec, ModelInfo, ModelOrder, StateInfo
+from mrss_provider.backend import ModelCard
 from mrss_provider.errors import InvalidRequestError, NotFoundError
 from mrss_provider.mixture import check_name
 from mrss_provider.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ _MIXTURE_FIELDS = (
     "merge",
     "gate",
     "cut",
+    "reinject",
     "temperature",
     "top_p",
     "sampling_order",
@@ -116,16 +118,12 @@ class AdminRoutes:
 
     async def mixtures(self, request: Request) -> Response:
         """List the named mixtures."""
-        found = await admin_of(self._backend).mixtures()
-        return _list([_mixture(name, spec) for name, spec in found.items()])
+        return _list(await self._mixtures())
 
     async def mixture(self, request: Request) -> Response:
         """Show one."""
         name = request.path_params["name"]
-        found = await admin_of(self._backend).mixtures()
-        if name not in found:
-            raise NotFoundError(f"there is no mixture {name!r:.100}", param="name")
-        return JSONResponse(_mixture(name, found[name]))
+        return JSONResponse(await self._mixture(name))
 
     async def create_mixture(self, request: Request) -> Response:
         """Create one."""
@@ -178,8 +176,19 @@ class AdminRoutes:
     async def _put(self, name: str, form: Form, *, is_new: bool) -> Response:
         admin = admin_of(self._backend)
         was_new = await admin.put_mixture(name, _spec(form), is_new=is_new)
-        spec = (await admin.mixtures())[name]
-        return JSONResponse(_mixture(name, spec), 201 if was_new else 200)
+        return JSONResponse(await self._mixture(name), 201 if was_new else 200)
+
+    async def _mixture(self, name: str) -> dict[str, Any]:
+        for mixture in await self._mixtures():
+            if mixture["name"] == name:
+                return mixture
+        raise NotFoundError(f"there is no mixture {name!r:.100}", param="name")
+
+    async def _mixtures(self) -> list[dict[str, Any]]:
+        """Return the named mixtures: what each says, and what of it was left to us."""
+        specs = await admin_of(self._backend).mixtures()
+        cards = {card.id: card for card in await self._backend.models()}
+        return [_mixture(name, spec, cards.get(name)) for name, spec in specs.items()]
 
     def _drain_s(self, asked: float | None) -> float:
         if asked is None:
@@ -200,7 +209,7 @@ def _spec(form: Form) -> MixtureSpec:
     texts = {
         key: form.text(key)
         for key in (
-            *("merge", "gate", "sampling_order", "template"),
+            *("merge", "gate", "reinject", "sampling_order", "template"),
             *("description", "display_name"),
         )
         if key in form
@@ -217,9 +226,10 @@ def _state(info: StateInfo) -> dict[str, Any]:
     return {"object": "state", **asdict(info)}
 
 
-def _mixture(name: str, spec: MixtureSpec) -> dict[str, Any]:
+def _mixture(name: str, spec: MixtureSpec, card: ModelCard | None) -> dict[str, Any]:
     said = {key: value for key, value in asdict(spec).items() if value not in (None, "")}
-    return {"object": "mixture", "name": name, **said}
+    served = {"served": {"reinject": card.reinject}} if card else {}
+    return {"object": "mixture", "name": name, **said, **served}
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:

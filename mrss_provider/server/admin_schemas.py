@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+from mrss_provider.backend import Reinject
 from mrss_provider.chat import TEMPLATES
 from mrss_provider.server.schemas import (
     ANYTHING,
@@ -30,6 +33,7 @@ MIXTURE: dict[str, Schema] = {
     "merge": text(),
     "gate": text(),
     "cut": number(minimum=0, exclusiveMaximum=1),
+    "reinject": {"enum": [*get_args(Reinject), None]},
     "temperature": number(minimum=0, maximum=100),
     "top_p": number(exclusiveMinimum=0, maximum=1),
     "sampling_order": {"enum": ["openai", "rwkv", None]},

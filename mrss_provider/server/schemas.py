@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from mrss_provider.backend import Reinject
 from mrss_provider.openai_schema import (
     CHAT_KEYS,
     COMPLETION_KEYS,
@@ -123,6 +124,7 @@ MRSS: dict[str, Schema] = {
     "merge": text(examples=["linear", "delta"]),
     "gate": text(examples=["fixed", "novelty"]),
     "cut": number(minimum=0, exclusiveMaximum=1),
+    "reinject": {"enum": [None, *get_args(Reinject)]},
     "sampling_order": {"enum": [None, *get_args(SamplingOrder)]},
     "trace": BOOLEAN,
     "given": text(maxLength=MAX_CHARS),

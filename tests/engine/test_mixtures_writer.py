@@ -71,6 +71,7 @@ mixtures = st.builds(
     terms=st.lists(st.builds(Term, names, st.floats(1e-6, 1e6)), min_size=1, max_size=3).map(tuple),
     merge=st.sampled_from([None, Method("linear"), Method("power", (("exponent", 0.25),))]),
     gate=st.sampled_from([None, Method("fixed"), Method("novelty", (("tau", 0.1),))]),
+    reinject=st.sampled_from([None, "never", "turn"]),
     temperature=st.none() | st.floats(0, 2),
     top_p=st.none() | st.floats(0.01, 1),
     sampling_order=st.sampled_from([None, "openai", "rwkv"]),

@@ -231,6 +231,27 @@ def test_options_of_a_request(
     assert library.resolve(text, options).canonical == canonical
 
 
+def test_reinject_comes_from_the_request_then_the_mixture_and_is_never_by_itself(
+    library: StateLibrary,
+) -> None:
+    story = library.mixtures["story"]
+    said = {how: replace(story, reinject=how) for how in ("turn", "never")}
+    entries = replace(library.entries, mixtures={**library.mixtures, **said})
+    turn, never = MixtureOptions(reinject="turn"), MixtureOptions(reinject="never")
+    for name, own in (("turn", "turn"), ("never", "never"), ("story", "never")):
+        found = [library.resolve_in(entries, name, options) for options in (None, turn, never)]
+        assert [mixture.reinject for mixture in found] == [own, "turn", "never"]
+        assert found[0].fingerprint == found[2 if own == "never" else 1].fingerprint
+        assert found[1].fingerprint != found[2].fingerprint
+        # What a request asks for is not left out.
+        assert [mixture.without_reinject is None for mixture in found[1:]] == [True, True]
+        assert found[0].without_reinject == (found[2] if own == "turn" else None)
+    single = library.resolve("tone", turn)
+    assert (single.names, single.weights, single.base_row) == (("base", "tone"), (0.0, 1.0), 0)
+    assert library.resolve("knowledge+tone~linear~fixed", turn).rows == 3
+    assert library.resolve("base", turn) == library.resolve("base")
+
+
 def test_cut_comes_from_the_request_then_the_mixture_then_the_default(
     library: StateLibrary,
 ) -> None:

@@ -107,11 +107,13 @@ def test_removing_a_file_of_the_operators_keeps_it(client, config):
 def test_a_mixture_is_made_changed_and_removed(client, config):
     body = {"name": "warm", "terms": "tone:2+base", "merge": "linear", "temperature": 0.5}
     made = client.post("/v1/mixtures", json=body)
-    assert (made.status_code, made.json()) == (201, {"object": "mixture", **body})
+    shown = {"object": "mixture", **body, "served": {"reinject": "never"}}
+    assert (made.status_code, made.json()) == (201, shown)
     expect_error(client.post("/v1/mixtures", json=body), 409, "warm")
     assert answer_of(client, "warm")["mrss"]["mixture"] == "base:0.5+tone~linear"
     put = client.put("/v1/mixtures/warm", json={"terms": "tone"})
     assert (put.status_code, put.json()["terms"]) == (200, "tone")
+    assert put.json()["served"] == {"reinject": "never"}
     assert client.put("/v1/mixtures/cold", json={"terms": "tone"}).status_code == 201
     with serving_engine(config) as again:
         assert again.get("/v1/mixtures").json() == client.get("/v1/mixtures").json()
@@ -130,6 +132,7 @@ def test_a_mixture_is_made_changed_and_removed(client, config):
         ({"name": "x", "terms": "tone", "top_p": "much"}, 400, "top_p"),
         ({"name": "x", "terms": "tone", "top_p": 7}, 400, "top_p"),
         ({"name": "x", "terms": "tone", "sampling_order": "no"}, 400, "sampling_order"),
+        ({"name": "x", "terms": "tone", "reinject": "no"}, 400, "reinject"),
         ({"name": "x", "terms": "tone", "description": "\ud800"}, 400, "surrogate"),
         ({"name": "tone", "terms": "tone"}, 409, "state"),
         ([], 400, "JSON object"),
