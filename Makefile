@@ -7,7 +7,6 @@ SOAK_MINUTES ?= 30
 FUZZ_S ?= 60
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 # Stamps: an install that has nothing to do costs nothing.
 INSTALLED := $(VENV)/.installed
@@ -17,12 +16,15 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 INSTALLED_CONFORMANCE := $(VENV)/.installed-conformance
 
+# Quiet after the first time, when nearly all of it is there.
+PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check $(if $(wildcard $(INSTALLED)),-q) -c constraints.txt
+
 # Files of tests run in one worker each, so that a file's session fixtures start once.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BENCH := cpu_decode engine_tail first_token import_time lazy_rows litellm_overhead serve serve_front capacity
 BENCH += state_dtype
-BENCH_GPU := decode mixture prefill sparse_ffn tail serve_gpu
+BENCH_GPU := decode mixture prefill sparse_ffn tail grammar_gpu serve_gpu tuning_gpu quantize_gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install run check test test-full compat conformance test-litellm test-gpu test-wheel soak fuzz bench bench-gpu plots docs wheel clean
@@ -78,6 +80,7 @@ bench-gpu: $(INSTALLED_TEST)  ## those of a CUDA device
 
 plots: $(INSTALLED_BENCH)  ## draw docs/images from benchmarks/results
 	$(PY) benchmarks/plot.py
+	$(PY) benchmarks/plot_evaluation.py
 
 docs: $(INSTALLED_TEST)  ## write anew what the documents show: commands, tables
 	PYTHONPATH=tests $(PY) tests/docs_blocks.py

@@ -1,7 +1,8 @@
 """Gated mixtures of recurrent states, as a LiteLLM provider.
 
 Names are resolved when they are used: importing this package loads neither torch nor LiteLLM.
-`handler` is the instance for a proxy's `custom_provider_map`; `register` is for Python.
+`handler` is the instance for a proxy's `custom_provider_map`, `text_stream_retries` one for its
+callbacks; `register` is for Python.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
     from mrss_provider.config import EngineConfig
     from mrss_provider.mixture import Mixture
     from mrss_provider.provider import MRSSProvider, register
+    from mrss_provider.provider.retries import TextStreamRetries
     from mrss_provider.sampling_params import SamplingParams
 
     handler: MRSSProvider
+    text_stream_retries: TextStreamRetries
 
 __version__ = "0.1.0"
 
@@ -30,6 +33,7 @@ __all__ = [
     "__version__",
     "handler",
     "register",
+    "text_stream_retries",
 ]
 
 _HOMES = {
@@ -40,6 +44,7 @@ _HOMES = {
     "SamplingParams": "mrss_provider.sampling_params",
     "handler": "mrss_provider.provider",
     "register": "mrss_provider.provider",
+    "text_stream_retries": "mrss_provider.provider.retries",
 }
 
 

@@ -527,7 +527,8 @@ def test_the_real_engine_starts_answers_and_comes_back(place, tmp_path):
     )
 
     async def main():
-        engine = LocalEngine(env, idle_exit_s=0.1)
+        # Long enough for a client on a busy machine to find the engine before it leaves.
+        engine = LocalEngine(env, idle_exit_s=5.0)
         texts = [await ask(engine, request)]
         client = Client(engine.address)
         os.kill((await client.version()).pid, signal.SIGKILL)

@@ -213,7 +213,8 @@ def _checked_config(config: EngineConfig, order: ModelOrder) -> EngineConfig:
     from mrss_provider.model.model import check_quantize
     from mrss_provider.model.weights import load_weights
 
-    check_quantize(order.quantize or config.quantize, config.device)
+    quantize = order.quantize or config.quantize
+    check_quantize(quantize, config.device, sparse_ffn=config.sparse_ffn)
 
     folder = config.models or model_folder(config.model)
     path = find_inside(folder, order.path, "path")
@@ -227,7 +228,7 @@ def _checked_config(config: EngineConfig, order: ModelOrder) -> EngineConfig:
         model=path,
         models=folder,
         dtype=cast(Dtype, order.dtype or config.dtype),
-        quantize=cast(Quantize, order.quantize or config.quantize),
+        quantize=cast(Quantize, quantize),
         template=order.template or config.template,
     )
 

@@ -35,6 +35,7 @@ from mrss_provider.async_engine.prompting import (
 from mrss_provider.async_engine.resumption import Resumption, opening_text
 from mrss_provider.async_engine.stream import TextStream
 from mrss_provider.async_engine.thread import EngineThread
+from mrss_provider.async_engine.turns import reinjections_of
 from mrss_provider.backend import (
     DeltaStream,
     Embeddings,
@@ -48,7 +49,7 @@ from mrss_provider.backend import (
 )
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.request import EngineRequest, ResolvedMixture, resolve_sampling
-from mrss_provider.errors import RequestTimeoutError
+from mrss_provider.errors import MRSSError, RequestTimeoutError
 
 
 class AsyncEngine:
@@ -93,6 +94,10 @@ class AsyncEngine:
             MRSSError: it cannot be loaded, or the engine is closed.
         """
         await self._slot.start()
+
+    async def until_lost(self) -> MRSSError:
+        """Return why this engine will not answer again, once its device is lost."""
+        return await asyncio.wrap_future(self._slot.lost)
 
     async def open(self, request: GenerateRequest) -> DeltaStream:
         """Admit a request; waits for the model to be loaded and for a step to end.
@@ -179,11 +184,10 @@ class AsyncEngine:
         """
         check_opening(request)
         mixture, loaded, thread = await self._resolved(request)
-        opening = request
-        if request.messages is not None:
-            opening = replace(request, messages=None, prompt=opening_text(request, loaded))
-        engine_request = await self._engine_request(opening, loaded, mixture)
-        engine_request = replace(engine_request, turn=user_turn(request))
+        if request.messages is None:
+            engine_request = await self._engine_request(request, loaded, mixture)
+        else:
+            engine_request = await self._opening(request, loaded, mixture)
         loaded.engine.check(engine_request)
         return await self._conversations.create(request, engine_request, thread)
 
@@ -296,6 +300,7 @@ class AsyncEngine:
             forced = await encode(lead + request.given, loaded)
             sampling = replace(sampling, max_tokens=len(forced))
         check_lengths(request, len(prompt), sampling)
+        mixture, reinjections = await reinjections_of(request, text, prompt, mixture, loaded)
         engine_request = EngineRequest(
             id=f"r{next(self._ids)}",
             prompt=prompt,
@@ -309,9 +314,25 @@ class AsyncEngine:
             owner=request.owner,
             pauses=pause_ids(loaded.tokenizer, loaded.template.stop),
             score_prompt=_scored(request),
+            reinjections=reinjections,
             constraint=await constraint_for(request, loaded, going, lead),
         )
         return engine_request if going is None else going.apply(engine_request)
+
+    async def _opening(
+        self, request: GenerateRequest, loaded: Loaded, mixture: ResolvedMixture
+    ) -> EngineRequest:
+        """Return what reads a chat up to where its next turn begins."""
+        options = replace(request.mixture, reinject=None)
+        told = opening_text(request, loaded)
+        opening = replace(request, messages=None, prompt=told, mixture=options)
+        engine_request = await self._engine_request(opening, loaded, mixture)
+        text, _ = await prompt_of(request, loaded)
+        prompt = engine_request.prompt
+        mixture, reinjections = await reinjections_of(request, text, prompt, mixture, loaded)
+        return replace(
+            engine_request, mixture=mixture, turn=user_turn(request), reinjections=reinjections
+        )
 
     async def _parts(self) -> tuple[Loaded, EngineThread]:
         return await self._slot.parts()

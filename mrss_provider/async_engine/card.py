@@ -50,7 +50,7 @@ def read_card(model: Path) -> Card:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Card()
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"cannot read {path} ({exc})") from exc
     known = {field.name for field in fields(Card)}
     for key in raw:

@@ -6,20 +6,25 @@ from dataclasses import replace
 
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.backend import ModelCard
+from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import MRSSError
 
 
 def model_cards(loaded: Loaded) -> list[ModelCard]:
     """Return the names that are served, `base` first."""
-    return [replace(card, supports=_supports(card, loaded)) for card in loaded.library.cards()]
+    return [_described(card, loaded) for card in loaded.library.cards()]
 
 
-def _supports(card: ModelCard, loaded: Loaded) -> tuple[str, ...]:
+def _described(card: ModelCard, loaded: Loaded) -> ModelCard:
     try:
         mixture = loaded.library.resolve(card.id)
     except MRSSError:
         # A mixture that names what is no longer there is listed, and refused when asked.
-        return ()
+        return card
+    return replace(card, supports=_supports(mixture, loaded), reinject=mixture.reinject)
+
+
+def _supports(mixture: ResolvedMixture, loaded: Loaded) -> tuple[str, ...]:
     template = loaded.speaking(mixture.template).template
     found = []
     if template.tool_call is not None:

@@ -58,7 +58,8 @@ class Embedder:
         """
         started = time.monotonic()
         loaded, thread = await self._slot.parts()
-        mixture = loaded.library.resolve(request.model, MixtureOptions())
+        # What is embedded is one turn.
+        mixture = loaded.library.resolve(request.model, MixtureOptions(reinject="never"))
         _check_rows(request, mixture)
         inputs = await _encode(request, loaded)
         requests = [self._engine_request(request, ids, mixture) for ids in inputs]

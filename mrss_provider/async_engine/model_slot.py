@@ -46,10 +46,13 @@ class ModelSlot:
 
     Attributes:
         loaded: the model that takes requests, or None.
+        lost: done with an error when the device is lost, and with it the model for good.
     """
 
     def __init__(self, config: EngineConfig, loader: Callable[[EngineConfig], Loaded]) -> None:
         self.loaded: Loaded | None = None
+        self.lost: Future[MRSSError] = Future()
+        self.lost.set_running_or_notify_cancel()
         self._plan = Plan(config)
         self._loader = loader
         self._lock = threading.Lock()
@@ -68,8 +71,10 @@ class ModelSlot:
         """Load the model; returns at once when it is loaded.
 
         Raises:
-            MRSSError: it cannot be loaded, was removed, or the slot is closed.
+            MRSSError: it cannot be loaded, was removed or lost, or the slot is closed.
         """
+        if self.lost.done():
+            raise self.lost.result()
         change = self._change
         if change is not None:
             await asyncio.wrap_future(change)
@@ -126,6 +131,7 @@ class ModelSlot:
         with self._changing():
             await self._empty(drain_s, "the model was removed before the answer was complete")
             self._is_removed = True
+            await asyncio.to_thread(_release_memory)
 
     async def aclose(self) -> None:
         """End open streams with `EngineUnavailableError` and the thread; idempotent.
@@ -155,7 +161,14 @@ class ModelSlot:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Make everybody wait who wants the model."""
+        """Make everybody wait who wants the model.
+
+        Raises:
+            ConflictError: another change is under way.
+            EngineUnavailableError: the device is lost, or the slot closed.
+        """
+        if self.lost.done():
+            raise self.lost.result()
         change: Future[None] = Future()
         change.set_running_or_notify_cancel()
         with self._lock:
@@ -201,19 +214,20 @@ class ModelSlot:
                 raise EngineUnavailableError("the engine was closed")
             if self._thread is None:
                 plan = self._plan
-                thread = EngineThread(lambda: self._load(plan, thread))
+                thread = EngineThread(lambda: self._load(plan, thread), self._set_lost)
                 self._thread = thread
                 # A thread that is inside torch when the interpreter ends would crash it.
                 atexit.register(_stop_at_exit, weakref.ref(self._thread))
                 self._thread.start()
             return self._thread
 
+    def _set_lost(self, error: MRSSError) -> None:
+        if not self.lost.done():
+            self.lost.set_result(error)
+
     def _load(self, plan: Plan, thread: EngineThread) -> StepEngine:
         if self._change is not None:
-            # Not above: torch takes a second to import, and the server listens before.
-            from mrss_provider.model.memory import release_memory
-
-            release_memory()
+            _release_memory()
         loaded = self._loader(plan.config)
         if plan.finish is not None:
             loaded = plan.finish(loaded)
@@ -222,6 +236,13 @@ class ModelSlot:
             if self._thread is thread and not self._is_closed:
                 self.loaded = loaded
         return loaded.engine
+
+
+def _release_memory() -> None:
+    # Not above: torch takes a second to import, and the server listens before.
+    from mrss_provider.model.memory import release_memory
+
+    release_memory()
 
 
 def _stop_at_exit(reference: weakref.ref[EngineThread]) -> None:

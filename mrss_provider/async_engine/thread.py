@@ -63,14 +63,23 @@ class EngineThread:
     """Runs `load()` and then steps its engine, both on one thread, until `stop`.
 
     A dead event loop among the readers ends its own requests and nothing else.
+
+    Args:
+        load: makes the engine.
+        on_lost: called on this thread when the engine is lost with its device.
     """
 
-    def __init__(self, load: Callable[[], StepEngine]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], StepEngine],
+        on_lost: Callable[[MRSSError], None] = lambda error: None,
+    ) -> None:
         self.loaded: Future[None] = Future()
         self.loaded.set_running_or_notify_cancel()
         self.ended: Future[None] = Future()
         self.ended.set_running_or_notify_cancel()
         self._load = load
+        self._on_lost = on_lost
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._entries: dict[str, _Entry] = {}
         self._engine: StepEngine | None = None
@@ -194,6 +203,12 @@ class EngineThread:
     def _step(self, engine: StepEngine) -> None:
         try:
             outputs = engine.step()
+        except EngineUnavailableError as exc:
+            logger.critical("%s", exc)
+            self._stopped_by = exc
+            self._is_stopping = True
+            self._on_lost(exc)
+            return
         except Exception as exc:
             # `Engine.step` turns what it expects into outputs; this is a defect of ours.
             logger.exception("the engine's step failed")

@@ -29,6 +29,7 @@ from mrss_provider.errors import MRSSError
 
 _START_TIMEOUT_S = 600.0
 _POLL_S = 0.1
+_WORKER_START_S = 60
 _PROXY_STOP_S = 10.0
 _ENGINE_STOP_S = 5.0
 _EXAMPLE = "mrss/knowledge+tone"
@@ -65,6 +66,9 @@ def run_proxy(
     flags = ["--config", str(path), "--host", host, "--port", str(port), "--telemetry", "False"]
     if num_workers > 1:
         flags += ["--num_workers", str(num_workers)]
+        # uvicorn starts a worker anew that does not answer in time, 5 s unless told otherwise; on a
+        # busy machine one takes longer to import LiteLLM, and none would ever have started.
+        flags += ["--timeout_worker_healthcheck", str(_WORKER_START_S)]
     asyncio.run(_run(flags, f"http://{host}:{port}", env, wants_key=wants_key))
 
 

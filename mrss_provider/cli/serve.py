@@ -16,7 +16,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     """Serve until SIGTERM or Ctrl-C; running answers get `drain_s` seconds, a second one ends them.
 
     Raises:
-        MRSSError: an address that is taken, a model that cannot be loaded.
+        MRSSError: an address that is taken, a model that cannot be loaded, a device that is lost.
     """
     log_to_stderr(server_config.log_format)
     engine = AsyncEngine(engine_config)

@@ -26,10 +26,17 @@ from mrss_provider.engine.step_runner import HostRunner, PendingTokens, StepRunn
 from mrss_provider.errors import (
     ContextLengthError,
     EngineError,
+    EngineUnavailableError,
     InvalidRequestError,
     OverloadedError,
 )
-from mrss_provider.model.memory import device_memory, release_memory
+from mrss_provider.model.memory import (
+    device_memory,
+    forget_frames,
+    lacked_memory,
+    release_memory,
+    takes_work,
+)
 
 if TYPE_CHECKING:
     from mrss_provider.model import Model, ModelConfig
@@ -151,8 +158,11 @@ class Engine:
         On a GPU the outputs are those of the step before, and the new one is under way. A failure
         ends the requests that had a part in its step, each with an `EngineError`, never the engine.
         Where memory was short it ends the newer half of them, each with an `OverloadedError`.
+
+        Raises:
+            EngineUnavailableError: the device is lost, and every request with it.
         """
-        outputs: list[TokenOutput] = []
+        outputs = self._go_on()
         batch = self._scheduler.schedule()
         if not batch.is_empty:
             if self._runner.needs_tokens(batch):
@@ -181,14 +191,27 @@ class Engine:
         """Write what is to outlive the engine, and let go of the cache. Nothing runs any more."""
         self._keeper.close()
 
+    def _go_on(self) -> list[TokenOutput]:
+        """Launch what is left of the last step; commit the step at once if it cannot be.
+
+        Before the next one is planned, which so has no part in the failure.
+        """
+        if not self._under_way:
+            return []
+        _, pending = self._under_way[-1]
+        try:
+            pending.go_on()
+        except Exception:
+            # Told when its tokens are asked for.
+            return self._commit_all_but(0)
+        return []
+
     def _launch(self, batch: Batch) -> list[TokenOutput]:
         """Begin a step; return the errors of its requests if it cannot."""
         try:
             pending = self._runner.launch(batch)
-        except (torch.OutOfMemoryError, MemoryError) as exc:
-            return self._shed(batch, exc)
         except Exception as exc:
-            return self._fail(batch, exc)
+            return self._shed(batch, exc) if lacked_memory(exc) else self._fail(batch, exc)
         self._under_way.append((batch, pending))
         for choice in batch.sampling:
             choice.num_launched += 1
@@ -205,7 +228,10 @@ class Engine:
             try:
                 picked = pending.picked()
             except Exception as exc:
-                outputs += self._fail(batch, exc)
+                # Steps launched since have read what this one did not leave.
+                is_last = not self._under_way
+                is_short = is_last and lacked_memory(exc)
+                outputs += self._shed(batch, exc) if is_short else self._fail(batch, exc)
             else:
                 given = self._scheduler.commit(batch, picked)
                 # An answer may have ended since the step was launched: nobody gets its token.
@@ -214,7 +240,12 @@ class Engine:
         return outputs
 
     def _fail(self, batch: Batch, exc: Exception) -> list[TokenOutput]:
-        """End the requests of a step that failed."""
+        """End the requests of a step that failed; all of them where the device has."""
+        if not takes_work(self._device):
+            raise EngineUnavailableError(
+                f"the device failed and takes no more work ({type(exc).__name__}: {exc}); the "
+                "engine has to be started again"
+            ) from exc
         error = EngineError(f"the engine failed in this step: {type(exc).__name__}: {exc}")
         outputs = self._scheduler.fail(batch, error)
         log.error("a step failed and ends %d answers", len(outputs), exc_info=exc)
@@ -231,8 +262,7 @@ class Engine:
         )
         shed = self._scheduler.shed(batch, error)
         log.error("out of memory: %d answers end, the others go on (%s)", len(shed), exc)
-        # Its frames hold what the step had allocated.
-        exc.__traceback__ = None
+        forget_frames(exc)
         release_memory()
         return outputs + shed
 

@@ -1,10 +1,16 @@
-"""Memory of a model that is gone, given back before the next one needs it."""
+"""Memory of a device: how much is held, whether it was too little, and giving it back."""
 
 from __future__ import annotations
 
 import gc
+import re
+from collections.abc import Iterator
 
 import torch
+
+# What CUDA, Triton and cuBLAS say where they had no memory and torch did not ask for it: for a
+# kernel's code, a graph, a workspace.
+_SHORTAGE = re.compile(r"CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -15,6 +21,26 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     return held, torch.cuda.get_device_properties(device).total_memory
 
 
+def takes_work(device: torch.device) -> bool:
+    """Tell whether a device still computes; waits for what it is at.
+
+    After an access out of bounds, say, a CUDA device does nothing more for the process, which has
+    to be started again.
+    """
+    if device.type != "cuda":
+        return True
+    # The first one may tell of a failure that is over.
+    return _is_in_step(device) or _is_in_step(device)
+
+
+def _is_in_step(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def release_memory() -> None:
     """Give back what nothing refers to any more, on the CUDA device too."""
     # A server keeps what it has loaded out of collections.
@@ -22,3 +48,26 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def lacked_memory(error: BaseException) -> bool:
+    """Tell whether `error`, or one that it came of, says that memory was short."""
+    return any(_is_shortage(each) for each in _chain(error))
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of the frames of `error` and of those it came of, and of what these had allocated."""
+    for each in _chain(error):
+        each.__traceback__ = None
+
+
+def _is_shortage(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _SHORTAGE.search(str(error)) is not None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -63,6 +63,12 @@ class RunningAnswer:
             return None
 
     @property
+    def was_admitted(self) -> bool:
+        """Whether the engine has taken the request."""
+        done = self._admitted.done() and not self._admitted.cancelled()
+        return done and self._admitted.exception() is None
+
+    @property
     def info(self) -> StreamInfo:
         """What admission told; only after the first delta or `wait_admitted`."""
         return self._admitted.result(0)

@@ -124,8 +124,8 @@ class StreamChunks:
         if traced := trace_fields(delta.trace, delta.trace_summary):
             content.provider_specific_fields = {"mrss": traced}
         choice = StreamingChoices(index=delta.index, delta=content)
-        if delta.logprobs:
-            choice.logprobs = ChoiceLogprobs(**(chat_logprobs(delta.logprobs) or {}))
+        if logprobs := chat_logprobs(delta.logprobs):
+            choice.logprobs = ChoiceLogprobs(**logprobs)
         chunk = self._chunk([choice])
         if is_first:
             # On the first chunk alone, since these are serialised the slow way; and not in the

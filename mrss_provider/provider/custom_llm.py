@@ -12,14 +12,14 @@ from litellm.llms.custom_llm import CustomLLM
 from litellm.types.utils import EmbeddingResponse, ModelResponse, TextCompletionResponse
 
 from mrss_provider.backend import Backend, DeltaStream, Embeds, GenerateRequest, StreamInfo
-from mrss_provider.errors import InvalidRequestError, RequestTimeoutError
+from mrss_provider.errors import InvalidRequestError, MRSSError, RequestTimeoutError
 from mrss_provider.openai_schema import Answer
 from mrss_provider.provider.answers import RunningAnswer
 from mrss_provider.provider.calls import Call, check_streamable, read_call
 from mrss_provider.provider.chunks import StreamChunks
 from mrss_provider.provider.embeddings import EmbedCall, read_embed_call, to_embeddings
 from mrss_provider.provider.engines import Engines
-from mrss_provider.provider.error_map import PROVIDER, to_litellm
+from mrss_provider.provider.error_map import PROVIDER, BrokenOff, to_litellm
 from mrss_provider.provider.io_thread import IOThread
 from mrss_provider.provider.responses import to_chat, to_text
 from mrss_provider.provider.streams import ChunkStream
@@ -179,6 +179,8 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
         try:
             async for delta in stream:
                 answer.add(delta, offset)
+        except MRSSError as exc:
+            raise BrokenOff(exc) from exc
         finally:
             await stream.aclose()
         return stream.info

@@ -50,11 +50,21 @@ TABLE: dict[type[MRSSError], type[Exception]] = {
 _WITH_RESPONSE = (litellm.RateLimitError, litellm.PermissionDeniedError)
 
 
+class BrokenOff(Exception):
+    """What ended an answer that had been admitted: `error`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def to_litellm(error: BaseException, model: str) -> Exception:
     """Return the LiteLLM exception that stands for `error`; raise it `from error`.
 
     What is not an `MRSSError` is a defect: the caller gets an id, the log the traceback.
     """
+    if isinstance(error, BrokenOff):
+        return _cooling_nothing(to_litellm(error.error, model))
     if isinstance(error, tuple(litellm.LITELLM_EXCEPTION_TYPES)):
         return error  # type: ignore[return-value]
     if not isinstance(error, MRSSError):
@@ -67,6 +77,17 @@ def to_litellm(error: BaseException, model: str) -> Exception:
     # The proxy writes these into the OpenAI error object.
     for name in ("code", "param", "type"):
         setattr(mapped, name, getattr(error, name))
+    return mapped
+
+
+def _cooling_nothing(mapped: Exception) -> Exception:
+    """Ask LiteLLM not to cool a deployment down for an answer that broke off.
+
+    It books such a failure late, when the request may be at its next deployment already, and then
+    cools that one down: the one that is well. Who is refused by the engine that is gone is booked
+    where it belongs. LiteLLM takes the time to cool down from this header, and 0 is none.
+    """
+    mapped.litellm_response_headers = httpx.Headers({"retry-after": "0"})  # type: ignore[attr-defined]
     return mapped
 
 

@@ -11,7 +11,7 @@ from litellm.types.utils import ModelResponseStream
 from mrss_provider.backend import Delta
 from mrss_provider.provider.answers import RunningAnswer
 from mrss_provider.provider.chunks import StreamChunks
-from mrss_provider.provider.error_map import to_litellm
+from mrss_provider.provider.error_map import BrokenOff, to_litellm
 
 
 class ChunkStream:
@@ -39,7 +39,7 @@ class ChunkStream:
                 self._write(await self._answer.take())
             except Exception as exc:
                 self.close()
-                raise to_litellm(exc, self._model) from exc
+                raise self._translated(exc) from exc
             except BaseException:
                 self.close()
                 raise
@@ -56,7 +56,7 @@ class ChunkStream:
                 self._write(self._answer.take_blocking())
             except Exception as exc:
                 self.close()
-                raise to_litellm(exc, self._model) from exc
+                raise self._translated(exc) from exc
             except BaseException:
                 self.close()
                 raise
@@ -74,6 +74,9 @@ class ChunkStream:
 
     def __del__(self) -> None:
         self._answer.cancel()
+
+    def _translated(self, error: Exception) -> Exception:
+        return to_litellm(BrokenOff(error) if self._answer.was_admitted else error, self._model)
 
     def _write(self, deltas: Sequence[Delta]) -> None:
         if deltas:

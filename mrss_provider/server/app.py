@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, runtime_checkable
 
 from starlette.applications import Starlette
@@ -38,7 +38,7 @@ from mrss_provider.openai_schema import (
 )
 from mrss_provider.server.admin import admin_routes
 from mrss_provider.server.auth import Access, KeyRing, caller_of, require_admin
-from mrss_provider.server.body import read_request
+from mrss_provider.server.body import read_and_parse
 from mrss_provider.server.counting import CountRequests
 from mrss_provider.server.embeddings import text_routes
 from mrss_provider.server.exposition import CONTENT_TYPE, Exposition
@@ -62,6 +62,15 @@ class Startable(Protocol):
 
     async def start(self) -> None:
         """Load it. Raises MRSSError: it cannot be loaded."""
+        ...
+
+
+@runtime_checkable
+class Losable(Protocol):
+    """A backend whose engine can be lost, after which it does not answer any more."""
+
+    async def until_lost(self) -> MRSSError:
+        """Return why it was lost, once it was."""
         ...
 
 
@@ -102,12 +111,12 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
         self._lifecycle.check_open()
-        return self._answer(request, parse_chat_request(await self._read(request)))
+        return self._answer(request, await self._read(request, parse_chat_request))
 
     async def completions(self, request: Request) -> Response:
         """Complete one or more prompts."""
         self._lifecycle.check_open()
-        return self._answer(request, parse_completion_request(await self._read(request)))
+        return self._answer(request, await self._read(request, parse_completion_request))
 
     async def models(self, request: Request) -> Response:
         """List what is served."""
@@ -158,8 +167,10 @@ class Routes:
         require_admin(request)
         return Response(self._exposition.text(), headers={"content-type": CONTENT_TYPE})
 
-    async def _read(self, request: Request) -> object:
-        return await read_request(request, self._service.config)
+    async def _read(
+        self, request: Request, parse: Callable[[object], ParsedRequest]
+    ) -> ParsedRequest:
+        return await read_and_parse(request, self._service.config, parse)
 
     def _answer(self, request: Request, parsed: ParsedRequest) -> GenerationResponse:
         return GenerationResponse(self._service, parsed, caller_of(request))
@@ -267,6 +278,8 @@ async def _start(backend: Backend, lifecycle: Lifecycle) -> None:
         if isinstance(backend, Startable):
             await backend.start()
         lifecycle.set_ready()
+        if isinstance(backend, Losable):
+            lifecycle.set_failed(await backend.until_lost())
     except MRSSError as exc:
         lifecycle.set_failed(exc)
     except Exception:

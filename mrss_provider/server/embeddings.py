@@ -20,7 +20,7 @@ from mrss_provider.openai_schema import (
     tokens_object,
 )
 from mrss_provider.server.auth import Caller, caller_of
-from mrss_provider.server.body import read_request
+from mrss_provider.server.body import read_and_parse, read_request
 from mrss_provider.server.generation import until_disconnect
 from mrss_provider.server.limits import limited_inputs, num_tokens_of_inputs
 from mrss_provider.server.refusals import error_response
@@ -126,7 +126,7 @@ class TextRoutes:
         backend = service.backend
         if not isinstance(backend, Embeds):
             raise NotFoundError("this engine has no embeddings")
-        parsed = parse_embed_request(await read_request(request, service.config))
+        parsed = await read_and_parse(request, service.config, parse_embed_request)
         return EmbeddingResponse(service, backend, parsed, caller_of(request))
 
     async def tokenize(self, request: Request) -> Response:

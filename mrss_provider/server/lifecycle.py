@@ -20,9 +20,9 @@ class Lifecycle:
             the engine became ready; 0 never does.
 
     Attributes:
-        on_end: called when an idle engine should leave, or one that could not be started.
+        on_end: called when an engine should leave: it is idle, did not start, or is lost.
         on_ready: each is called whenever a model is ready, the first and those that replace it.
-        failure: what the engine could not be started with.
+        failure: what the engine could not be started with, or was lost by.
         stopping: set when the server is about to close its connections.
     """
 
@@ -54,7 +54,7 @@ class Lifecycle:
         self._update()
 
     def set_failed(self, error: MRSSError) -> None:
-        """Note that the engine could not be loaded, and leave.
+        """Note that the engine could not be loaded or is lost, and leave.
 
         Who is draining was told to leave, and a load that this cuts short is no failure.
         """

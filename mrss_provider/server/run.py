@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
         """Serve until `end`, a signal, or an idle engine's time has come.
 
         Raises:
-            MRSSError: the backend could not be started.
+            MRSSError: the backend could not be started, or was lost.
         """
         await self.serve(sockets=[listener.socket for listener in self._listeners])
         if self.lifecycle.failure is not None:

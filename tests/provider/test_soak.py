@@ -72,4 +72,4 @@ def test_memory_does_not_grow_with_calls(backend):
     warm, *sizes = asyncio.run(rounds(backend, 5))
     assert (sizes[-1] - warm) / len(sizes) < MAX_GROWTH_BYTES
     gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, RunningAnswer)]
+    assert not [each for each in gc.get_objects() if type(each) is RunningAnswer]

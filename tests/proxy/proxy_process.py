@@ -32,6 +32,8 @@ class Proxy:
             str(Path(sys.executable).parent / "litellm"),
             *("--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
             *("--num_workers", str(num_workers), "--telemetry", "False"),
+            # A worker that imports LiteLLM on a busy machine takes longer than uvicorn's 5 s.
+            *("--timeout_worker_healthcheck", "60"),
         ]
         self.process = subprocess.Popen(
             command,

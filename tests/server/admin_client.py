@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starlette.testclient import TestClient
 from tiny_model import write_model_folder, write_state
 
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.config import EngineConfig, ServerConfig
 from mrss_provider.server.app import create_app
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
 
 
 def write_folders(folder: Path) -> EngineConfig:
@@ -39,6 +42,9 @@ def write_folders(folder: Path) -> EngineConfig:
 @contextlib.contextmanager
 def serving_engine(config: EngineConfig, **server: object) -> Iterator[TestClient]:
     """Yield a client of a server over an engine."""
+    # Here and not above: it wants packages that not every machine with a GPU has.
+    from starlette.testclient import TestClient
+
     app = create_app(AsyncEngine(config), ServerConfig(**server), model="tiny")  # type: ignore[arg-type]
     with TestClient(app, base_url="http://127.0.0.1:9000") as client:
         yield client

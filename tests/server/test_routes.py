@@ -1,5 +1,6 @@
 """The routes over a fake backend. Oracle: the `openai` package reads every answer."""
 
+import asyncio
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from mrss_provider.errors import (
     RequestTimeoutError,
     UnknownNameError,
 )
+from mrss_provider.openai_schema import parse_chat_request
 from mrss_provider.server.app import create_app
 
 CHAT = {"model": "mrss/knowledge+tone", "messages": [{"role": "user", "content": "hi"}]}
@@ -213,6 +215,28 @@ def test_only_json_is_read(media_type):
         )
     assert response.status_code == 400
     assert "application/json" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("length", "is_apart"), [(100, False), (100_000, True)])
+def test_only_a_long_body_is_parsed_beside_the_event_loop(monkeypatch, length, is_apart):
+    seen = []
+
+    def parse(body):
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            seen.append(True)
+        else:
+            seen.append(False)
+        return parse_chat_request(body)
+
+    monkeypatch.setattr("mrss_provider.server.app.parse_chat_request", parse)
+    chat = {**CHAT, "messages": [{"role": "user", "content": "x" * length}]}
+    with client_of(FakeBackend()) as client:
+        assert client.post("/v1/chat/completions", json=chat).status_code == 200
+        worse = client.post("/v1/chat/completions", json={**chat, "top_p": 7})
+    assert seen == [is_apart, is_apart]
+    assert (worse.status_code, worse.json()["error"]["param"]) == (400, "top_p")
 
 
 def test_a_large_body_is_refused_by_its_announced_length():
