@@ -9,6 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/gates.json"
 WHOLE = RESULTS.with_name("evaluation.json")
+FADING = RESULTS.with_name("fading.json")
 
 DECODINGS = ("T=1", "top-p 0.7", "greedy")
 _HEADER = [*DECODINGS, "nats a token: facts / others", "all"]
@@ -65,6 +66,35 @@ def domain_gains() -> list[list[str]]:
     rows = [["under", *(f"`both`, {name}" for name in DECODINGS), "nats less"]]
     pairs = _results()["domains"]["posterior-novelty - novelty"]
     return rows + [[merge, *_differences(row)] for merge, row in pairs.items()]
+
+
+def fading() -> list[list[str]]:
+    """What each line is about, at every distance: as it is, and given anew at turns."""
+    report = json.loads(FADING.read_text(encoding="utf-8"))
+    turns = (0, 1, 2, 5, 10)
+    first = next(iter(report["cells"].values()))
+    lengths = [first[f"{n} never"]["prompt_tokens"] for n in turns]
+    after = ["at once", "1 turn on", *(f"{n} turns on" for n in turns[2:])]
+    heads = [f"{name} ({length})" for name, length in zip(after, lengths, strict=True)]
+    rows = [["", "reinject", *heads]]
+    for line in report["lines"]:
+        cells, part = report["cells"][_line(line)], line["wanted"]
+        for how in ("never", "turn"):
+            name = f"{_line(line)}: {part}" if how == "never" else ""
+            told = [_with_interval(cells[f"{n} {how if n else 'never'}"][part]) for n in turns]
+            rows.append([name, f"`{how}`", *told])
+    return rows
+
+
+def _line(line: Mapping[str, str]) -> str:
+    talk = "plain talk" if line["history"] == "plain" else f"a {line['history']}'s talk"
+    told = ", facts told in the chat" if line["town"] == "told" else ""
+    return f"`{line['mixture']}`, {talk}{told}"
+
+
+def _with_interval(share: list[float]) -> str:
+    mean, low, high = map(_share, share)
+    return f"**{mean}** [{low}, {high}]"
 
 
 def _results() -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import queue as queues
 import random
-from collections.abc import Callable
+import signal
+import sys
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from types import TracebackType
 
@@ -19,8 +22,15 @@ from mrss_provider.tune.examples import Example
 END_OF_TEXT = 0
 ANSWER, FACT, OTHER = 2, 3, 1
 
+FIRST_MAX_FACTS, LAST_MAX_FACTS = 2, 14
+CURRICULUM_SHARE = 0.2
+"""Facts a document grow over this share of the run; with all at once, recall is learnt late."""
+
 MAX_VOCAB = 4096
 """Entries of the vocabulary at most; the world needs far fewer."""
+
+_BATCHES_READY = 4
+_LOOK_EVERY_S = 2.0
 
 
 def world_vocab(num_documents: int = 20_000, seed: int = 1) -> list[bytes]:
@@ -77,33 +87,85 @@ def pack_rows(
     return ids, kinds
 
 
-class Feeder:
-    """Worker processes that keep a queue of packed batches full.
+def max_facts_at(progress: float) -> int:
+    """Return how many facts a document may hold after this share of a run: the curriculum."""
+    grown = min(1.0, progress / CURRICULUM_SHARE)
+    return round(FIRST_MAX_FACTS + grown * (LAST_MAX_FACTS - FIRST_MAX_FACTS))
 
-    `max_facts` may be changed while it runs: the curriculum.
+
+@dataclass(frozen=True)
+class Feed:
+    """What batches are made of.
+
+    Attributes:
+        entries: of the vocabulary.
+        num_rows: a batch.
+        length: tokens to predict a row.
+        seed: of all batches; each depends on it and on its number alone.
+        num_steps: of the run, which the curriculum follows; 0 follows `Feeder.max_facts`.
     """
 
-    def __init__(
-        self, entries: list[bytes], num_rows: int, length: int, workers: int, seed: int
-    ) -> None:
+    entries: list[bytes]
+    num_rows: int
+    length: int
+    seed: int
+    num_steps: int = 0
+
+    def batch(
+        self, encoder: PieceEncoder, step: int, max_facts: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+        """Return ids and kinds of the batch of a step; see `pack_rows`."""
+        if self.num_steps:
+            max_facts = max_facts_at(step / self.num_steps)
+        rng = random.Random(f"{self.seed} {step}")
+        return pack_rows(rng, encoder, self.num_rows, self.length, max_facts)
+
+
+class Feeder:
+    """Worker processes that keep queues of packed batches full; batches come in their order.
+
+    `max_facts` may be changed while it runs: the curriculum of a run whose length is in seconds.
+
+    Args:
+        feed: what batches are made of.
+        workers: processes.
+        first_step: number of the first batch.
+    """
+
+    def __init__(self, feed: Feed, workers: int, first_step: int = 0) -> None:
         context = mp.get_context("spawn")
-        self.max_facts: Synchronized[int] = context.Value("i", 2)
-        self._queue = context.Queue(maxsize=4 * workers)
+        self.max_facts: Synchronized[int] = context.Value("i", FIRST_MAX_FACTS)
+        self._step = first_step
+        self._queues = [context.Queue(maxsize=_BATCHES_READY) for _ in range(workers)]
         self._processes = [
             context.Process(
-                target=_feed,
-                args=(entries, num_rows, length, seed * 1000 + i, self.max_facts, self._queue.put),
+                target=_make_batches,
+                args=(feed, range(first_step + i, sys.maxsize, workers), self.max_facts, queue),
                 daemon=True,
             )
-            for i in range(workers)
+            for i, queue in enumerate(self._queues)
         ]
+        self._first = first_step
         for process in self._processes:
             process.start()
 
     def next(self) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-        """Return ids and kinds of one batch."""
-        batch: tuple[NDArray[np.uint16], NDArray[np.uint8]] = self._queue.get()
-        return batch
+        """Return ids and kinds of the next batch.
+
+        Raises:
+            RuntimeError: the process that makes it has ended.
+        """
+        place = (self._step - self._first) % len(self._queues)
+        self._step += 1
+        while True:
+            try:
+                batch: tuple[NDArray[np.uint16], NDArray[np.uint8]]
+                batch = self._queues[place].get(timeout=_LOOK_EVERY_S)
+            except queues.Empty:
+                if not self._processes[place].is_alive():
+                    raise RuntimeError("a process that makes batches has ended") from None
+            else:
+                return batch
 
     def __enter__(self) -> Feeder:
         """Return itself."""
@@ -117,17 +179,30 @@ class Feeder:
     ) -> None:
         """End the workers."""
         for process in self._processes:
-            process.terminate()
+            # They do not listen to less.
+            process.kill()
 
 
-def _feed(
-    entries: list[bytes],
-    num_rows: int,
-    length: int,
-    seed: int,
-    max_facts: Synchronized[int],
-    put: Callable[[tuple[NDArray[np.uint16], NDArray[np.uint8]]], None],
+def _make_batches(
+    feed: Feed, steps: range, max_facts: Synchronized[int], queue: mp.Queue[object]
 ) -> None:
-    rng, encoder = random.Random(seed), PieceEncoder(entries)
-    while True:
-        put(pack_rows(rng, encoder, num_rows, length, max_facts.value))
+    # Sent to all processes of a run, they are for the trainer, which still needs a batch.
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)
+    encoder = PieceEncoder(feed.entries)
+    for step in steps:
+        batch = feed.batch(encoder, step, max_facts.value)
+        while not _put(queue, batch):
+            # A trainer that was killed ends nobody.
+            parent = mp.parent_process()
+            if parent is not None and not parent.is_alive():
+                queue.cancel_join_thread()
+                return
+
+
+def _put(queue: mp.Queue[object], batch: object) -> bool:
+    try:
+        queue.put(batch, timeout=_LOOK_EVERY_S)
+    except queues.Full:
+        return False
+    return True

@@ -4,7 +4,9 @@
     python -m models.demo.train --out build/tiny --steps 20 --layers 2 --width 128 --batch 4
 
 Weights and Adam's moments are fp32, products bf16 on CUDA. The length of the run is given in steps
-or in seconds; the schedule follows whichever it is.
+or in seconds; the schedule follows whichever it is. Ctrl-C or SIGTERM ends it after a step; the
+same command goes on, after a kill from the last checkpoint. With `--steps`, on one machine's CPU,
+the weights are then those of a run that was never left.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.demo.data import ANSWER, FACT, Feeder, world_vocab
+from models.demo.checkpoint import Checkpoint, Left, until_asked
+from models.demo.data import ANSWER, FACT, Feed, Feeder, max_facts_at, world_vocab
 from models.demo.init import init_weights
 from models.demo.vocab import write_vocab
 from mrss_provider.tune.network import Shape, forward, logits, start_state
@@ -28,10 +31,6 @@ from mrss_provider.tune.wkv import Backend, wkv7
 
 CONTEXT_WEIGHT = 0.5
 """Loss weight of tokens that no assistant says: notes are random, so they teach little."""
-
-FIRST_MAX_FACTS, LAST_MAX_FACTS = 2, 14
-CURRICULUM_SHARE = 0.2
-"""Facts a document grow over this share of the run; with all at once, recall is learnt late."""
 
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.99)
@@ -42,59 +41,84 @@ def main() -> None:
     """Parse the command line and train."""
     args = _parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    model, checkpoint = args.out / "model.safetensors", _checkpoint(args)
+    if model.exists() and not checkpoint.path.exists():
+        raise SystemExit(f"{model} is finished; choose another --out, or remove it to train anew")
+    left = checkpoint.load()
     device = torch.device(args.device)
     backend = check_gradients(device) if device.type == "cuda" else "torch"
     entries = world_vocab()
     write_vocab(args.out / "vocab.txt", entries)
     vocab_size = -(-(len(entries) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    weights = init_weights(args.layers, args.width, vocab_size, args.seed)
-    weights = {k: v.to(device).requires_grad_() for k, v in weights.items()}
+    begun = left.weights or init_weights(args.layers, args.width, vocab_size, args.seed)
+    weights = {k: v.to(device).requires_grad_() for k, v in begun.items()}
     count = sum(v.numel() for v in weights.values())
     print(f"{len(entries)} entries, {vocab_size} rows, {count / 1e6:.2f} M parameters", flush=True)
-    with Feeder(entries, args.batch, args.length, args.workers, args.seed) as feeder:
-        log = train(weights, feeder, args, backend)
-    save(weights, args.out / "model.safetensors", log)
+    feed = Feed(entries, args.batch, args.length, args.seed, args.steps)
+    with Feeder(feed, args.workers, left.step) as feeder:
+        log = train(weights, feeder, args, backend, checkpoint, left)
+    if log is not None:
+        save(weights, model, log)
+        checkpoint.remove()
 
 
 def train(
-    weights: dict[str, Tensor], feeder: Feeder, args: argparse.Namespace, backend: Backend
-) -> dict[str, object]:
-    """Train `weights` in place; return what the file's metadata should say."""
+    weights: dict[str, Tensor],
+    feeder: Feeder,
+    args: argparse.Namespace,
+    backend: Backend,
+    checkpoint: Checkpoint,
+    left: Left,
+) -> dict[str, object] | None:
+    """Train `weights` in place, from where the run was left.
+
+    Returns:
+        What the file's metadata should say; None if somebody asked it to end before its end.
+    """
     optimizer = make_optimizer(weights)
+    if left.optimizer is not None:
+        optimizer.load_state_dict(dict(left.optimizer))
+        print(f"goes on after step {left.step}", flush=True)
     device = weights["emb.weight"].device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    began, step, progress = time.perf_counter(), 0, 0.0
-    next_log = 0.0
-    while progress < 1:
-        grown = min(1.0, progress / CURRICULUM_SHARE)
-        feeder.max_facts.value = round(FIRST_MAX_FACTS + grown * (LAST_MAX_FACTS - FIRST_MAX_FACTS))
-        rate = args.rate * schedule(step, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        ids, kinds = (torch.from_numpy(x).to(device) for x in feeder.next())
-        loss, right, facts = loss_of(weights, ids.long(), kinds, dtype, backend)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
-        optimizer.step()
-        step += 1
-        elapsed = time.perf_counter() - began
-        progress = step / args.steps if args.steps else elapsed / args.seconds
-        if elapsed >= next_log or progress >= 1:
-            next_log = elapsed + args.log_every
-            rate_tok = step * ids.shape[0] * args.length / elapsed
-            print(
-                f"{elapsed:6.1f} s step {step:5d} loss {loss.item():.4f} "
-                f"facts {(right / facts).item():.3f} norm {norm.item():.2f} lr {rate:.2e} "
-                f"max_facts {feeder.max_facts.value} {rate_tok / 1e3:.0f} ktok/s",
-                flush=True,
-            )
-            if not math.isfinite(loss.item()):
-                raise SystemExit("the loss is not finite")
+    began, step, elapsed = time.perf_counter(), left.step, left.seconds
+    next_log, next_save = elapsed, elapsed + args.checkpoint_every
+    with until_asked() as is_asked:
+        while (progress := _progress(args, step, elapsed)) < 1:
+            if is_asked():
+                checkpoint.save(step, elapsed, weights, optimizer)
+                print(f"left off after step {step}; the same command goes on", flush=True)
+                return None
+            feeder.max_facts.value = max_facts_at(progress)
+            rate = args.rate * schedule(step, progress)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            ids, kinds = (torch.from_numpy(x).to(device) for x in feeder.next())
+            loss, right, facts = loss_of(weights, ids.long(), kinds, dtype, backend)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
+            optimizer.step()
+            step += 1
+            elapsed = left.seconds + time.perf_counter() - began
+            if elapsed >= next_log or _progress(args, step, elapsed) >= 1:
+                next_log = elapsed + args.log_every
+                rate_tok = step * ids.shape[0] * args.length / elapsed
+                print(
+                    f"{elapsed:6.1f} s step {step:5d} loss {loss.item():.4f} "
+                    f"facts {(right / facts).item():.3f} norm {norm.item():.2f} lr {rate:.2e} "
+                    f"max_facts {feeder.max_facts.value} {rate_tok / 1e3:.0f} ktok/s",
+                    flush=True,
+                )
+                if not math.isfinite(loss.item()):
+                    raise SystemExit("the loss is not finite")
+            if elapsed >= next_save:
+                checkpoint.save(step, elapsed, weights, optimizer)
+                next_save = elapsed + args.checkpoint_every
     return {
         "steps": step,
         "tokens": step * args.batch * args.length,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(elapsed, 1),
         "batch": args.batch,
         "length": args.length,
         "peak_learning_rate": args.rate,
@@ -104,6 +128,17 @@ def train(
         "products": str(dtype).removeprefix("torch."),
         "master_weights": "float32",
     }
+
+
+def _progress(args: argparse.Namespace, step: int, elapsed: float) -> float:
+    """Return the share of the run that is done, by its steps or by the clock."""
+    return float(step / args.steps if args.steps else elapsed / args.seconds)
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    names = ("steps", "seconds", "layers", "width", "batch", "length", "rate", "seed", "device")
+    settings = {name: getattr(args, name) for name in names}
+    return Checkpoint(args.out / "model.unfinished", settings)
 
 
 def loss_of(
@@ -196,7 +231,9 @@ def check_gradients(device: torch.device) -> Backend:
 def save(weights: dict[str, Tensor], path: Path, training: dict[str, object]) -> None:
     """Write bf16 tensors in official names, with how they came to be as metadata."""
     tensors = {k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt", "training": json.dumps(training)})
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt", "training": json.dumps(training)})
+    partial.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=float, default=10.0, help="seconds")
+    parser.add_argument("--checkpoint-every", type=float, default=30.0, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +20,7 @@ from mrss_provider.evaluate.report import headline, report_page
 from mrss_provider.evaluate.run import Job, run
 from mrss_provider.evaluate.systems import Pair
 from mrss_provider.evaluate.task import Task, WorldTask
+from mrss_provider.tokenizer import find_vocabulary
 
 _QUICK_FACTS = 12
 
@@ -34,6 +37,7 @@ def evaluate(
     samples: int | None,
     seed: int | None,
     is_quick: bool,
+    jobs: int,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -41,17 +45,18 @@ def evaluate(
 
     Raises:
         CommandError: options that do not go together.
-        MRSSError: as `run`.
+        MRSSError: no such model, or as `run`.
     """
     if baselines and len(baselines) != max(1, len(pairs)):
         raise CommandError(
             f"give --baselines once for each --pair, got {len(baselines)} for "
             f"{max(1, len(pairs))} pair(s)"
         )
-    if data is None and config.model != DEMO_MODEL:
+    model = read_config(config.model)
+    if data is None and not _speaks_of_the_world(config.model):
         raise CommandError(
-            "the bundled questions are about the bundled model's world; for another model give "
-            "--knowledge-data and --tone-data"
+            "the bundled questions are about the bundled model's world, and this model has another "
+            "vocabulary; give --knowledge-data and --tone-data"
         )
     plan = QUICK if is_quick else Plan()
     if samples is not None:
@@ -59,12 +64,10 @@ def evaluate(
     if seed is not None:
         plan = replace(plan, seed=seed)
     task = _task(data, voice, is_quick=is_quick)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     folders = list(pairs) or [config.states]
     job = Job(
         config,
-        read_config(config.model),
+        model,
         task,
         [Pair(folder, knowledge, tone) for folder in folders],
         baselines,
@@ -72,16 +75,27 @@ def evaluate(
         is_quick,
         out,
     )
-    with _progress() as (tell, on_done):
-        report = run(job, tell, on_done)
+    with _alone_in(out), _progress() as (tell, on_done):
+        report = run(job, tell, on_done, num_processes=jobs)
+        if out is not None:
+            (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            (out / "report.html").write_text(report_page(report), encoding="utf-8")
     if out is not None:
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(report_page(report), encoding="utf-8")
         note(f"wrote {out / 'report.html'}")
     if as_json:
         answer(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
+
+
+def _speaks_of_the_world(model: Path) -> bool:
+    """Tell whether a model is the bundled one, or another that was trained on its world's words."""
+    if model == DEMO_MODEL:
+        return True
+    own, bundled = find_vocabulary(model), find_vocabulary(DEMO_MODEL)
+    if own is None or bundled is None:
+        return False
+    return own.read_bytes() == bundled.read_bytes()
 
 
 def _task(data: tuple[Path, Path] | None, voice: str | None, *, is_quick: bool) -> Task:
@@ -117,6 +131,34 @@ def _print(report: dict[str, Any]) -> None:
         for text in pair["negatives"]:
             answer(f"  {text}")
     answer(headline(report))
+
+
+@contextmanager
+def _alone_in(out: Path | None) -> Iterator[None]:
+    """Make `out` and hold it until the process ends: two runs would write the same files.
+
+    Raises:
+        CommandError: another run holds it.
+    """
+    if out is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _hold(folder, out)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _hold(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise CommandError(
+            f"another mrss evaluate writes into {out}; wait for it, or give --out another folder"
+        ) from exc
 
 
 @contextmanager

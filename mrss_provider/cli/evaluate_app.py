@@ -38,6 +38,9 @@ def evaluate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of questions and draws. [5]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first look, in a minute.")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=64, help="Pairs measured at once, a process each.")
+    ] = 1,
     out: Annotated[
         Path | None, typer.Option(help="A folder for report.html; a run goes on where it stopped.")
     ] = None,
@@ -45,8 +48,8 @@ def evaluate(
 ) -> None:
     """Measure whether a mixture has both the knowledge and the tone of its states.
 
-    Out of the box: the bundled model, its two states, questions about its world. On any other model
-    and states: your own --knowledge-data and --tone-data.
+    Out of the box: the bundled model, or one with its vocabulary, and questions about its world. On
+    any other model and states: your own --knowledge-data and --tone-data.
     """
     if (knowledge_data is None) != (tone_data is None):
         raise typer.BadParameter("--knowledge-data and --tone-data go together")
@@ -64,6 +67,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         is_quick=quick,
+        jobs=jobs,
         out=out,
         as_json=as_json,
     )

@@ -26,8 +26,6 @@ MAX_TOKENS = 64
 MOST_NATS = 30.0
 """Of a token, also of one that a cut has removed."""
 
-_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class Decoding:
@@ -55,17 +53,24 @@ class Said:
 
 
 class Asker:
-    """Puts questions to a backend, `_AT_ONCE` at a time, and counts what is done.
+    """Puts questions to a backend, `at_once` at a time, and counts what is done.
 
     Args:
         backend: where answers come from.
         on_done: called after each one.
+        at_once: requests that are under way.
     """
 
-    def __init__(self, backend: Backend, on_done: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        on_done: Callable[[], None] = lambda: None,
+        *,
+        at_once: int = 64,
+    ) -> None:
         self._backend = backend
         self._on_done = on_done
-        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._room = asyncio.Semaphore(at_once)
 
     async def answers(
         self, system: System, asked: Sequence[Question], decoding: Decoding, *, seed: int

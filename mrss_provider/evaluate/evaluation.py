@@ -13,13 +13,13 @@ from mrss_provider.evaluate.measuring import (
     Measurer,
     Plan,
     Texts,
-    best_fixed,
+    best_weights,
     diversity,
     gain,
     share,
 )
 from mrss_provider.evaluate.statistics import Interval, hypervolume, interval, mcnemar, mean
-from mrss_provider.evaluate.systems import DEFAULT, Pair, System, fixed_weights
+from mrss_provider.evaluate.systems import DEFAULT, DEFAULT_METHOD, Pair, System, fixed_weights
 from mrss_provider.evaluate.task import History, Task
 from mrss_provider.evaluate.verdict import conditions, negatives, preconditions, works
 from mrss_provider.resampling import holm
@@ -109,18 +109,18 @@ async def evaluate_pair(
         pair: the states.
         systems: the default first.
         plan: how much.
-        rows: recurrent states that each system's model takes; the fixed methods of `plan.curves`
-            must be among the systems.
+        rows: recurrent states that each system's model takes; the methods of `plan.curves` must be
+            among the systems.
     """
     found = Evaluation()
-    best = {
-        method: await best_fixed(measurer, pair, method)
-        for method in plan.curves
-        if method.endswith("~fixed")
-    }
+    best = {method: await best_weights(measurer, pair, method) for method in plan.curves}
     chosen = [*systems, *best.values()]
     # Weights take no rows.
-    of_best = {one.model: rows[f"{pair.knowledge}+{pair.tone}~{m}"] for m, one in best.items()}
+    both = f"{pair.knowledge}+{pair.tone}"
+    of_best = {
+        one.model: rows[both if method == DEFAULT_METHOD else f"{both}~{method}"]
+        for method, one in best.items()
+    }
     num_rows = {**rows, **of_best}
     cells = {
         system.name: {d.name: await measurer.cell(system, d) for d in plan.decodings}

@@ -262,12 +262,14 @@ def diversity(cell: Cell) -> float:
     return entropy(cell.templates)
 
 
-async def best_fixed(measurer: Measurer, pair: Pair, method: str) -> System:
-    """Return the fixed weights with the most `both` at T=1 on the questions for choosing."""
+async def best_weights(measurer: Measurer, pair: Pair, method: str) -> System:
+    """Return the weights with the most `both` at T=1 on the questions for choosing."""
     found: dict[str, float] = {}
     for title, model in fixed_weights(pair, method):
         system = System(f"{method} {title}", model)
         cell = await measurer.dev_cell(system, T1)
         found[model] = sum(cell.both) / len(cell.both)
     best = max(found, key=lambda model: found[model])
-    return System(f"{method.partition('~')[0]}, best fixed weights", best)
+    merge, _, gate = method.partition("~")
+    name = f"{merge}, best fixed weights" if gate == "fixed" else f"{merge}, {gate}, best weights"
+    return System(name, best)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,11 +14,13 @@ from typing import Any, get_args
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.config import EngineConfig
+from mrss_provider.errors import EngineError
 from mrss_provider.evaluate.asking import Asker
 from mrss_provider.evaluate.evaluation import Evaluation, evaluate_pair, pooled
 from mrss_provider.evaluate.measuring import Journal, Measurer, Plan
 from mrss_provider.evaluate.systems import Pair, System, compared, digest_of, make_folder
 from mrss_provider.evaluate.task import Part, Task
+from mrss_provider.evaluate.workers import workers
 from mrss_provider.model import ModelConfig
 from mrss_provider.sampling_params import SamplingParams
 
@@ -25,6 +28,9 @@ FORMAT = 1
 
 _ROWS = 192
 """Recurrent states at once: enough answers side by side to keep a device busy."""
+
+_ROWS_AN_ANSWER = 3
+"""Of most mixtures of two states: their rows and the base's."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +62,30 @@ def run(
     job: Job,
     tell: Callable[[str], None] = lambda name: None,
     on_done: Callable[[], None] = lambda: None,
+    *,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """Evaluate every pair; return the report as JSON holds it.
 
     Args:
         job: what.
         tell: called with the name of each part before it begins.
-        on_done: called after each answer.
+        on_done: called after each answer, if pairs are measured one after the other.
+        num_processes: pairs measured at once, each by an engine in a process of its own.
 
     Raises:
-        MRSSError: a state or the model cannot be loaded, or `out` is of another evaluation.
+        MRSSError: a state or the model cannot be loaded, `out` is of another evaluation, or a
+            process was killed.
     """
-    evaluations: list[Evaluation] = []
-    for number, pair in enumerate(job.pairs):
-        baselines = job.baselines[number] if job.baselines else None
-        with tempfile.TemporaryDirectory(prefix="mrss-evaluate-") as folder:
-            extra = make_folder(pair, baselines, Path(folder), job.model)
-            gates = sorted(path.stem for path in Path(folder, "gates").glob("*.safetensors"))
-            systems = compared(pair, extra, gates, is_quick=job.is_quick)
-            journal = _journal(job, number, pair, Path(folder))
-            measuring = _measure(job, pair, Path(folder), systems, journal, tell, on_done)
-            evaluations.append(asyncio.run(measuring))
+    numbers = range(len(job.pairs))
+    # Of this process alone, which removes it whatever becomes of the others.
+    with tempfile.TemporaryDirectory(prefix="mrss-evaluate-") as made:
+        folders = [Path(made, str(number)) for number in numbers]
+        if num_processes == 1 or len(numbers) == 1:
+            evaluations = [_evaluate(job, n, folders[n], tell, on_done) for n in numbers]
+        else:
+            tell(f"{len(numbers)} pairs, {num_processes} at a time")
+            evaluations = _evaluate_at_once(job, folders, num_processes)
     return {
         "format": FORMAT,
         "task": job.task.title,
@@ -91,6 +100,37 @@ def run(
         "systems": pooled(evaluations, job.plan.seed),
         "pairs": [evaluation.to_json() for evaluation in evaluations],
     }
+
+
+def _evaluate_at_once(job: Job, folders: Sequence[Path], num_processes: int) -> list[Evaluation]:
+    """Evaluate all pairs, so many at a time."""
+    numbers = range(len(folders))
+    try:
+        with workers(min(num_processes, len(numbers))) as processes:
+            return list(processes.map(_evaluate, [job] * len(numbers), numbers, folders))
+    except BrokenProcessPool as exc:
+        raise EngineError(
+            "a process that measured a pair was killed, maybe for want of memory; ask again with a "
+            "smaller --jobs (with --out it goes on where it stopped)"
+        ) from exc
+
+
+def _evaluate(
+    job: Job,
+    number: int,
+    folder: Path,
+    tell: Callable[[str], None] = lambda name: None,
+    on_done: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluate the pair of a number, from 0, with its states in a new `folder`."""
+    pair = job.pairs[number]
+    baselines = job.baselines[number] if job.baselines else None
+    folder.mkdir()
+    extra = make_folder(pair, baselines, folder, job.model)
+    gates = sorted(path.stem for path in (folder / "gates").glob("*.safetensors"))
+    systems = compared(pair, extra, gates, is_quick=job.is_quick)
+    journal = _journal(job, number, pair, folder)
+    return asyncio.run(_measure(job, pair, folder, systems, journal, tell, on_done))
 
 
 async def _measure(
@@ -110,7 +150,8 @@ async def _measure(
     )
     async with AsyncEngine(config) as engine:
         rows = await _rows_of(engine, systems)
-        measurer = Measurer(job.task, Asker(engine, on_done), job.plan, journal, tell)
+        asker = Asker(engine, on_done, at_once=config.max_rows // _ROWS_AN_ANSWER)
+        measurer = Measurer(job.task, asker, job.plan, journal, tell)
         return await evaluate_pair(measurer, job.task, pair, systems, job.plan, rows)
 
 

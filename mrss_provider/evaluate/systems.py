@@ -19,6 +19,7 @@ from mrss_provider.model.state_metadata import StateMetadata
 from mrss_provider.model.tuned_state import TunedState
 
 DEFAULT = "mixture-default"
+DEFAULT_METHOD = "delta~novelty"
 RATIOS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 """What the weaker state may weigh beside the stronger one."""
 
@@ -94,7 +95,7 @@ def compared(
     merges, gates = (("linear", "delta"), ("fixed", "novelty")) if is_quick else (MERGES, GATES)
     for merge in merges:
         for gate in gates:
-            if (merge, gate) == ("delta", "novelty"):
+            if f"{merge}~{gate}" == DEFAULT_METHOD:
                 continue
             name = f"{merge}, {gate}"
             systems.append(System(name, f"{both}~{merge}~{gate}"))

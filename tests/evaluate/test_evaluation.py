@@ -1,8 +1,11 @@
 """An evaluation finds what is in answers, goes on where it stopped, and shows text as text."""
 
 import asyncio
+import fcntl
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from command import mrss
@@ -10,12 +13,13 @@ from fakes import FakeBackend, text
 
 from mrss_provider.backend import Delta, TokenLogprob
 from mrss_provider.cli.states import read_config
-from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL
+from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL, EngineConfig
 from mrss_provider.errors import FileFormatError, InvalidRequestError
 from mrss_provider.evaluate.asking import T1, TOP_P, Asker
 from mrss_provider.evaluate.evaluation import evaluate_pair, pooled
-from mrss_provider.evaluate.measuring import Journal, Measurer, Plan
+from mrss_provider.evaluate.measuring import QUICK, Journal, Measurer, Plan
 from mrss_provider.evaluate.report import report_page
+from mrss_provider.evaluate.run import Job, run
 from mrss_provider.evaluate.systems import DEFAULT, Pair, compared, digest_of, make_folder
 from mrss_provider.evaluate.task import WorldTask
 
@@ -196,15 +200,69 @@ def test_a_folder_without_baselines_is_refused(tmp_path):
 
 
 def test_another_model_needs_questions_of_its_own(tmp_path):
+    shutil.copy(DEMO_MODEL / "model.safetensors", tmp_path)
     result = mrss("evaluate", "--model", tmp_path)
     assert result.code == 1
     assert "--knowledge-data" in result.err
+
+
+def test_a_model_with_the_bundled_vocabulary_is_asked_the_bundled_questions(tmp_path):
+    for name in ("model.safetensors", "vocab.txt"):
+        shutil.copy(DEMO_MODEL / name, tmp_path)
+    command = ("evaluate", "--model", tmp_path, "--pair", tmp_path)
+    result = mrss(*command)
+    assert result.code == 1
+    assert "has no state 'knowledge'" in result.err
+    with (tmp_path / "vocab.txt").open("a") as file:
+        file.write("1448 'elsewhere' 9\n")
+    assert "another vocabulary" in mrss(*command).err
+
+
+def test_a_model_that_is_not_there_is_said_to_be_so(tmp_path):
+    result = mrss("evaluate", "--model", tmp_path / "nowhere")
+    assert result.code == 1
+    assert "nowhere" in result.err
+    assert "--knowledge-data" not in result.err
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    result = mrss("evaluate", "--quick", "--out", tmp_path)
+    os.close(folder)
+    assert result.code == 1
+    assert "another mrss evaluate writes into" in result.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_both_files_go_together():
     result = mrss("evaluate", "--tone-data", "x.jsonl")
     assert result.code == 2
     assert "go together" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pairs_that_are_measured_at_once_say_the_same_as_one_after_the_other(tmp_path):
+    for name, copied in (("knowledge", "long-ferry"), ("tone", "tone")):
+        shutil.copy(BUNDLED_STATES / f"{copied}.safetensors", tmp_path / f"{name}.safetensors")
+    pairs = [PAIR, Pair(tmp_path, "knowledge", "tone")]
+    config = EngineConfig(device="cpu", threads=1)
+    plan = replace(QUICK, samples=1)
+    job = Job(
+        config,
+        read_config(DEMO_MODEL),
+        WorldTask(facts=3),
+        pairs,
+        (),
+        plan,
+        is_quick=True,
+        out=None,
+    )
+    at_once, one_by_one = run(job, num_processes=2), run(job)
+    first, second = at_once["pairs"]
+    assert first["systems"] != second["systems"]
+    assert json.dumps(at_once) == json.dumps(one_by_one)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from models.demo.checkpoint import Checkpoint, Left
 from models.demo.data import ANSWER, FACT, OTHER, as_example, encode_document, pack_rows
 from models.demo.init import init_weights
 from models.demo.train import save, schedule, train
@@ -81,10 +82,11 @@ def test_training_in_small_learns_and_writes_what_it_did(entries, encoder, tmp_p
     batch = pack_rows(rng, encoder, 2, 64, max_facts=2)
     feeder = SimpleNamespace(next=lambda: batch, max_facts=SimpleNamespace(value=0))
     args = argparse.Namespace(
-        steps=60, seconds=0, rate=5e-3, batch=2, length=64, seed=0, log_every=1e9
-    )
+        steps=60, seconds=0, rate=5e-3, batch=2, length=64, seed=0, log_every=1e9,
+        checkpoint_every=1e9,
+    )  # fmt: skip
     weights = {k: v.requires_grad_() for k, v in init_weights(1, 64, 2048, seed=0).items()}
-    record = train(weights, feeder, args, "torch")
+    record = train(weights, feeder, args, "torch", Checkpoint(tmp_path / "run", {}), Left())
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
     assert last < 0.7 * first
