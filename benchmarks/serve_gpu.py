@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -121,6 +122,7 @@ def run_client(args: argparse.Namespace) -> None:
     mine = range(args.client[0], min(args.client[0] + STREAMS_A_CLIENT, load_.num_requests))
     requests = [load_.request(i, _num_tokens(args, load_), args.top_p) for i in mine]
     tape = Tape(len(requests))
+    gc.disable()
     asyncio.run(tape.read(Client(args.address), requests))
     print(_RESULT + json.dumps(tape.arrivals), flush=True)
 
@@ -148,6 +150,30 @@ def measure_http(args: argparse.Namespace, address: str, load_: Load) -> list[Ta
     return tapes
 
 
+def run_prompt(args: argparse.Namespace) -> None:
+    """Send a long prompt for each line of stdin; prints the seconds until its first token came."""
+
+    async def send(first_id: int) -> float:
+        # Another prompt from its first token on: none of it may be in the state cache.
+        long = GenerateRequest(
+            "base",
+            SamplingParams(max_tokens=4, seed=0, ignore_eos=True),
+            prompt=tuple(first_id + i % 60_000 for i in range(LONG_PROMPT_LEN)),
+            timeout_s=PART_S,
+        )
+        begun = time.monotonic()
+        stream = await Client(args.address).open(long)
+        async for delta in stream:
+            if delta.num_tokens:
+                break
+        took = time.monotonic() - begun
+        await stream.aclose()
+        return took
+
+    for first_id, _ in enumerate(sys.stdin, 1):
+        print(asyncio.run(send(first_id)), flush=True)
+
+
 async def _mixed(args: argparse.Namespace, address: str) -> dict[str, float]:
     """Return inter-token times of running streams, without and with a long prompt beside them."""
     client = Client(address)
@@ -155,22 +181,17 @@ async def _mixed(args: argparse.Namespace, address: str) -> dict[str, float]:
     # More tokens than the time allows: the streams run until they are closed.
     requests = [load_.request(i, 100_000, args.top_p) for i in range(MIXED_STREAMS)]
     tape = Tape(MIXED_STREAMS)
-    long = GenerateRequest(
-        "base",
-        SamplingParams(max_tokens=4, seed=0, ignore_eos=True),
-        prompt=tuple(1 + i % 60_000 for i in range(LONG_PROMPT_LEN)),
-        timeout_s=PART_S,
-    )
+    # Writing the prompt would hold up whoever notes when the streams' tokens come.
+    sender = await asyncio.create_subprocess_exec(
+        *_me(), "--part", "prompt", "--address", address,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
 
     async def read_long() -> float:
-        begun = time.monotonic()
-        stream = await client.open(long)
-        async for delta in stream:
-            if delta.num_tokens:
-                break
-        took = time.monotonic() - begun
-        await stream.aclose()
-        return took
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        sender.stdin.write(b"\n")
+        return float(await sender.stdout.readline())
 
     reading = asyncio.create_task(tape.read(client, requests))
     try:
@@ -185,6 +206,8 @@ async def _mixed(args: argparse.Namespace, address: str) -> dict[str, float]:
         ttft_s = await read_long()
         ended = time.monotonic()
     finally:
+        sender.kill()
+        await sender.wait()
         reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await reading
@@ -195,6 +218,8 @@ async def _mixed(args: argparse.Namespace, address: str) -> dict[str, float]:
         "beside_p50_ms": beside.p50_ms,
         "beside_p99_ms": beside.p99_ms,
         "beside_max_ms": beside.max_ms,
+        "alone_tokens_an_event": alone.tokens_an_event,
+        "beside_tokens_an_event": beside.tokens_an_event,
         "long_ttft_s": ttft_s,
     }
 
@@ -203,6 +228,8 @@ def measure_mixed(
     args: argparse.Namespace, address: str, name: str, on: Machine
 ) -> dict[str, object]:
     """Return the fields of the mixed load's line."""
+    # A collection stops whoever notes when tokens come, for longer the more have come.
+    gc.disable()
 
     async def bounded() -> dict[str, float]:
         async with asyncio.timeout(PART_S):
@@ -322,7 +349,9 @@ def main() -> None:
     parser.add_argument("--only", choices=["loads", "mixed"])
     parser.add_argument("--mixed-s", type=float, default=3.0, help="seconds without the prompt")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=["bare", "graph", "client"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=["bare", "graph", "client", "prompt"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--model-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--state-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
@@ -330,6 +359,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "client":
         run_client(args)
+        return
+    if args.part == "prompt":
+        run_prompt(args)
         return
     if args.part is not None:
         run = run_bare if args.part == "bare" else run_graph

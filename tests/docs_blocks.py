@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import evaluation_seeds_tables
 import evaluation_tables
 import grammar_tables
 from command import mrss
@@ -232,18 +233,23 @@ def _numbers() -> list[list[str]]:
     results: list[dict[str, Any]] = []
     for path in sorted((ROOT / "benchmarks/results").glob("*.jsonl")):
         lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        # Other engines' lines stand beside ours.
-        results += [line for line in lines if line.get("engine", "mrss") == "mrss"]
+        # Other engines' lines stand beside ours, and are told as theirs.
+        results += [{"engine": "mrss"} | line for line in lines]
     rows = [["what", "result", "machine", "command, commit"]]
     for wanted, what, result in NUMBERS:
-        found = [line for line in results if wanted.items() <= line.items()]
+        asked = {"engine": "mrss"} | wanted
+        found = [line for line in results if asked.items() <= line.items()]
         if found:
             machine = found[-1].get("card") or found[-1]["cpu"]
-            command = f"`benchmarks/{wanted['benchmark']}.py`, {found[-1]['commit']}"
+            benchmark = str(wanted["benchmark"]) if asked["engine"] == "mrss" else "rivals"
+            script = _SCRIPTS.get(benchmark, benchmark)
+            command = f"`benchmarks/{script}.py`, {found[-1]['commit']}"
             rows.append([what.format(**found[-1]), result.format(**found[-1]), machine, command])
     return rows
 
 
+# Whose script has another name than its lines.
+_SCRIPTS = {"serve": "serve_gpu", "quantize gpu decode": "quantize_gpu"}
 _USUAL: dict[str, object] = {"dtype": "fp16", "state_dtype": "fp32"}
 _RWKV_CPU = "RWKV-7 0.1B (random weights)"
 _STEPS = "{steps_per_s:.0f} steps/s (bytes alone allow {limit_per_s:.0f})"
@@ -261,6 +267,23 @@ NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
     ),
     *(
         (
+            {"benchmark": "decode", "model": "1.5b", "rows": rows, "engine": "albatross"},
+            f"Albatross (faster3a_2607) there, 1.5b fp16, rows: {rows}",
+            "{steps_per_s:.0f} steps/s; ours has {mrss_ratio_fp32_state:.2f} x as many",
+        )
+        for rows in (1, 8, 32)
+    ),
+    *(
+        (
+            {"benchmark": "serve", "model": "1.5b", "requests": requests, "states": 1}
+            | {"scope": "tokens delivered over HTTP"},
+            f"1.5b over HTTP, streams: {requests}",
+            "{tokens_per_s:,.0f} tokens/s, {of_graph:.2f} of the bare graph's",
+        )
+        for requests in (1, 32, 256)
+    ),
+    *(
+        (
             {"benchmark": "mixture", "model": size, "states": 4, "requests": 1, "merge": merge}
             | _USUAL,
             f"{size}, a request of 4 states, `{merge}`: {{rows}} rows",
@@ -268,6 +291,20 @@ NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
         )
         for size in ("1.5b", "7.2b")
         for merge in ("linear", "delta")
+    ),
+    *(
+        (
+            {"benchmark": "quantize gpu decode", "kind": kind, "rows": 4, "is_written_out": False},
+            f"1.5b, weights in {kind}, 4 rows",
+            _STEPS,
+        )
+        for kind in ("int8", "int4")
+    ),
+    (
+        {"benchmark": "tuning_gpu", "model": "1.5b", "form": "fused", "cell": "16x512"}
+        | {"loss_on": "answer"},
+        "1.5b, tuning a state, 16 x 512 tokens",
+        "{tokens_per_s:,.0f} tokens/s",
     ),
     (
         {"benchmark": "prefill", "model": "1.5b", "cell": "8x1024"} | _USUAL,
@@ -319,6 +356,12 @@ TABLES: Mapping[str, Callable[[], list[list[str]]]] = {
     "gains": evaluation_tables.gains,
     "domains": evaluation_tables.domains,
     "domain_gains": evaluation_tables.domain_gains,
+    "fading": evaluation_tables.fading,
+    "seeds": evaluation_seeds_tables.seeds,
+    "seed_conditions": evaluation_seeds_tables.seed_conditions,
+    "seed_methods": evaluation_seeds_tables.seed_methods,
+    "seed_states": evaluation_seeds_tables.seed_states,
+    "seed_distance": evaluation_seeds_tables.seed_distance,
 }
 
 

@@ -257,6 +257,9 @@ def test_bytes_that_are_no_session_are_refused(config):
         loaded = engine._slot.loaded
         read = Session.from_bytes(data, loaded.engine.model_config, torch.float32)
         bad = replace(read.rows[0], wkv=read.rows[0].wkv * float("nan"))
+        two = (Message("user", "x"), Message("assistant", "y"), Message("user", "z"))
+        told = replace(read, reinjections=(1,), messages=two)
+        await engine.import_session(told.to_bytes(loaded.engine.model_config), "")
         harmed = [
             b"",
             data[:100],
@@ -273,13 +276,17 @@ def test_bytes_that_are_no_session_are_refused(config):
                     replace(read, tokens=(*read.tokens[:-1], 10_000_000)),
                     replace(read, seed=1 << 70),
                     replace(read, messages=(Message("nobody", "x"),)),
+                    # Of a text, of a chat without the base, and of one with fewer turns.
+                    replace(read, reinjections=(1,)),
+                    replace(read, reinjections=(1,), messages=two, states=("x", "y", "z")),
+                    replace(read, reinjections=(1, 2), messages=two),
                 )
             ),
         ]
         for bytes_ in harmed:
             with pytest.raises(StateFileError):
                 await engine.import_session(bytes_, "")
-        assert len(await engine.sessions("")) == 1
+        assert len(await engine.sessions("")) == 2
         return
 
     run(config, scenario)

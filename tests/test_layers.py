@@ -55,7 +55,7 @@ ALLOWED = {
     "ray_app": LEAVES | {"async_engine", "server", "starlette", "ray"},
     "resampling": {"numpy"},
     # {tune, evaluate, compare} <- cli stand on both
-    "tune": LEAVES | BOTH_SIDES | {"torch", "numpy", "safetensors", "fla"},
+    "tune": LEAVES | BOTH_SIDES | {"resampling", "torch", "numpy", "safetensors", "fla"},
     "evaluate": LEAVES | BOTH_SIDES | {"resampling", "torch", "numpy"},
     "compare": LEAVES | {"evaluate", "resampling", "httpx", "numpy", "jsonschema", "litellm"},
     "cli": LEAVES

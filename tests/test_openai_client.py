@@ -218,7 +218,8 @@ def test_chat_logprobs_are_sorted_and_have_bytes(client):
         logprobs=True,
         top_logprobs=20,
         temperature=1.5,
-        extra_body={"ignore_eos": True},
+        # The end of the text, which would have no entry.
+        logit_bias={"0": -100},
     )
     for choice in answer.choices:
         assert len(choice.logprobs.content) == 8

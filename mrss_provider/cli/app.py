@@ -104,6 +104,12 @@ def chat(
     trace: Annotated[
         bool, typer.Option("--trace", help="Colour the answer by the state that spoke.")
     ] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="Every answer is JSON that follows the schema in this file.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Every answer matches this expression as a whole.")
+    ] = None,
     as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,
@@ -114,7 +120,7 @@ def chat(
     The engine is the one at MRSS_SOCKET, else one that this user's programs share, started if
     need be; with --model, --states, ... one for these.
     """
-    from mrss_provider.cli.chat import Conversation
+    from mrss_provider.cli.chat import Conversation, read_grammar
     from mrss_provider.cli.chat import chat as command
     from mrss_provider.cli.connect import connected
     from mrss_provider.sampling_params import SamplingParams
@@ -123,6 +129,7 @@ def chat(
         temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
     talk = Conversation(name.removeprefix("mrss/"), sampling, system, trace=trace)
+    talk.grammar = read_grammar(json_schema, regex)
     asked = connected(server=server, api_key=api_key, in_process=in_process, overrides=overrides)
     with asked as (backend, runner):
         command(talk, backend, runner, message=message, as_json=as_json)

@@ -149,7 +149,11 @@ def print_models(cards: Sequence[ModelCard], as_json: bool) -> None:
 
 
 def _about(card: ModelCard) -> dict[str, object]:
-    return {"description": card.description, "context_len": card.context_len}
+    return {
+        "description": card.description,
+        "context_len": card.context_len,
+        "reinject": card.reinject,
+    }
 
 
 def writer() -> Show:

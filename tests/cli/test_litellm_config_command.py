@@ -13,7 +13,7 @@ from mrss_provider.cli import litellm_config, proxy_config
 from mrss_provider.cli.litellm_config import config_text, read_group
 from mrss_provider.cli.litellm_entries import Wishes
 from mrss_provider.cli.output import CommandError
-from mrss_provider.config import ServerConfig
+from mrss_provider.config import BUNDLED_STATES, ServerConfig
 
 ONE_ROW = ("tools", "embeddings")
 CARDS = [
@@ -155,13 +155,13 @@ def test_litellm_validates_what_is_written(tmp_path):
     wishes = ["--ab", "pirates=knowledge+tone:3,tone:1", "--name", "knowledge+tone"]
     result = subprocess.run([*command, *wishes, "--out", out], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "config OK (14 models)" in result.stderr
+    entries = yaml.safe_load(out.read_text())["model_list"]
+    assert f"config OK ({len(entries)} models)" in result.stderr
     assert proxy_config.examine(out) == []
-    infos = {
-        e["model_name"]: e["model_info"] for e in yaml.safe_load(out.read_text())["model_list"]
-    }
+    infos = {entry["model_name"]: entry["model_info"] for entry in entries}
     # What the bundled model's template can do, and which names stand for one state.
     assert infos["mrss/tone"]["supports_function_calling"] is True
     assert infos["mrss/tone"]["supports_reasoning"] is False
     embedders = {name for name, info in infos.items() if info["mode"] == "embedding"}
-    assert embedders == {f"mrss-embedding/{name}" for name in ("base", "knowledge", "tone")}
+    states = [path.stem for path in BUNDLED_STATES.glob("*.safetensors")]
+    assert embedders == {f"mrss-embedding/{name}" for name in ("base", *states)}

@@ -30,8 +30,10 @@ MIXTURES = ["base", "knowledge", "knowledge+tone", "knowledge+tone~linear~fixed"
 Outputs = dict[str, list[TokenOutput]]
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "sparse"])
+@pytest.fixture(scope="module", params=["fp16", "bf16", "sparse", "int8", "fp8", "int4"])
 def model(request: pytest.FixtureRequest) -> Model:
+    if request.param in ("int8", "fp8", "int4"):
+        return load_model(DEMO_MODEL, device="cuda", dtype="fp16", quantize=request.param)
     sparse = request.param == "sparse"
     dtype = "fp16" if sparse else request.param
     return load_model(DEMO_MODEL, device="cuda", dtype=dtype, sparse_ffn=sparse)
@@ -140,7 +142,10 @@ def test_every_rule_and_gate_answers_as_the_plain_runner(
     for name, outputs in got.items():
         if expected[name][0].logprob is not None:
             logprob = expected[name][0].logprob
-            assert outputs[0].logprob == pytest.approx(logprob, abs=tolerance(model)), name
+            # Their sums of log-probabilities are no averages: what three rows round adds up.
+            times = 3 if name.startswith(("delta", "product")) else 1
+            allowed = times * tolerance(model)
+            assert outputs[0].logprob == pytest.approx(logprob, abs=allowed), name
     same = sum(ids(got)[name] == ids(expected)[name] for name in got)
     assert same >= 0.85 * len(requests), f"{same} of {len(requests)}"
 

@@ -7,7 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS
 
-from mrss_provider.errors import MRSSError
+from mrss_provider.async_engine.card import read_card
+from mrss_provider.chat import load_template
+from mrss_provider.engine.mixtures_file import read_mixtures
+from mrss_provider.engine.mixtures_writer import drop_table
+from mrss_provider.errors import ConfigError, ConflictError, MRSSError
 
 # Where formats have their turns: what a number, a name or a frame may not be.
 TOKENS = [
@@ -75,3 +79,20 @@ def test_a_parser_understands_or_says_what_is_wrong(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_parser_withstands_much_more(name):
     check(name, 2000)
+
+
+DEEP = "x = " + "[" * 5000
+
+
+def test_toml_that_is_nested_beyond_reading_is_refused(tmp_path):
+    for name in ("mixtures.toml", "card.toml"):
+        (tmp_path / name).write_text(DEEP)
+    good, bad = read_mixtures(tmp_path / "mixtures.toml")
+    assert (good, list(bad)) == ({}, ["mixtures.toml"])
+    with pytest.raises(ConfigError, match=r"card\.toml"):
+        read_card(tmp_path)
+    with pytest.raises(ConflictError, match="cannot be read"):
+        drop_table(DEEP, "a")
+    (tmp_path / "x.jinja").write_text(f"{{#toml\n{DEEP}\n#}}")
+    with pytest.raises(ConfigError, match="no TOML"):
+        load_template("x.jinja", tmp_path)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from accepting import ENTRIES, VOCAB_SIZE, accepts, begin, encode, mask, new_grammars
 
@@ -313,3 +314,28 @@ def test_llguidance_is_imported_with_the_first_grammar():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_masks_found_together_are_those_found_alone():
+    """Of answers at other places, with a lead, complete ones, and one that has failed."""
+    constraints = [
+        regex("[a-z]{2,9}"),
+        lark('start: "yes" | "no"'),
+        regex("abc", lead=" "),
+        begin(GRAMMARS, json.dumps(CALL), "json_schema"),
+        regex("x"),
+        regex("[0-9]+"),
+    ]
+    constraints[0].advance(encode("q")[0])
+    constraints[4].advance(encode("x")[0])
+    with pytest.raises(InvalidRequestError):
+        constraints[5].advance(encode("a")[0])
+    alone = [constraint.fork() for constraint in constraints]
+    masks = np.full((len(constraints), constraints[0].num_words), 7, dtype=np.uint32)
+    errors = constraints[0].fill_masks(constraints, masks)
+    for constraint, words, error in zip(alone[:5], masks, errors, strict=False):
+        own = np.zeros_like(words)
+        constraint.fill_mask(own)
+        assert error is None
+        assert (words == own).all()
+    assert isinstance(errors[5], InvalidRequestError)

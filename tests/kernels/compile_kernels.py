@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import fused6_cases
+import quantized_cases
 import ragged_cases
 import tail_cases
+import train_cases
 import triton
 import wkv_chunk_cases
 from mrss_kernels import add_norm_mix, rows_linear, sparse_linear, time_mix7, wkv6, wkv7
@@ -24,7 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HALF = "*fp16"
-LINEAR = {"p_x": HALF, "p_w": HALF, "p_groups": "*i32", "p_y": "*fp32", "B": "i32", "R": "i32"}
+LINEAR = {
+    "p_x": HALF,
+    "p_w": HALF,
+    "p_scales": "*fp32",
+    "p_groups": "*i32",
+    "p_y": "*fp32",
+    "B": "i32",
+    "R": "i32",
+}
 NORM = dict.fromkeys(("p_weight", "p_bias", "p_weight0", "p_bias0"), "*fp32")
 NORM |= {"p_shift": "*fp32", "p_mix": "*fp32", "p_out": HALF}
 NORM |= {"p_x": "*fp32", "p_tokens": "*i64", "p_parts": "*fp32", "p_slots": "*i64"}
@@ -73,7 +83,8 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
         flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
         label = "grouped" if grouped else "relu2"
         types = LINEAR | {"p_y": HALF} if relu2 else LINEAR
-        found.append((f"gemv_kernel {label}", rows_linear.gemv_kernel, types, GEMV | flags, pdl))
+        one = GEMV | flags | {"SCALED": False, "ASM": 0}
+        found.append((f"gemv_kernel {label}", rows_linear.gemv_kernel, types, one, pdl))
         for label_k, cut in (
             ("loop", {"BK": 128, "STAGES": 4}),
             ("one block", {"BK": 256, "SPLITS": 8, "STAGES": 1}),
@@ -99,7 +110,8 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     options = {"num_warps": 8, "launch_pdl": True}
     kernel = sparse_linear.sparse_linear_kernel
     found.append(("sparse_linear_kernel", kernel, types, constants, options))
-    found += wkv_chunk_cases.cases()
+    found += wkv_chunk_cases.cases() + train_cases.cases()
+    found += quantized_cases.cases()
     return found + ragged_cases.cases() + fused6_cases.cases() + tail_cases.cases()
 
 
