@@ -60,7 +60,7 @@ class Loaded:
         return self._others[template]
 
     def tell_of_hidden_turns(self, why: MRSSError) -> None:
-        """Log once that mixtures are served without `reinject`, which nobody asked for."""
+        """Log once that mixtures are served without `reinject`, which no request asked for."""
         if not self._told:
             self._told.append(why)
             logger.warning(
