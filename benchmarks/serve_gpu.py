@@ -11,16 +11,16 @@ tokens. Rates are taken while all streams run. Three ways at each load:
     python benchmarks/serve_gpu.py --models 1.5b --loads 1 32 256 1x4
     python benchmarks/serve_gpu.py --models 1.5b --only mixed
 
-A load `1x4` is one request to a mixture of 4 states. `mixed` sends a prompt of 32,768 tokens to a
-server with 32 running streams and compares their inter-token times with and without it. Ends with
-JSON lines in benchmarks/results/serve.jsonl. Every part stops by itself within its limit.
+A load `1x4` is one request to a mixture of 4 states. `mixed` is in `serve_mixed.py`: it sends a
+prompt of 32,768 tokens to a server with 32 running streams and compares their inter-token times
+with and without it. Ends with JSON lines in benchmarks/results/serve.jsonl. Every part stops by
+itself within its limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -33,18 +33,14 @@ from typing import Any
 import torch
 from measure import RESULTS, Machine, capture, machine, time_replays, write_line
 from random_models import SHAPES, state_bytes, weight_bytes
+from serve_mixed import MIXED_STREAMS, measure_mixed
 from served_model import LOAD_S, PART_S, Files, Load, served, written
 from streams import Gaps, Tape, merge_tapes, steady_window
 
 from mrss_provider.async_engine.loading import load
-from mrss_provider.backend import GenerateRequest
 from mrss_provider.client import Client
 from mrss_provider.engine.request import EngineRequest, resolve_sampling
-from mrss_provider.sampling_params import SamplingParams
 
-LONG_PROMPT_LEN = 32_768
-MIXED_STREAMS = 32
-MIXED_LIMIT = 2.0
 SHARE_OF_BARE = 0.9
 # A client process keeps up with this many streams; more take more processes.
 STREAMS_A_CLIENT = 64
@@ -150,110 +146,6 @@ def measure_http(args: argparse.Namespace, address: str, load_: Load) -> list[Ta
     return tapes
 
 
-def run_prompt(args: argparse.Namespace) -> None:
-    """Send a long prompt for each line of stdin; prints the seconds until its first token came."""
-
-    async def send(first_id: int) -> float:
-        # Another prompt from its first token on: none of it may be in the state cache.
-        long = GenerateRequest(
-            "base",
-            SamplingParams(max_tokens=4, seed=0, ignore_eos=True),
-            prompt=tuple(first_id + i % 60_000 for i in range(LONG_PROMPT_LEN)),
-            timeout_s=PART_S,
-        )
-        begun = time.monotonic()
-        stream = await Client(args.address).open(long)
-        async for delta in stream:
-            if delta.num_tokens:
-                break
-        took = time.monotonic() - begun
-        await stream.aclose()
-        return took
-
-    for first_id, _ in enumerate(sys.stdin, 1):
-        print(asyncio.run(send(first_id)), flush=True)
-
-
-async def _mixed(args: argparse.Namespace, address: str) -> dict[str, float]:
-    """Return inter-token times of running streams, without and with a long prompt beside them."""
-    client = Client(address)
-    load_ = Load(MIXED_STREAMS)
-    # More tokens than the time allows: the streams run until they are closed.
-    requests = [load_.request(i, 100_000, args.top_p) for i in range(MIXED_STREAMS)]
-    tape = Tape(MIXED_STREAMS)
-    # Writing the prompt would hold up whoever notes when the streams' tokens come.
-    sender = await asyncio.create_subprocess_exec(
-        *_me(), "--part", "prompt", "--address", address,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-
-    async def read_long() -> float:
-        assert sender.stdin is not None
-        assert sender.stdout is not None
-        sender.stdin.write(b"\n")
-        return float(await sender.stdout.readline())
-
-    reading = asyncio.create_task(tape.read(client, requests))
-    try:
-        while not tape.fewest() and not reading.done():
-            await asyncio.sleep(0.01)
-        # Once for nothing: what this length compiles and captures is not what is measured.
-        await read_long()
-        await asyncio.sleep(0.5)
-        begun = time.monotonic()
-        await asyncio.sleep(args.mixed_s)
-        middle = time.monotonic()
-        ttft_s = await read_long()
-        ended = time.monotonic()
-    finally:
-        sender.kill()
-        await sender.wait()
-        reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reading
-    alone, beside = Gaps.within(tape, begun, middle), Gaps.within(tape, middle, ended)
-    return {
-        "alone_p50_ms": alone.p50_ms,
-        "alone_p99_ms": alone.p99_ms,
-        "beside_p50_ms": beside.p50_ms,
-        "beside_p99_ms": beside.p99_ms,
-        "beside_max_ms": beside.max_ms,
-        "alone_tokens_an_event": alone.tokens_an_event,
-        "beside_tokens_an_event": beside.tokens_an_event,
-        "long_ttft_s": ttft_s,
-    }
-
-
-def measure_mixed(
-    args: argparse.Namespace, address: str, name: str, on: Machine
-) -> dict[str, object]:
-    """Return the fields of the mixed load's line."""
-    # A collection stops whoever notes when tokens come, for longer the more have come.
-    gc.disable()
-
-    async def bounded() -> dict[str, float]:
-        async with asyncio.timeout(PART_S):
-            return await _mixed(args, address)
-
-    found = asyncio.run(bounded())
-    ratio = found["beside_p99_ms"] / found["alone_p99_ms"]
-    print(f"mixed: p99 {ratio:.2f} x beside a prompt, at most {MIXED_LIMIT:g} is wanted")
-    return {
-        "model": name,
-        "rows": MIXED_STREAMS,
-        "states": 1,
-        "requests": MIXED_STREAMS,
-        "prompt_tokens": LONG_PROMPT_LEN,
-        "prompt_tokens_per_s": round(LONG_PROMPT_LEN / found["long_ttft_s"], 1),
-        **{key: round(value, 3) for key, value in found.items()},
-        "p99_ratio": round(ratio, 3),
-        "limit_ratio": MIXED_LIMIT,
-        "dtype": args.dtype,
-        "state_dtype": args.state_dtype,
-        "scope": "mixed load over HTTP",
-    }
-
-
 def serve_fields(
     name: str, args: argparse.Namespace, load_: Load, rates: dict[str, float], tapes: list[Tape]
 ) -> dict[str, object]:
@@ -332,7 +224,7 @@ def measure_model(name: str, args: argparse.Namespace, on: Machine) -> None:
                 if found["http"] < SHARE_OF_BARE * found["bare"]:
                     print(f"below {SHARE_OF_BARE:g} of the bare loop")
             if args.only != "loads":
-                write_line("serve", measure_mixed(args, address, name, on), on, args.out)
+                write_line("serve", measure_mixed(args, address, name), on, args.out)
 
 
 def main() -> None:
@@ -347,11 +239,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
     parser.add_argument("--state-dtype", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--only", choices=["loads", "mixed"])
-    parser.add_argument("--mixed-s", type=float, default=3.0, help="seconds without the prompt")
+    parser.add_argument("--mixed-s", type=float, default=1.5, help="seconds before each prompt")
+    parser.add_argument("--mixed-prompts", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--part", choices=["bare", "graph", "client", "prompt"], help=argparse.SUPPRESS
-    )
+    parser.add_argument("--part", choices=["bare", "graph", "client"], help=argparse.SUPPRESS)
     parser.add_argument("--model-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--state-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
@@ -359,9 +250,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "client":
         run_client(args)
-        return
-    if args.part == "prompt":
-        run_prompt(args)
         return
     if args.part is not None:
         run = run_bare if args.part == "bare" else run_graph

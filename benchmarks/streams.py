@@ -103,13 +103,19 @@ class Gaps:
 
     @classmethod
     def within(cls, tape: Tape, begin: float, end: float) -> Gaps:
-        """Return those that overlap a stretch of time.
+        """Return those that overlap a stretch of time; raises as `during`."""
+        return cls.during(tape, [(begin, end)])
+
+    @classmethod
+    def during(cls, tape: Tape, spans: Sequence[tuple[float, float]]) -> Gaps:
+        """Return those that overlap stretches of time, which are apart.
 
         Raises:
             ValueError: there are none.
         """
         pairs = [
             (later[0] - earlier[0], later[1])
+            for begin, end in spans
             for stream in tape.arrivals
             for earlier, later in itertools.pairwise(stream)
             if later[0] > begin and earlier[0] < end

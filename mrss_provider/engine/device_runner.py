@@ -136,7 +136,8 @@ class DeviceRunner:
         if batch.chunks:
             hidden = self._read(batch, scored)
             if seats:
-                rest = functools.partial(self._head_and_pick, hidden, flags, len(seats))
+                count = max(num_rows, len(seats))
+                rest = self._after(hidden, count, is_urgent=bool(batch.decoding))
         elif seats:
             rest = self._decode(num_rows, flags)
         self._wanted = Wanted.of(batch)
@@ -188,13 +189,31 @@ class DeviceRunner:
         """Return the first half of a step, which leaves what the head reads in `_hidden`."""
 
         def step() -> None:
-            hidden = self._advance_rows(bucket)
-            if self._hidden is None:
-                # Not in a graph's own memory: a step runs once before it is captured.
-                self._hidden = hidden.new_zeros(len(self._layout.slots), hidden.shape[1])
-            self._hidden[:bucket] = hidden
+            self._leave(self._advance_rows(bucket))
 
         return ("reading", bucket, self._rows.pool.has_offsets), step
+
+    def _leave(self, hidden: Tensor) -> None:
+        """Leave hidden states [n, C] in `_hidden`, where the graphs of second halves read them."""
+        if self._hidden is None:
+            # Not in a graph's own memory: a step runs once before it is captured.
+            self._hidden = hidden.new_zeros(len(self._layout.slots), hidden.shape[1])
+        self._hidden[: len(hidden)] = hidden
+
+    def _after(self, hidden: Tensor, count: int, *, is_urgent: bool) -> Callable[[], None]:
+        """Return what picks tokens from the hidden states of a step that reads prompts.
+
+        Args:
+            hidden: [n, C], of the rows that tokens are picked from.
+            count: rows and answers, whichever are more.
+            is_urgent: whether somebody decodes beside: a replay takes the host a fraction of what
+                the launches do, but a graph's first use captures it.
+        """
+        flags = self._layout.flags
+        if not is_urgent:
+            return functools.partial(self._head_and_pick, hidden, flags, count)
+        self._leave(hidden)
+        return functools.partial(self._run, functools.partial(self._picking, flags), count)
 
     def _picking(self, flags: TailFlags, bucket: int) -> tuple[Hashable, Callable[[], None]]:
         """Return the second half of a step."""
@@ -237,14 +256,16 @@ class DeviceRunner:
         alone = TailFlags(truncate=True, mixed=False, gated=False, constrained=False)
         together = TailFlags(truncate=True, mixed=True, gated=True, constrained=False)
         wanted = [rows for rows in BUCKETS if rows <= min(max_rows, len(self._layout.slots))]
+        if wanted:
+            # The kernels of steps in halves; the first half leaves what second ones read.
+            self._graphs.prepare(*self._reading(wanted[0]))
+            self._graphs.prepare(*self._picking(replace(alone, constrained=True), wanted[0]))
         for done, rows in enumerate(wanted):
             log.info("preparing decode steps: %d of %d", done, len(wanted))
             for flags in (alone, together) if rows > 1 else (alone,):
                 self._graphs.prepare(*self._step(flags, rows))
-        if wanted:
-            # So that all kernels of a step in halves are compiled.
-            self._graphs.prepare(*self._reading(wanted[0]))
-            self._graphs.prepare(*self._picking(replace(alone, constrained=True), wanted[0]))
+                # What is left of such a step where it reads prompts too.
+                self._graphs.prepare(*self._picking(flags, rows))
 
     @torch.inference_mode()
     def replay(self) -> None:

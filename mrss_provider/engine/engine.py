@@ -111,7 +111,7 @@ class Engine:
                 f"{request.rows}: {request.mixture.rows} for {request.mixture.canonical!r} "
                 f"times n = {request.n}"
             )
-        self.check_ids("prompt", request.prompt)
+        self._check_prompt(request)
         self._check_forced(request)
         self._check_pooling(request)
         self.check_ids("logit_bias", sampling.logit_bias)
@@ -306,6 +306,16 @@ class Engine:
             device_bytes=device_bytes,
             device_bytes_total=device_bytes_total,
         )
+
+    def _check_prompt(self, request: EngineRequest) -> None:
+        try:
+            smallest, largest = request.prompt_bounds
+            is_known = smallest >= 0 and largest < self._vocab_size
+        except OverflowError:
+            is_known = False
+        if not is_known:
+            # Tells which one.
+            self.check_ids("prompt", request.prompt)
 
     def _check_forced(self, request: EngineRequest) -> None:
         assert not request.forced or len(request.forced) == request.sampling.max_tokens

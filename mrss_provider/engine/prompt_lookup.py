@@ -7,7 +7,6 @@ of the prompt is filed under the positions that it has passed, so there are as m
 from __future__ import annotations
 
 from mrss_provider.engine.prefix_cache import PrefixCache, state_key
-from mrss_provider.engine.radix_tree import Ids, as_ids
 from mrss_provider.engine.reinjection import num_passed, stretches
 from mrss_provider.engine.request import EOS_ID, EngineRequest
 
@@ -38,14 +37,13 @@ def keys_after(request: EngineRequest, length: int) -> tuple[str, ...]:
 
 
 def find_longest(
-    cache: PrefixCache, request: EngineRequest, ids: Ids, limit: int, *, files: bool = False
+    cache: PrefixCache, request: EngineRequest, limit: int, *, files: bool = False
 ) -> tuple[tuple[str, ...], int]:
     """Return the keys under which the longest hit is, and its limit; of any where there is none.
 
     Args:
         cache: looked at, not changed.
         request: whose prompt it is.
-        ids: the prompt.
         limit: hits are no longer than this.
         files: count snapshots that are in files only.
     """
@@ -54,16 +52,15 @@ def find_longest(
         return keys, stop
     for _, stop in stretches(request.reinjections, limit):
         keys = keys_after(request, stop)
-        if cache.match(keys, ids, stop, files=files):
+        if cache.match(keys, request.prompt_ids, stop, files=files):
             break
     return keys, stop
 
 
 def shared_len(cache: PrefixCache, request: EngineRequest, limit: int) -> int:
     """Return how much of a prompt the rows have read before, whether it was kept or not."""
-    ids = as_ids(request.prompt)
     for last, stop in stretches(request.reinjections, limit):
-        shared = min(cache.shared_len(keys_after(request, stop), ids), stop)
+        shared = min(cache.shared_len(keys_after(request, stop), request.prompt_ids), stop)
         if shared > last:
             return shared
     return 0

@@ -46,7 +46,7 @@ class RadixTree(Generic[Value]):
         node = self._root
         while node.depth < len(tokens):
             child = node.children.get(int(tokens[node.depth]))
-            if child is None or not np.array_equal(child.edge, tokens[node.depth : child.depth]):
+            if child is None or not _are_same(child.edge, tokens[node.depth : child.depth]):
                 break
             node = child
             if node.value is not None:
@@ -92,7 +92,7 @@ class RadixTree(Generic[Value]):
         node = self._root
         while node.depth < len(tokens):
             child = node.children.get(int(tokens[node.depth]))
-            if child is None or not np.array_equal(child.edge, tokens[node.depth : child.depth]):
+            if child is None or not _are_same(child.edge, tokens[node.depth : child.depth]):
                 return
             node = child
         if node.value is None:
@@ -112,9 +112,20 @@ def as_ids(tokens: Sequence[int]) -> Ids:
     return np.asarray(tokens, dtype=np.int32)
 
 
+def _are_same(one: Ids, other: Ids) -> bool:
+    """Tell whether two sequences are equal.
+
+    As bytes: where numpy compares, it lets go of the interpreter, and whoever gets it may keep it
+    for longer than all of this takes.
+    """
+    return one.tobytes() == other.tobytes()
+
+
 def _shared_len(one: Ids, other: Ids) -> int:
     """Return how many tokens two sequences have in common from their start."""
     length = min(len(one), len(other))
+    if _are_same(one[:length], other[:length]):
+        return length
     differing = np.flatnonzero(one[:length] != other[:length])
     return int(differing[0]) if len(differing) else length
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,26 @@ class EngineRequest:
     def is_read_whole(self) -> bool:
         """Whether something is wanted of every token of the prompt, so that none may be skipped."""
         return self.score_prompt is not None or self.pooling is not None
+
+    @functools.cached_property
+    def prompt_ids(self) -> NDArray[np.int32]:
+        """The prompt as an array [T], read-only: whoever looks at all of it looks at this.
+
+        Made once: of a long prompt that takes as long as a good part of a GPU's step.
+
+        Raises:
+            OverflowError: an id that int32 does not hold.
+        """
+        import numpy as np
+
+        ids = np.frombuffer(array("i", self.prompt), np.int32)
+        ids.flags.writeable = False
+        return ids
+
+    @functools.cached_property
+    def prompt_bounds(self) -> tuple[int, int]:
+        """The smallest and the largest id of the prompt; raises as `prompt_ids`."""
+        return int(self.prompt_ids.min()), int(self.prompt_ids.max())
 
     @functools.cached_property
     def reinjection_marks(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ cache, bounded in bytes: no other request can use them.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ MIN_KEPT_LEN = 32
 """Fewer tokens are read again sooner than they are looked up."""
 
 _FIRST_SPACING = 128
-_NEAR_END_LEN = 1024
+# A prompt's end is near where so many chunks like the last one are left.
+_NUM_NEAR_END = 2
 _NUM_COPIES = 2
 # A stop string is found so many tokens late at most.
 _STOP_DELAY = 12
@@ -53,12 +55,12 @@ _AUTO_DEVICE_SHARE = 0.05
 
 @dataclass(eq=False)
 class _Kept:
-    """Rows after `tokens`, on their way to the cache."""
+    """Rows after `tokens`, on their way to the cache; `total` is the sum of all their numbers."""
 
     keys: tuple[str, ...]
     tokens: Ids
     rows: tuple[StateSnapshot, ...]
-    finite: Tensor
+    total: Tensor
     arrived: torch.cuda.Event | None
 
 
@@ -118,10 +120,9 @@ class SnapshotKeeper:
         if not self.cache.is_on or limit < MIN_KEPT_LEN:
             return None
         self.settle()
-        ids = as_ids(request.prompt)
-        keys, stop = find_longest(self.cache, request, ids, limit)
+        keys, stop = find_longest(self.cache, request, limit)
         try:
-            return self.cache.restore(keys, ids, stop)
+            return self.cache.restore(keys, request.prompt_ids, stop)
         except torch.OutOfMemoryError:
             self._give_way()
             return None
@@ -141,9 +142,8 @@ class SnapshotKeeper:
         """Bring what a request can use from files to RAM. Any thread but the engine's."""
         limit = usable_len(request)
         if limit >= MIN_KEPT_LEN:
-            ids = as_ids(request.prompt)
-            keys, stop = find_longest(self.cache, request, ids, limit, files=True)
-            self.cache.load_files(keys, ids, stop)
+            keys, stop = find_longest(self.cache, request, limit, files=True)
+            self.cache.load_files(keys, request.prompt_ids, stop)
 
     def read(self, chunks: Sequence[Chunk]) -> None:
         """Keep what is worth it of prompts whose chunks a step reads; it has been launched."""
@@ -200,7 +200,9 @@ class SnapshotKeeper:
             return
         if is_aborted:
             for copy in copies:
-                self._keep(self._watched(progress, self._tokens(choice, copy.num_read), copy.rows))
+                kept = self._watched(progress, self._tokens(choice, copy.num_read), copy.rows)
+                if kept is not None:
+                    self._keep(kept)
             if copies and num_read - copies[-1].num_read <= _STOP_DELAY:
                 return
         if choice.is_level and len(progress.prompt) + num_read >= MIN_KEPT_LEN:
@@ -215,7 +217,7 @@ class SnapshotKeeper:
             if kept.arrived is not None and not kept.arrived.query():  # type: ignore[no-untyped-call]
                 return
             self._arriving.popleft()
-            if not bool(kept.finite):
+            if not math.isfinite(float(kept.total)):
                 continue
             for key, row in zip(kept.keys, kept.rows, strict=True):
                 self.cache.insert(key, kept.tokens, row)
@@ -240,7 +242,7 @@ class SnapshotKeeper:
                 self._keep(progress.near)
                 progress.near = None
             is_due = True
-        elif not is_due and len(progress.prompt) - end > _NEAR_END_LEN:
+        elif not is_due and len(progress.prompt) - end > _NUM_NEAR_END * chunk.length:
             return
         kept = self._take(progress, progress.prompt[:end].copy(), slots)
         if not is_due:
@@ -261,7 +263,7 @@ class SnapshotKeeper:
         progress = self._progress.get(running)
         if progress is None:
             request = running.request
-            progress = _Progress(request, as_ids(request.prompt), running.num_cached)
+            progress = _Progress(request, request.prompt_ids, running.num_cached)
             self._progress[running] = progress
         return progress
 
@@ -277,11 +279,17 @@ class SnapshotKeeper:
         rows = self._copy(slots)
         return None if rows is None else self._watched(progress, tokens, rows)
 
-    def _watched(self, progress: _Progress, tokens: Ids, rows: tuple[StateSnapshot, ...]) -> _Kept:
-        """Return rows after `tokens` with a flag that will tell whether they are finite."""
-        finite, arrived = self._are_finite(rows)
+    def _watched(
+        self, progress: _Progress, tokens: Ids, rows: tuple[StateSnapshot, ...]
+    ) -> _Kept | None:
+        """Return rows after `tokens`, and what will tell if they are finite; None as `_copy`."""
+        try:
+            total, arrived = self._total(rows)
+        except torch.OutOfMemoryError:
+            self._give_way()
+            return None
         keys = keys_after(progress.request, len(tokens))
-        return _Kept(keys, tokens, rows, finite, arrived)
+        return _Kept(keys, tokens, rows, total, arrived)
 
     def _copy(self, slots: Sequence[int]) -> tuple[StateSnapshot, ...] | None:
         """Copy rows behind what has been launched; None if there is no room."""
@@ -295,22 +303,24 @@ class SnapshotKeeper:
         log.warning("no memory is left for a snapshot: the state cache gives its own back")
         self.cache.shed()
 
-    def _are_finite(self, rows: Sequence[StateSnapshot]) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Return a flag in the host's memory, and when it will be there."""
-        # A sum is one pass, and finite only if its terms are.
+    def _total(self, rows: Sequence[StateSnapshot]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Return the sum of rows in the host's memory, and when it will be there.
+
+        It is finite only if its terms are, and one pass: a look at each number would be several.
+        """
         sums = [
             part.sum(dtype=torch.float32)
             for row in rows
             for part in (row.wkv, row.shift_att, row.shift_ffn)
         ]
-        finite = torch.stack(sums).isfinite().all()
+        total = torch.stack(sums).sum()
         if not self._is_cuda:
-            return finite, None
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(finite, non_blocking=True)
+            return total, None
+        received = torch.empty((), pin_memory=True)
+        received.copy_(total, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        return flag, arrived
+        return received, arrived
 
     def _keep(self, kept: _Kept) -> None:
         self._arriving.append(kept)

@@ -17,9 +17,9 @@ from mrss_provider.model.cuda_graphs import SharedMemory
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 96
-"""Graphs that are kept, the last used ones: two for every bucket, and some more. All share one pool
-of memory; each has its launches besides."""
+MAX_GRAPHS = 176
+"""Graphs that are kept, the last used ones: four for every bucket, and some more. All share one
+pool of memory; each has its launches besides."""
 
 
 class StepGraphs:

@@ -46,6 +46,9 @@ def test_gaps_are_of_one_stream_and_overlap_the_time_asked_for() -> None:
     assert (gaps.p50_ms, gaps.p99_ms, gaps.max_ms) == (2000.0, 2000.0, 2000.0)
     assert gaps.tokens_an_event == 2.0
     assert Gaps.within(both, 0.0, float("inf")).max_ms == 6000.0
+    # Two stretches: 1 to 3 and 0.5 to 2.5, and 3 to 9; what is between them is left out.
+    apart = Gaps.during(both, [(1.5, 2.0), (4.0, 5.0)])
+    assert (apart.p50_ms, apart.max_ms, apart.tokens_an_event) == (2000.0, 6000.0, 5 / 3)
     with pytest.raises(ValueError, match="brought none"):
         Gaps.within(both, 20.0, 30.0)
 

@@ -19,6 +19,7 @@ from mrss_provider.engine.device_runner import DeviceRunner
 from mrss_provider.engine.engine import Engine
 from mrss_provider.engine.merges.linear import Linear
 from mrss_provider.engine.request import EngineRequest, TokenOutput
+from mrss_provider.model.cuda_graphs import row_bucket
 
 A, B, C = (fake_state(name) for name in ("amber", "blue", "cyan"))
 WITH_BOS = fake_state("bos", bos=True)
@@ -128,6 +129,98 @@ def test_decoding_rows_and_prompts_share_one_pass() -> None:
     model.calls.clear()
     engine.step()
     assert model.calls == [("prefill", [1, 1, 16])]
+
+
+def test_answers_that_begin_beside_others_are_all_picked_and_each_step_as_one_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts: list[object] = []
+    picked: list[tuple[int, int]] = []
+
+    def tail(logits: Tensor, inputs: Any, outputs: Any, *, num_groups: int, **_: Any) -> None:
+        picked.append((num_groups, int((inputs.column("num_rows") > 0).sum())))
+        reference_tail.tail(logits, inputs, outputs)
+
+    def run_part(part: Any, count: int) -> None:
+        key, step = part(count)
+        parts.append(key)
+        step()
+
+    banned = torch.tensor([VOCAB - 1])
+    runner = DeviceRunner(FakeModel(), CONFIG, banned, tail=tail)  # type: ignore[arg-type]
+    monkeypatch.setattr(runner, "_run", run_part)
+    engine = Engine(FakeModel(), None, CONFIG, allowed_ids=ALLOWED, runner=runner)  # type: ignore[arg-type]
+    engine.add(request("runs", [1, 2], PLAIN, max_tokens=12))
+    engine.step()
+    # Five answers share the one row that has read their prompt.
+    engine.add(request("five", [3, 1, 4] * 11, PLAIN, 5, max_tokens=2))
+    while engine.has_work:
+        engine.step()
+    assert max(live for _, live in picked) == 6
+    assert all(live <= num_groups for num_groups, live in picked)
+    # All but the first step, which nobody waited for, can be replayed whole or by its second half.
+    assert len(parts) == len(picked) - 1
+
+
+def test_a_prepared_runner_captures_nothing_more_where_a_prompt_is_read_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared: set[Any] = set()
+    met: list[Any] = []
+
+    def prepare(key: Any, step: Any) -> None:
+        prepared.add(key)
+        step()
+
+    def run_part(part: Any, count: int) -> None:
+        key, step = part(count)
+        met.append(key)
+        step()
+
+    runner = DeviceRunner(FakeModel(), CONFIG, torch.tensor([VOCAB - 1]), tail=plain_tail)  # type: ignore[arg-type]
+    monkeypatch.setattr(runner._graphs, "prepare", prepare)
+    # Where nobody has a row, each of them is another one's.
+    runner._layout.slots[:4] = torch.arange(4)
+    runner.prepare(4)
+    monkeypatch.setattr(runner, "_run", run_part)
+    engine = Engine(FakeModel(), None, CONFIG, allowed_ids=ALLOWED, runner=runner)  # type: ignore[arg-type]
+    for step, name in enumerate("abcd"):
+        engine.add(request(name, [1 + step] * 20, PLAIN, max_tokens=12, top_p=0.5))
+        engine.step()
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    assert {key[0] for key in met} == {"step", "picking"}
+    assert set(met) <= prepared
+
+
+def test_halves_that_are_padded_to_a_bucket_and_replayed_pick_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = DeviceRunner(FakeModel(), CONFIG, torch.tensor([VOCAB - 1]), tail=plain_tail)  # type: ignore[arg-type]
+    captured: dict[Any, Any] = {}
+    run_part, leave = runner._run, runner._leave
+
+    def replay(part: Any, count: int) -> None:
+        key, step = part(count)
+        if key[0] != "picking":
+            # The toy model has no padding rows.
+            run_part(part, count)
+            return
+        key, step = part(row_bucket(count))
+        captured.setdefault(key, step)()
+
+    def leave_alone(hidden: Tensor) -> None:
+        if runner._hidden is not None:
+            runner._hidden.fill_(math.nan)
+        leave(hidden)
+
+    monkeypatch.setattr(runner, "_run", replay)
+    monkeypatch.setattr(runner, "_leave", leave_alone)
+    monkeypatch.setattr(runner._graphs, "clear", captured.clear)
+    engine = Engine(FakeModel(), None, CONFIG, allowed_ids=ALLOWED, runner=runner)  # type: ignore[arg-type]
+    assert_same(run(engine, arrivals()), run(host_engine(FakeModel()), arrivals()))
+    assert captured
 
 
 def test_a_steady_decode_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,8 @@ def test_what_can_never_run_is_refused_at_once() -> None:
         (request("x", [1], DELTA, n=2), InvalidRequestError, r"at most 4 rows \(max_rows\), got 8"),
         (request("x", [VOCAB], ONE), InvalidRequestError, r"token ids in \[0, 40\), got 40"),
         (request("x", [-1], ONE), InvalidRequestError, r"token ids in \[0, 40\), got -1"),
+        (request("x", [1, 2**32], ONE), InvalidRequestError, r"\[0, 40\), got 4294967296"),
+        (request("x", [1, 2**70], ONE), InvalidRequestError, r"\[0, 40\), got 1180591620717411"),
         (
             request("x", [1], ONE, logit_bias={VOCAB: 1.0}),
             InvalidRequestError,

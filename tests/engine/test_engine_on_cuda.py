@@ -197,3 +197,15 @@ def test_a_long_prompt_is_read_beside_decoding_rows(model: Model, library: State
     assert len(outputs["long"]) == 8
     assert all(len(outputs[request.id]) == 60 for request in short)
     assert outputs["long"][0] == alone["long"][0]
+
+
+def test_answers_that_begin_beside_others_are_those_that_begin_alone(
+    model: Model, library: StateLibrary
+) -> None:
+    """More answers than rows are picked from: five share the rows that read their prompt."""
+    five = replace(ask(library, "five", "knowledge", max_tokens=3), n=5)
+    alone = ids(run(make_engine(model, library), [five]))["five"]
+    short = ask(library, "runs", "base", max_tokens=40)
+    beside = ids(run(make_engine(model, library), [short, five], every=3))["five"]
+    assert len(alone) == len(beside) == 15
+    assert beside[:5] == alone[:5] == [alone[0]] * 5

@@ -205,7 +205,7 @@ def test_a_chat_of_thousands_of_turns_is_looked_up_at_once() -> None:
     zeros = torch.zeros(1, 4)
     cache.insert("base", read, StateSnapshot(torch.zeros(1, 1, 4, 4), zeros, zeros))
     started = time.perf_counter()
-    keys, stop = find_longest(cache, long, read, len(read) - 1)
+    keys, stop = find_longest(cache, long, len(read) - 1)
     assert shared_len(cache, long, len(read) - 1) == 0
     assert time.perf_counter() - started < 5
     assert (keys, stop) == (keys_after(long, 8), 8)

@@ -185,6 +185,25 @@ def test_nothing_is_kept_of_rows_that_became_nan(on_device: bool) -> None:
     assert ids(got) == all_ids(run(fake_engine(), request("y", prompt, LINEAR)))["y/0"]
 
 
+@pytest.mark.parametrize("lacking", ["snapshot", "its sum"])
+def test_no_memory_for_a_snapshot_or_its_sum_ends_no_request(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    wanted = request("x", LONG, LINEAR, max_tokens=40)
+    expected = all_ids(run(fake_engine(), wanted))
+    engine = fake_engine()
+
+    def lack(_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    if lacking == "snapshot":
+        monkeypatch.setattr(engine._runner.pool, "snapshot", lack)
+    else:
+        monkeypatch.setattr(engine._keeper, "_total", lack)
+    assert all_ids(run(engine, wanted)) == expected
+    assert engine._keeper.cache.stats().num_entries == 0
+
+
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_an_answer_that_is_dropped_at_a_pause_is_found_up_to_there(on_device: bool) -> None:
     engine = fake_engine(on_device=on_device)
