@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import itertools
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 from measure import RESULTS, Machine, capture, machine, time_replays, write_line
 from random_models import SHAPES, Shape, random_model, state_bytes, weight_bytes
+from torch.autograd.profiler_util import FunctionEvent
 
 from mrss_provider.model import Model
 
 MODELS = ("0.1b", "1.5b", "7.2b")
 # 5 is a mixture of four states with its base.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64, 128, 256, 512)
-GATE_ROWS = (1, 4, 11, 33, 100)
+GATE_ROWS = (1, 4, 6, 11, 33, 100)
 SCOPE = "token ids to logits, one graph replay"
 # Compiling takes longer than measuring; processes that only compile share it.
 COMPILERS_A_MODEL = 4
@@ -134,6 +136,32 @@ def profile(model: Model, rows: int) -> None:
     print(f"profile: {rows} rows, ten steps")
     table = run.key_averages().table(sort_by="self_cuda_time_total", max_name_column_width=40)
     print(table)
+    by_place = layer_times([event for event in run.events() if event.device_type.name == "CUDA"])
+    print("us of a layer, from one kernel's end to the next one's:")
+    print(", ".join(f"{name} {us:.1f}" for name, us in by_place))
+    print(f"sum {sum(us for _, us in by_place):.1f}")
+
+
+def layer_times(events: list[FunctionEvent]) -> list[tuple[str, float]]:
+    """Return a layer's kernels, norm to value, and the median of what each adds to its time.
+
+    A kernel that starts early adds what it takes beyond the end of the one in front.
+
+    Args:
+        events: the kernels of some steps, in any order.
+    """
+    events = sorted(events, key=lambda event: event.time_range.end)
+    names = [event.name.removesuffix("_kernel") for event in events]
+    added = [b.time_range.end - a.time_range.end for a, b in itertools.pairwise(events)]
+    mixes = [i for i, name in enumerate(names) if name.startswith("time_mix7")]
+    length = statistics.mode(b - a for a, b in itertools.pairwise(mixes))
+    # In front of a layer's time mixing stand its norm, its first product and perhaps `lora_up`.
+    ahead = 2 + any(name.startswith("lora_up") for name in names)
+    firsts = [a - ahead for a, b in itertools.pairwise(mixes) if b - a == length and a > ahead]
+    return [
+        (names[firsts[0] + j], statistics.median(added[i + j - 1] for i in firsts))
+        for j in range(length)
+    ]
 
 
 def compile_only(shape: Shape, rows: list[int], dtype: str, state_dtype: str) -> None:

@@ -27,8 +27,8 @@ from unittest import mock
 import torch
 from measure import RESULTS, Machine, capture, machine, time_replays
 from mrss_kernels import quantized_linear as quantized_ops
+from mrss_kernels.linear_cuts import LinearConfig
 from mrss_kernels.quantized import dequantize
-from mrss_kernels.rows_linear import LinearConfig
 from quantize_scores import against, nats, scores, step_nats, unseen_documents
 from random_models import (
     SHAPES,

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 from measure import capture, time_replays
+from mrss_kernels.linear_cuts import LinearConfig
 from mrss_kernels.quantized import QuantizedWeight, dequantize
 from mrss_kernels.quantized_linear import choose_quantized_config, quantized_linear
-from mrss_kernels.rows_linear import LinearConfig, check_config, rows_linear
+from mrss_kernels.rows_linear import check_config, rows_linear
 from triton.runtime.errors import OutOfResources
 
 from mrss_provider.model.quantized import quantize

@@ -35,6 +35,15 @@ def _statistics(x, mask, eps, C: tl.constexpr):
 
 
 @triton.jit
+def _last_token(p_slots, p_shift, i_b, o_s, m_s, C: tl.constexpr):
+    """Return which of a row's last normalised token are kept, where they are, and what they are."""
+    slot = tl.load(p_slots + i_b).to(tl.int64)
+    m_shift = m_s & (o_s * 0 + slot >= 0)
+    p_prev = p_shift + slot * C + o_s
+    return m_shift, p_prev, tl.load(p_prev, mask=m_shift, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def add_norm_mix_kernel(
     p_x,
     p_tokens,
@@ -81,6 +90,9 @@ def add_norm_mix_kernel(
         m_i = (o_i < MIXES)[:, None] & m_s[None, :]
         p_tile = p_mix + o_i[:, None] * C + o_s[None, :]
         mix = tl.load(p_tile, mask=m_i, other=0.0).to(tl.float32)
+        if not LATE:
+            # Written a step ago, which is over: a `time_mix7` stands between.
+            m_shift, p_prev, previous = _last_token(p_slots, p_shift, i_b, o_s, m_s, C)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if PDL and LATE:
@@ -100,11 +112,8 @@ def add_norm_mix_kernel(
         at = (i * B + i_b) * C
         x += tl.load(p_parts + at + o_c, mask=m_c, other=0.0).to(tl.float32)
         xs += tl.load(p_parts + at + o_s, mask=m_s, other=0.0).to(tl.float32)
-    if MIXES > 0:
-        slot = tl.load(p_slots + i_b).to(tl.int64)
-        m_shift = m_s & (o_s * 0 + slot >= 0)
-        p_prev = p_shift + slot * C + o_s
-        previous = tl.load(p_prev, mask=m_shift, other=0.0).to(tl.float32)
+    if MIXES > 0 and LATE:
+        m_shift, p_prev, previous = _last_token(p_slots, p_shift, i_b, o_s, m_s, C)
     mean, scale = _statistics(x, m_c, eps, C)
     h = (xs - mean) * scale * weight + bias
     if MIXES == 0:

@@ -20,13 +20,8 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
-from mrss_kernels.rows_linear import (
-    GROUP_LEN,
-    LinearConfig,
-    check_config,
-    choose_config,
-    wait_for_inputs,
-)
+from mrss_kernels.linear_cuts import LinearConfig, choose_config, rows_a_program
+from mrss_kernels.rows_linear import GROUP_LEN, check_config, wait_for_inputs
 
 
 @triton.jit
@@ -143,9 +138,11 @@ def key_receptance(
     for name, size in (("K", size_k), ("F", ffn_size), ("C", size_r - ffn_size)):
         if size % GROUP_LEN or size <= 0:
             raise ValueError(f"{name} must be a positive multiple of {GROUP_LEN}, got {size}")
-    config = config or choose_config(
-        rows, size_r, size_k, splittable=False, shared_bytes=shared_bytes(x.device)
-    )
+    if config is None:
+        chosen = choose_config(
+            rows, size_r, size_k, splittable=False, shared_bytes=shared_bytes(x.device)
+        )
+        config = chosen._replace(num_pieces=1)
     check_config(config, rows, size_k, grouped=True, activation="relu2")
     key = x.new_empty((rows, ffn_size))
     gate = x.new_empty((rows, size_r - ffn_size), dtype=torch.float32)
@@ -155,7 +152,7 @@ def key_receptance(
     if rows == 1 and config.num_stages == 1:
         key_receptance_gemv_kernel[(programs,)](x, weight, key, gate, ffn_size, **flags)
     elif rows:
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        block_m = rows_a_program(rows, config)
         flags |= {"BM": block_m, "STAGES": config.num_stages, "num_stages": config.num_stages}
         key_receptance_kernel[(programs, -(-rows // block_m))](
             x, weight, key, gate, rows, ffn_size, size_r, **flags

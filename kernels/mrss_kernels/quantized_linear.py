@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mrss_kernels._checks import expect_contiguous, expect_device, expect_dtype, expect_shape
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.linear_cuts import HOPPER_SHARED, LinearConfig
 from mrss_kernels.quantized import PAIR_SIZE, QuantizedWeight, check_quantized
 from mrss_kernels.quantized_kernels import (
     few4_kernel,
@@ -24,8 +25,6 @@ from mrss_kernels.quantized_kernels import (
 from mrss_kernels.rows_linear import (
     ACTIVATIONS,
     GROUP_LEN,
-    HOPPER_SHARED,
-    LinearConfig,
     check_config,
     gemv_kernel,
 )

@@ -2,13 +2,11 @@
 """Products of few rows with large weights: the weights are streamed once, whatever the rows.
 
 One row is a matrix-vector product on the ordinary cores; up to 64 rows go through the tensor
-cores, padded to 16, 32 or 64. `num_splits` cuts K; the parts are added up by whoever reads them, in
-a fixed order, so no sum depends on timing. Derivation and measurements: kernels/README.md.
+cores, padded to 8, 16, 32 or 64. `num_splits` cuts K; the parts are added up by whoever reads them,
+in a fixed order, so no sum depends on timing. Derivation and measurements: kernels/README.md.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +21,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.linear_cuts import LinearConfig, choose_config, rows_a_program
 from mrss_kernels.unpack_codes import widen
 
 GROUP_LEN = 64
@@ -31,28 +30,7 @@ GROUP_LEN = 64
 MAX_ROWS = 64
 """Rows from which a library product is the better choice (kernels/README.md, measured)."""
 
-NUM_MULTIPROCESSORS = 132
-"""Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
-order of sums, and equal inputs are to give equal bits on every card."""
-
-HOPPER_SHARED = 227 << 10
-"""Bytes of shared memory that one program may have on an H100 or H200; other cards have 99 KB."""
-
 ACTIVATIONS = ("none", "relu2")
-
-
-class LinearConfig(NamedTuple):
-    """How one product is cut: outputs a program, K a block, parts of K, warps, pipeline stages.
-
-    One stage means the ordinary cores (one row only), more the tensor cores with blocks loaded
-    ahead.
-    """
-
-    block_n: int
-    block_k: int
-    num_splits: int
-    num_warps: int
-    num_stages: int = 1
 
 
 @triton.jit
@@ -84,8 +62,13 @@ def gemv_kernel(
     i_s = tl.program_id(1)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
     o_k = i_s * (K // SPLITS) + tl.arange(0, BK)
+    m_n = (o_n < R)[:, None]
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
-    w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=(o_n < R)[:, None], other=0.0)
+    # A weight is read once a step: what else is in the L2 is worth more.
+    if EVEN:
+        w = tl.load(p_tile, eviction_policy="evict_first")
+    else:
+        w = tl.load(p_tile, mask=m_n, other=0.0, eviction_policy="evict_first")
     if GROUPED:
         p_x += tl.load(p_groups + i_n * BN // 64) * K
     if PDL:
@@ -93,7 +76,10 @@ def gemv_kernel(
     acc = widen(w, tl.float32, ASM) * tl.load(p_x + o_k).to(tl.float32)[None, :]
     for k in tl.static_range(BK, K // SPLITS, BK):
         p_next = p_tile + k
-        w = tl.load(p_next) if EVEN else tl.load(p_next, mask=(o_n < R)[:, None], other=0.0)
+        if EVEN:
+            w = tl.load(p_next, eviction_policy="evict_first")
+        else:
+            w = tl.load(p_next, mask=m_n, other=0.0, eviction_policy="evict_first")
         acc += widen(w, tl.float32, ASM) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
     if SCALED:
@@ -117,6 +103,19 @@ def wait_for_inputs(k):
 
 
 @triton.jit
+def wait_for_copies(k, after):
+    """At k = 0 wait until all copies under way have arrived; return 0.
+
+    What is copied from an address that this 0 is part of is asked for after what `after` is part
+    of has arrived.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $1, 0; @p cp.async.wait_group 0; and.b32 $0, $2, 0; }",
+        "=r,r,r", [k, after], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def skinny_kernel(
     p_x,
     p_w,
@@ -128,6 +127,7 @@ def skinny_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -135,7 +135,11 @@ def skinny_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (R / BN, SPLITS, B / BM). x [M, B, K], w [R, K], y [SPLITS, B, R]."""
+    """Grid (R / BN, SPLITS, B / BM). x [M, B, K], w [R, K], y [SPLITS, B, R].
+
+    A block is BK columns in PIECES. Of the first block, which is there before x is, a piece is
+    asked for when the piece before it has arrived.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_n = tl.program_id(0)
@@ -144,13 +148,13 @@ def skinny_kernel(
     o_m = tl.program_id(2) * BM + tl.arange(0, BM)
     m_n = (o_n < R)[:, None]
     m_m = (o_m < B)[:, None]
-    first = i_s * (K // SPLITS)
-    o_k = first + tl.arange(0, BK)
+    BP: tl.constexpr = BK // PIECES
+    o_k = i_s * (K // SPLITS) + tl.arange(0, BP)
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
     if GROUPED:
         p_x += tl.load(p_groups + i_n * BN // 64).to(tl.int64) * B * K
     p_rows = p_x + o_m[:, None] * K + o_k[None, :]
-    if K // SPLITS == BK:
+    if K // SPLITS == BP:
         w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=m_n, other=0.0)
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -159,16 +163,30 @@ def skinny_kernel(
     else:
         acc = tl.zeros([BN, BM], tl.float32)
         for k in tl.range(0, K // SPLITS, BK, num_stages=STAGES):
-            w = tl.load(p_tile + k) if EVEN else tl.load(p_tile + k, mask=m_n, other=0.0)
-            # The first copy of weights is under way by then, and x is not asked for before.
+            w = (_load_piece(p_tile + k, m_n, EVEN),)
+            after = k
+            for i in tl.static_range(1, PIECES):
+                if PDL:
+                    after = wait_for_copies(k, after)
+                    at = tl.multiple_of(k + after, 16) + i * BP
+                else:
+                    at = k + i * BP
+                w = w + (_load_piece(p_tile + at, m_n, EVEN),)  # noqa: RUF005 (no * in Triton)
+            # The first copies of weights are under way by then, and x is not asked for before.
             at = tl.multiple_of(k + wait_for_inputs(k), 16) if PDL else k
-            x = tl.load(p_rows + at, mask=m_m, other=0.0)
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+            for i in tl.static_range(PIECES):
+                x = tl.load(p_rows + at + i * BP, mask=m_m, other=0.0)
+                acc = tl.dot(w[i], tl.trans(x), acc, input_precision="ieee")
     if RELU2:
         acc = tl.maximum(acc, 0.0)
         acc = acc * acc
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
     tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m_n & (o_m < B)[None, :])
+
+
+@triton.jit
+def _load_piece(p_tile, mask, EVEN: tl.constexpr):
+    return tl.load(p_tile) if EVEN else tl.load(p_tile, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -264,43 +282,12 @@ def rows_linear(
         flags |= {"SCALED": False, "ASM": 0}
         gemv_kernel[grid](x, weight, None, groups, y, size_r, **flags)
     elif rows:
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        flags |= {"BM": block_m, "STAGES": config.num_stages}
+        block_m = rows_a_program(rows, config)
+        flags |= {"BM": block_m, "STAGES": config.num_stages, "PIECES": config.num_pieces}
         skinny_kernel[(*grid, -(-rows // block_m))](
             x, weight, groups, y, rows, size_r, num_stages=config.num_stages, **flags
         )
     return y
-
-
-def choose_config(
-    rows: int, size_r: int, size_k: int, *, splittable: bool, shared_bytes: int = 0
-) -> LinearConfig:
-    """Return the measured cut for `rows` rows with a weight [size_r, size_k].
-
-    Parts and their order depend on nothing else, so that a row bucket always adds in the same
-    order; `shared_bytes` of a multiprocessor say how much of a part is loaded at a time.
-    """
-    if rows == 1:
-        if size_k % 1024:
-            return LinearConfig(16, _largest_block(size_k, 256), 1, 4)
-        if size_k % 4096 == 0 and splittable and size_k > size_r:
-            # Few outputs: parts of K make enough programs.
-            return LinearConfig(4, 2048, size_k // 4096, 8)
-        if size_k >= 4096 and size_r >= 4096 and size_k % 2048 == 0:
-            return LinearConfig(4, 2048, 1, 8)
-        return LinearConfig(4, 1024, 1, 4)
-    num_splits = 1
-    while splittable and size_k % (128 * num_splits * 2) == 0:
-        programs = -(-size_r // 64) * num_splits
-        waves = programs / NUM_MULTIPROCESSORS
-        # Too few programs, or a second wave that leaves many multiprocessors without work.
-        if programs >= 100 and not 1 < waves < 1.7:
-            break
-        num_splits *= 2
-    part = size_k // num_splits
-    # Long blocks where they fit: fewer, longer pieces of a row of memory.
-    block_k = _largest_block(part, 256 if part >= 1024 and shared_bytes >= HOPPER_SHARED else 128)
-    return LinearConfig(64, block_k, num_splits, 4, 3 if block_k == 256 or rows > 32 else 4)
 
 
 def check_config(
@@ -313,17 +300,17 @@ def check_config(
             f"K must be a multiple of num_splits * block_k = "
             f"{config.num_splits * config.block_k}, got {size_k}"
         )
+    if config.block_k % (16 * config.num_pieces):
+        raise ValueError(
+            f"block_k must be a multiple of 16 * num_pieces = {16 * config.num_pieces}, "
+            f"got {config.block_k}"
+        )
     if config.num_stages == 1 and rows > 1:
         raise ValueError(f"num_stages must be 2 or more for {rows} rows, got {config.num_stages}")
     if grouped and GROUP_LEN % config.block_n:
         raise ValueError(f"block_n must divide {GROUP_LEN} with groups, got {config.block_n}")
     if activation != "none" and config.num_splits > 1:
         raise ValueError(f"num_splits must be 1 with an activation, got {config.num_splits}")
-
-
-def _largest_block(size: int, at_most: int) -> int:
-    """Return the largest power of two that divides `size`, up to `at_most`."""
-    return min(size & -size, at_most)
 
 
 def _check_linear(x: Tensor, weight: Tensor, groups: Tensor | None, activation: str) -> None:

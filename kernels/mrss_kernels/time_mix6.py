@@ -22,8 +22,8 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.lora_up7 import sum_parts
 from mrss_kernels.rows_linear import GROUP_LEN
-from mrss_kernels.time_mix7 import _sum_parts
 
 NUM_INPUTS = 5
 """The inputs of decay, key, value, receptance and gate, in the order of the codes."""
@@ -75,7 +75,7 @@ def mix_inputs_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     p_z = p_codes + o_m[:, None] * (5 * D) + i_x * D + o_d[None, :]
-    z = _sum_parts(p_z, m_m[:, None] & (o_d < D)[None, :], B * (5 * D), PARTS)
+    z = sum_parts(p_z, m_m[:, None] & (o_d < D)[None, :], B * (5 * D), PARTS)
     z = 2 * tl.sigmoid(2 * z) - 1
     if BM == 1:
         moved = tl.sum(up.to(tl.float32) * z, 1)[:, None]
@@ -146,11 +146,11 @@ def time_mix6_kernel(
         g = tl.load(p_in + 3 * B * C + at).to(tl.float32)
     else:
         p_row = p_in + i_b * R + o_c
-        k = _sum_parts(p_row, o_c < C, B * R, PARTS)
-        v = _sum_parts(p_row + C, o_c < C, B * R, PARTS)
-        r = _sum_parts(p_row + 2 * C, o_c < C, B * R, PARTS)
-        g = _sum_parts(p_row + 3 * C, o_c < C, B * R, PARTS)
-    z = _sum_parts(p_low + i_b * R + o_d, o_d < W, B * R, PARTS)
+        k = sum_parts(p_row, o_c < C, B * R, PARTS)
+        v = sum_parts(p_row + C, o_c < C, B * R, PARTS)
+        r = sum_parts(p_row + 2 * C, o_c < C, B * R, PARTS)
+        g = sum_parts(p_row + 3 * C, o_c < C, B * R, PARTS)
+    z = sum_parts(p_low + i_b * R + o_d, o_d < W, B * R, PARTS)
     z = 2 * tl.sigmoid(2 * z) - 1
     h = tl.load(p_h + at)
     decay = tl.exp(-tl.exp(decay + tl.sum(up.to(tl.float32) * z[:, None], 0)))

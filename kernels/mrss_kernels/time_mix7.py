@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 """RWKV-7's time mixing between its two products: LoRAs, gates, recurrence, group norm, output gate.
 
-One program holds a head of a row: its 64 channels of every vector and its state [V, K]. With few
-rows it also computes the second half of the four LoRAs (`lora_up` is skipped), because reading
-those small weights once a row from the L2 costs less than one more launch.
+One program holds a head of a row: its 64 channels of every vector and its state [V, K]. Up to eight
+rows the second halves of the four LoRAs are computed in the same launch, because reading those
+small weights a few times from the L2 costs less than one more: here, or by a program of several
+rows (`time_mix7_few`). More rows take `lora_up`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from mrss_kernels._checks import (
     expect_rows_of_slots,
     expect_shape,
 )
-from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels._launch import dependent_launch
+from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
+from mrss_kernels.lora_up7 import load_up, lora_up, rank_sizes, sum_parts
+from mrss_kernels.time_mix7_few import time_mix7_few_kernel
 
 RANK_STEP = 64
 """LoRA ranks are padded with zeros to a multiple of this when weights are packed."""
@@ -32,99 +36,13 @@ RANK_STEP = 64
 VECTORS = ("w0", "a0", "v0", "k_k", "k_a", "r_k", "ln_x_weight", "ln_x_bias")
 """Rows of the packed `vectors [8, C]`, fp32."""
 
-MAX_FUSED_ROWS = 4
+MAX_FUSED_ROWS = 8
+"""Rows up to which the LoRAs' second halves are computed in the same launch."""
 
+MAX_SINGLE_ROWS = 4
+"""Rows up to which a program of one row may do so."""
 
-@triton.jit
-def _sum_parts(p, mask, stride, PARTS: tl.constexpr):
-    """Add up the parts of a split product, in order, in fp32."""
-    x = tl.load(p, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, PARTS):
-        x += tl.load(p + i * stride, mask=mask, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _load_up(p_up, o_n, SUM: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr):
-    o_d = tl.arange(0, BR)
-    return tl.load(p_up + o_n[:, None] * SUM + o_d[None, :], mask=(o_d < RANK)[None, :], other=0.0)
-
-
-@triton.jit
-def _lora_rows(
-    p_low, p_up, o_n, o_m, B, R, BM: tl.constexpr, BN: tl.constexpr, SUM: tl.constexpr,
-    RANK: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Return up [BN, RANK] @ act(low [BM, RANK])^T; ACT 1 is tanh, 2 the sigmoid."""
-    up = _load_up(p_up, o_n, SUM, RANK, BR)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BN, BM], tl.float32)
-    for i in tl.static_range(0, RANK, BR):
-        if i > 0:
-            up = _load_up(p_up + i, o_n, SUM, RANK - i, BR)
-        o_d = i + tl.arange(0, BR)
-        m_z = (o_m < B)[:, None] & (o_d < RANK)[None, :]
-        z = _sum_parts(p_low + o_m[:, None] * R + o_d[None, :], m_z, B * R, PARTS)
-        if ACT == 1:
-            z = 2 * tl.sigmoid(2 * z) - 1
-        if ACT == 2:
-            z = tl.sigmoid(z)
-        acc = tl.dot(up, tl.trans(z.to(up.dtype)), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def lora_up_kernel(
-    p_low,
-    p_up,
-    p_vectors,
-    p_out,
-    B,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    RW: tl.constexpr,
-    RA: tl.constexpr,
-    RG: tl.constexpr,
-    RV: tl.constexpr,
-    BRW: tl.constexpr,
-    BRA: tl.constexpr,
-    BRG: tl.constexpr,
-    BRV: tl.constexpr,
-    PARTS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid (C / BN, 3 or 4, B / BM). Writes log decay, a, g and the v gate: [4, B, C] fp32.
-
-    R is the distance from one row of the first halves to the next.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    i_lora = tl.program_id(1)
-    o_m = tl.program_id(2).to(tl.int64) * BM + tl.arange(0, BM)
-    SUM: tl.constexpr = RW + RA + RG + RV
-    p_o = p_out + i_lora.to(tl.int64) * B * C + o_m[None, :] * C + o_n[:, None]
-    m_o = (o_m < B)[None, :] & (o_n < C)[:, None]
-    if i_lora == 0:
-        w0 = tl.load(p_vectors + o_n)[:, None]
-        u = _lora_rows(p_low, p_up, o_n, o_m, B, R, BM, BN, SUM, RW, BRW, PARTS, 1, PDL)
-        tl.store(p_o, -0.6065306597126334 * tl.sigmoid(w0 + u), mask=m_o)
-    elif i_lora == 1:
-        a0 = tl.load(p_vectors + C + o_n)[:, None]
-        u = _lora_rows(p_low + RW, p_up + RW, o_n, o_m, B, R, BM, BN, SUM, RA, BRA, PARTS, 0, PDL)
-        tl.store(p_o, tl.sigmoid(a0 + u), mask=m_o)
-    elif i_lora == 2:
-        p_g, p_upg = p_low + RW + RA, p_up + RW + RA
-        u = _lora_rows(p_g, p_upg, o_n, o_m, B, R, BM, BN, SUM, RG, BRG, PARTS, 2, PDL)
-        tl.store(p_o, u, mask=m_o)
-    elif RV > 0:
-        v0 = tl.load(p_vectors + 2 * C + o_n)[:, None]
-        p_v, p_upv = p_low + RW + RA + RG, p_up + RW + RA + RG
-        u = _lora_rows(p_v, p_upv, o_n, o_m, B, R, BM, BN, SUM, RV, BRV, PARTS, 0, PDL)
-        tl.store(p_o, tl.sigmoid(v0 + u), mask=m_o)
+GROUP_NORM_EPS = 64e-5
 
 
 @triton.jit
@@ -133,7 +51,7 @@ def _lora_row(
 ):
     """Return up [N, BR] @ act(z [BR]) in fp32."""
     o_d = tl.arange(0, BR)
-    z = _sum_parts(p_z + o_d, o_d < RANK, stride, PARTS)
+    z = sum_parts(p_z + o_d, o_d < RANK, stride, PARTS)
     if ACT == 1:
         z = 2 * tl.sigmoid(2 * z) - 1
     if ACT == 2:
@@ -195,12 +113,12 @@ def time_mix7_kernel(
     if FUSED:
         w0 = tl.load(p_vectors + o_c)
         a0 = tl.load(p_vectors + C + o_c)
-        up_w = _load_up(p_up, o_c, SUM, RW, BRW)
-        up_a = _load_up(p_up + RW, o_c, SUM, RA, BRA)
-        up_g = _load_up(p_up + RW + RA, o_c, SUM, RG, BRG)
+        up_w = load_up(p_up, o_c, SUM, RW, BRW)
+        up_a = load_up(p_up + RW, o_c, SUM, RA, BRA)
+        up_g = load_up(p_up + RW + RA, o_c, SUM, RG, BRG)
         if RV > 0:
             v0 = tl.load(p_vectors + 2 * C + o_c)
-            up_v = _load_up(p_up + RW + RA + RG, o_c, SUM, RV, BRV)
+            up_v = load_up(p_up + RW + RA + RG, o_c, SUM, RV, BRV)
     if PDL:
         tl.extra.cuda.gdc_wait()
         # Only now, so that the next layer's kernel of this kind may read the state early as well.
@@ -213,9 +131,9 @@ def time_mix7_kernel(
         v = tl.load(p_in + 2 * B * C + at).to(tl.float32)
     else:
         p_row = p_in + i_b * R + o_c
-        r = _sum_parts(p_row, o_c < C, stride, PARTS)
-        k = _sum_parts(p_row + C, o_c < C, stride, PARTS)
-        v = _sum_parts(p_row + 2 * C, o_c < C, stride, PARTS)
+        r = sum_parts(p_row, o_c < C, stride, PARTS)
+        k = sum_parts(p_row + C, o_c < C, stride, PARTS)
+        v = sum_parts(p_row + 2 * C, o_c < C, stride, PARTS)
     if FUSED:
         p_z = p_low + i_b * R
         w = w0 + _lora_row(p_z, up_w, stride, RW, BRW, PARTS, 1)
@@ -278,7 +196,8 @@ def time_mix7(
         time_offset: the layer's output offsets by slot [S or more, C], or None.
         low: the first halves of the LoRAs [P, B, sum(ranks)]; then `projected` is r, k, v stacked
             [3, B, C], in one part.
-        fuse_rows: up to so many rows the second halves are computed in the same launch.
+        fuse_rows: up to so many rows the second halves are computed in the same launch; from five
+            rows on only with heads of 64 channels and weights of 16 bits.
 
     Returns:
         Wo's input [B, C] in the dtype of `up`.
@@ -295,12 +214,34 @@ def time_mix7(
     out = up.new_empty((rows, heads * size))
     if not rows:
         return out
-    fused = rows <= fuse_rows
-    lora = None if fused else lora_up(low, up, vectors, ranks)
+    flags = {"H": heads, "N": size, "R": low.stride(1), **rank_sizes(ranks), "PARTS": parts}
+    flags |= {"STACKED": stacked, "OFFSET": time_offset is not None}
+    flags |= dependent_launch(out.device)
+    group = few_rows_group(rows, heads) if rows <= fuse_rows else 0
+    if group and size == 64 and up.element_size() == 2:
+        time_mix7_few_kernel[(heads, -(-rows // group))](
+            projected,
+            low,
+            up,
+            vectors,
+            v_first,
+            pool,
+            slots,
+            time_offset,
+            out,
+            rows,
+            GROUP_NORM_EPS,
+            G=group,
+            WARPS=8,
+            num_warps=8,
+            **flags,
+        )
+        return out
+    fused = rows <= min(fuse_rows, MAX_SINGLE_ROWS)
     time_mix7_kernel[(heads, rows)](
         projected,
         low,
-        lora,
+        None if fused else lora_up(low, up, vectors, ranks),
         up,
         vectors,
         v_first,
@@ -309,62 +250,24 @@ def time_mix7(
         time_offset,
         out,
         rows,
-        64e-5,
-        H=heads,
-        N=size,
-        R=low.stride(1),
-        **_rank_sizes(ranks),
-        PARTS=parts,
-        STACKED=stacked,
+        GROUP_NORM_EPS,
         FUSED=fused,
-        OFFSET=time_offset is not None,
         num_warps=8 if fused else 4 if rows < 32 else 2,
-        **dependent_launch(out.device),
+        **flags,
     )
     return out
 
 
-def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Compute the second halves of a layer's LoRAs and their nonlinearities, for many rows.
+def few_rows_group(rows: int, heads: int) -> int:
+    """Return how many rows a program of `time_mix7_few` holds; 0: a row a program without it.
 
-    Arguments as `time_mix7`, which checks them; `low` may be a slice of the last dimension.
-
-    Returns:
-        [4, B, C] fp32: log decay, a, g and the gate between v and layer 0's v; the last one is
-        left unwritten in layer 0.
+    As measured: it gains from five rows on, as it saves a launch, and with any rows where four of
+    them would be more programs than there are multiprocessors.
     """
-    parts, rows, _ = low.shape
-    channels = up.shape[0]
-    out = up.new_empty((4, rows, channels), dtype=torch.float32)
-    # Few rows: one wide block a rank, for latency. Many: narrow ones that leave room for rows.
-    block_m, widest = (16, 512) if rows <= 16 else (32, 128)
-    block_n = 64 if rows > 16 else 32
-    sizes = _rank_sizes(ranks)
-    sizes |= {name: min(size, widest) for name, size in sizes.items() if name.startswith("B")}
-    num_loras = 4 if ranks[3] else 3
-    lora_up_kernel[(channels // block_n, num_loras, -(-rows // block_m))](
-        low,
-        up,
-        vectors,
-        out,
-        rows,
-        C=channels,
-        R=low.stride(1),
-        **sizes,
-        PARTS=parts,
-        BM=block_m,
-        BN=block_n,
-        num_warps=4,
-        **dependent_launch(out.device),
-    )
-    return out
-
-
-def _rank_sizes(ranks: Sequence[int]) -> dict[str, int]:
-    """Return the ranks and the blocks that hold them, as the kernels name them."""
-    sizes = dict(zip(("RW", "RA", "RG", "RV"), ranks, strict=True))
-    # A dot needs 16 at least, also for the rank that layer 0 does not have.
-    return sizes | {"B" + name: next_power_of_2(max(rank, 16)) for name, rank in sizes.items()}
+    all_at_once = rows <= MAX_SINGLE_ROWS and heads * MAX_SINGLE_ROWS <= NUM_MULTIPROCESSORS
+    if rows > MAX_FUSED_ROWS or all_at_once:
+        return 0
+    return next((group for group in (1, 2) if heads * -(-rows // group) <= NUM_MULTIPROCESSORS), 4)
 
 
 def _check_time_mix(

@@ -8,7 +8,7 @@ from mrss_kernels import add_norm_mix as norm_ops
 from mrss_kernels import reference_fused as plain
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import time_mix7 as time_ops
-from mrss_kernels.rows_linear import LinearConfig
+from mrss_kernels.linear_cuts import LinearConfig
 from oracle import DEVICE, INTERPRETED, assert_as_good_as_reference, guarded, randn
 
 # The interpreter's dot works on raw bfloat16 bits, so bfloat16 dots are checked on a GPU only.
@@ -77,6 +77,11 @@ class TestRowsLinear:
     @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 63])
     def test_few_rows_equal_reference(self, rows, dtype):
         compare_linear(rows, 77, 256, dtype, LinearConfig(32, 64, 2, 4, 2))
+
+    @pytest.mark.parametrize("rows", [2, 8, 9])
+    def test_long_blocks_of_few_rows_equal_reference(self, rows):
+        compare_linear(rows, 77, 1024, torch.float16, LinearConfig(32, 512, 1, 2, 3))
+        compare_linear(rows, 64, 1024, torch.float16, LinearConfig(32, 512, 1, 2, 3, 4))
 
     @pytest.mark.parametrize("rows", [100, 257])
     def test_more_rows_than_a_block_equal_reference(self, rows):
@@ -198,8 +203,8 @@ def compare_time_mix(
     check()
     assert y.dtype == dtype
     assert_as_good_as_reference(y, same.to(dtype), exact)
-    # Tensor cores take the LoRAs' inputs in the weights' dtype; a fused row keeps them in fp32.
-    lora_dtype = None if fused else dtype
+    # Tensor cores take the LoRAs' inputs in the weights' dtype; a program of one row keeps fp32.
+    lora_dtype = None if fused and not time_ops.few_rows_group(rows, HEADS) else dtype
     assert_as_good_as_reference(pool, same_pool, rest[1], lora_dtype)
     assert_as_good_as_reference(v_first, same_first, rest[0], lora_dtype)
     others = [s for s in range(num_slots) if s not in slots.tolist()]
@@ -213,6 +218,16 @@ class TestTimeMix7:
     def test_few_rows_equal_reference(self, layer, dtype):
         compare_time_mix(3, layer, dtype)
 
+    @pytest.mark.parametrize("dtype", DOT_DTYPES[1:])
+    @pytest.mark.parametrize("layer", [0, 1])
+    @pytest.mark.parametrize("group", [1, 2, 4])
+    def test_rows_of_one_program_equal_reference(self, group, layer, dtype, monkeypatch):
+        monkeypatch.setattr(time_ops, "few_rows_group", lambda rows, heads: group)
+        compare_time_mix(3, layer, dtype)
+
+    def test_eight_rows_equal_reference(self):
+        compare_time_mix(8, 1, torch.float16)
+
     @pytest.mark.parametrize("layer", [0, 1])
     def test_many_rows_equal_reference(self, layer):
         compare_time_mix(5, layer, torch.float32, fused=False)
@@ -220,16 +235,30 @@ class TestTimeMix7:
     def test_more_rows_than_a_block_equal_reference(self):
         compare_time_mix(33, 1, torch.float32, fused=False)
 
-    @pytest.mark.parametrize("fused", [True, False])
-    def test_parts_and_offsets_equal_reference(self, fused):
-        compare_time_mix(5, 1, torch.float32, parts=3, offset=True, fused=fused)
+    @pytest.mark.parametrize(("fused", "dtype"), [(True, torch.float16), (False, torch.float32)])
+    def test_parts_and_offsets_equal_reference(self, fused, dtype):
+        compare_time_mix(5, 1, dtype, parts=3, offset=True, fused=fused)
 
     @pytest.mark.parametrize("fused", [True, False])
     def test_stacked_projections_equal_reference(self, fused):
         compare_time_mix(5, 1, torch.float16, parts=1, fused=fused, stacked=True)
 
-    def test_a_half_precision_pool_equals_reference(self):
-        compare_time_mix(2, 1, torch.float32, pool_dtype=torch.float16)
+    @pytest.mark.parametrize(("rows", "dtype"), [(2, torch.float32), (5, torch.float16)])
+    def test_a_half_precision_pool_equals_reference(self, rows, dtype):
+        compare_time_mix(rows, 1, dtype, pool_dtype=torch.float16)
+
+
+def test_a_program_takes_several_rows_where_measured_faster():
+    groups = {
+        heads: [time_ops.few_rows_group(rows, heads) for rows in range(1, 10)]
+        for heads in (12, 32, 40, 64)
+    }
+    assert groups == {
+        12: [0, 0, 0, 0, 1, 1, 1, 1, 0],
+        32: [0, 0, 0, 0, 2, 2, 2, 2, 0],
+        40: [1, 1, 1, 2, 2, 2, 4, 4, 0],
+        64: [1, 1, 2, 2, 4, 4, 4, 4, 0],
+    }
 
 
 class TestWrongArguments:

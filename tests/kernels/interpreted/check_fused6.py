@@ -8,7 +8,7 @@ from mrss_kernels import ffn6 as ffn_ops
 from mrss_kernels import norm_mix6 as norm_ops
 from mrss_kernels import reference_fused6 as plain
 from mrss_kernels import time_mix6 as time_ops
-from mrss_kernels.rows_linear import LinearConfig
+from mrss_kernels.linear_cuts import LinearConfig
 from oracle import DEVICE, INTERPRETED, assert_as_good_as_reference, guarded, randn
 
 # The interpreter's dot works on raw bfloat16 bits, so bfloat16 dots are checked on a GPU only.
