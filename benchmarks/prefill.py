@@ -1,11 +1,11 @@
-"""Prefill speed of RWKV-7 on CUDA: packed prompts, and prompt chunks beside decoding rows.
+"""Prefill speed of RWKV-7 and RWKV-6 on CUDA: packed prompts, and chunks beside decoding rows.
 
 Random weights of the official shapes with the dense FFN. A shape is timed only after its packed
 pass agreed with the layer by layer one in fp32. Up to 2,048 tokens a pass is one graph replay, as
 in the engine; above, its kernels are launched one by one.
 
     python benchmarks/prefill.py --models 1.5b --cells 8x1024 32+128
-    python benchmarks/prefill.py --models 1.5b --cells 8x1024 --profile
+    python benchmarks/prefill.py --models v6-1.6b --cells 8x1024 --profile
 
 How its kernels are cut is swept by `prefill_kernels.py`.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from measure import RESULTS, Machine, Times, capture, machine, time_replays, write_line
-from random_models import SHAPES, Shape, random_model, state_bytes, weight_bytes
+from random_models import SHAPES, Shape, layer_weights, random_model, state_bytes, weight_bytes
 
 from mrss_provider.model import Model
 from mrss_provider.model.config import DTYPES
@@ -35,16 +35,18 @@ MODELS = ("0.1b", "1.5b", "7.2b")
 # n x T: n prompts of T tokens. n+T: n decoding rows and one prompt chunk of T tokens.
 CELLS = ("1x128", "1x512", "1x1024", "8x512", "8x1024", "32x512", "32+0", "32+128")
 GATE_LENGTHS = ([5], [1, 1, 7, 1], [128], [100, 1, 33], [1, 700, 3], [1500])
+# The layer by layer form has the same recurrence, so being as good as it is not enough.
+MAX_ERROR = {"fp16": 2e-2, "bf16": 1e-1}
 COMPILE_S = 240.0
 
 # Which kernels the lines of a profile add up; the first that matches counts.
 GROUPS = {
     "products": r"gemm|nvjet|cutlass|xmma|cublas|skinny_kernel|gemv_kernel|splitKreduce",
-    "recurrence": r"wkv7",
+    "recurrence": r"wkv[67]",
     "norm and mix": r"norm_mix|norm_last|add_norm",
     "first halves of LoRAs": r"lora_down",
-    "before the recurrence": r"time_inputs7",
-    "after the recurrence": r"time_output7",
+    "before the recurrence": r"time_inputs[67]|ragged_inputs6",
+    "after the recurrence": r"time_output[67]",
     "relu^2": r"square_relu",
 }
 
@@ -55,7 +57,9 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def lengths_of(cell: str) -> list[int]:
-    """Return the lengths of a cell's sequences: "8x512" or "32+128"."""
+    """Return the lengths of a cell's sequences: "8x512", "32+128" or "100,1,33"."""
+    if cell.replace(",", "").isdigit():
+        return list(map(int, cell.split(",")))
     if "x" in cell:
         count, length = map(int, cell.split("x"))
         return [length] * count
@@ -88,7 +92,7 @@ def gate(shape: Shape, dtype: str, state_dtype: str) -> None:
                 state = relative_error(pools[i + 1].wkv, pools[0].wkv)
                 worst[i] = max(worst[i], relative_error(logits, truth), state)
         print(f"gate: lengths {lengths}, error {worst[0]:.2e}, layer by layer {worst[1]:.2e}")
-        if not worst[0] <= 3 * worst[1]:
+        if not worst[0] <= min(3 * worst[1], MAX_ERROR[dtype]):
             sys.exit(f"the packed pass is wrong at lengths {lengths}: {worst[0]:.2e}")
 
 
@@ -106,9 +110,8 @@ def limit_s(
 
     Bytes are the weights and the states; activations are not counted.
     """
-    channels, num_seqs = shape.hidden_size, len(lengths)
-    layer = 4 * channels**2 + 2 * channels * (shape.ffn_size + sum(shape.ranks))
-    flops = 2 * (sum(lengths) * shape.num_layers * layer + num_seqs * shape.vocab_size * channels)
+    num_seqs, head = len(lengths), shape.vocab_size * shape.hidden_size
+    flops = 2 * (sum(lengths) * shape.num_layers * layer_weights(shape) + num_seqs * head)
     moved = weight_bytes(shape, dtype) + 2 * num_seqs * state_bytes(shape, state_dtype)
     return max(flops / rate, moved / (on.read_tb_per_s * 1e12))
 
@@ -227,9 +230,10 @@ def compile_in_parallel(args: argparse.Namespace) -> None:
     """Fill Triton's cache, a process a model and cell; what fails shows later, where it is used."""
     started = time.monotonic()
     options = ["--compile-only", "--dtype", args.dtype, "--state-dtype", args.state_dtype]
+    gates = [] if args.no_gate else [",".join(map(str, lengths)) for lengths in GATE_LENGTHS]
     children = [
         subprocess.Popen([sys.executable, __file__, *options, "--models", name, "--cells", cell])
-        for name, cell in itertools.product(args.models, args.cells)
+        for name, cell in itertools.product(args.models, [*args.cells, *gates])
     ]
     for child in children:
         try:
@@ -250,7 +254,7 @@ def compile_only(shape: Shape, cell: str, dtype: str, state_dtype: str) -> None:
 def main() -> None:
     """Parse, print the machine and the limits, gate, measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=list(MODELS))
     parser.add_argument("--cells", nargs="+", default=list(CELLS))
     parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
     parser.add_argument("--state-dtype", choices=["fp32", "fp16"], default="fp32")

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 from measure import capture, machine, time_replays
-from mrss_kernels import lora_down7, ragged7, ragged_index, ragged_mix7, rows_linear, wkv7_chunk
+from mrss_kernels import lora_down7, ragged_index, ragged_mix7, ragged_norm, rows_linear, wkv7_chunk
+from mrss_kernels.blocked import Form
 from mrss_kernels.lora_down7 import DownConfig
 from mrss_kernels.ragged_mix7 import TimeCut
-from mrss_kernels.wkv7_chunk import Form
 from random_models import SHAPES, Shape
 from torch import Tensor
 
@@ -130,7 +130,7 @@ class Kernels:
 
     def norm_mix(self, block_t: int, mixes: int) -> object:
         norm = self.vectors[0]
-        return ragged7.ragged_norm_mix(
+        return ragged_norm.ragged_norm_mix(
             self.x, self.parts, norm, norm, self.shift, self.shift, self.index,
             self.mix[:mixes], dtype=self.dtype, block_t=block_t,
         )  # fmt: skip

@@ -135,16 +135,20 @@ def zero_share(model: Model) -> float:
     return float(torch.stack(shares[-model.config.num_layers :]).mean())
 
 
-def weight_bytes(shape: Shape, dtype: str) -> int:
-    """Return the bytes of weights that one decode step reads: all but the embedding."""
+def layer_weights(shape: Shape) -> int:
+    """Return how many numbers a layer's matrices have."""
     channels, total = shape.hidden_size, sum(shape.ranks)
     square = 4
     if shape.version == 6:
         # The output gate and the ffn's receptance; the mixing's LoRA is five of one rank.
         square, total = 6, 5 * shape.ranks[0] + shape.ranks[1]
-    layer = square * channels * channels + 2 * channels * (shape.ffn_size + total)
-    matrices = shape.num_layers * layer + shape.vocab_size * channels
-    return matrices * DTYPES[dtype].itemsize
+    return square * channels * channels + 2 * channels * (shape.ffn_size + total)
+
+
+def weight_bytes(shape: Shape, dtype: str) -> int:
+    """Return the bytes of weights that one decode step reads: all but the embedding."""
+    head = shape.vocab_size * shape.hidden_size
+    return (shape.num_layers * layer_weights(shape) + head) * DTYPES[dtype].itemsize
 
 
 def state_bytes(shape: Shape, state_dtype: str) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from measure import RESULTS, Machine, Times, capture, machine, time_replays, write_line
 from mrss_kernels import fla_prefill, reference, wkv7, wkv7_chunk
-from mrss_kernels.wkv7_chunk import Form, choose_form
+from mrss_kernels.blocked import Form
+from mrss_kernels.wkv7_chunk import choose_form
 from torch import Tensor
 
 SIZE = 64

@@ -4,15 +4,12 @@ Pools are `[S, H, N, N]`, [V, K] for RWKV-7 and [K, V] for RWKV-6; every op modi
 place and returns y. See `mrss_kernels.reference` for shapes, dtypes and formulas. A pool on a CUDA
 device is handled by Triton, any other (and one in fp64) by the reference.
 
-`MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernels, `fla` is
-flash-linear-attention's chunked form. `auto`, the default, is our own for RWKV-7; for RWKV-6 it
-takes fla from 256 tokens of half precision on, where it is installed. With fp32 inputs it is always
-our own.
+`MRSS_PREFILL` chooses the prefill on CUDA: `own` is our Triton kernels, and so is `auto`, the
+default; `fla` is flash-linear-attention's chunked form. With fp32 inputs it is always our own.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 
@@ -56,7 +53,7 @@ def wkv7_prefill(
     from mrss_kernels import fla_prefill, wkv7_chunk
 
     r, w, k, v, kk, a = (x.contiguous() for x in (r, w, k, v, kk, a))
-    if not isinstance(cu_seqlens, Tensor) and _chosen_fla(r, by_default=False):
+    if not isinstance(cu_seqlens, Tensor) and _chosen_fla(r):
         return fla_prefill.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
     return wkv7_chunk.wkv7_prefill(r, w, k, v, kk, a, pool, slots, cu_seqlens)
 
@@ -81,18 +78,20 @@ def wkv6_prefill(
     u: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Read sequences into RWKV-6 states; see `mrss_kernels.reference.wkv6_prefill`."""
+    """Read sequences into RWKV-6 states; see `mrss_kernels.reference.wkv6_prefill`.
+
+    Offsets in a tensor are not read by the host, and only our own kernels take them.
+    """
     if not _takes_triton(pool):
         return reference.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
-    from mrss_kernels import fla_prefill, wkv6
+    from mrss_kernels import fla_prefill, wkv6_chunk
 
     r, w, k, v, u = (x.contiguous() for x in (r, w, k, v, u))
-    longest = max(b - a for a, b in itertools.pairwise(cu_seqlens))
-    if _chosen_fla(r, by_default=longest >= FLA_MIN_LEN):
+    if not isinstance(cu_seqlens, Tensor) and _chosen_fla(r):
         return fla_prefill.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
-    return wkv6.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
+    return wkv6_chunk.wkv6_prefill(r, w, k, v, u, pool, slots, cu_seqlens)
 
 
 def prefill_choice() -> str:
@@ -111,21 +110,12 @@ def _takes_triton(pool: Tensor) -> bool:
     return pool.is_cuda and pool.dtype != torch.float64
 
 
-def _chosen_fla(r: Tensor, *, by_default: bool) -> bool:
-    """Tell whether fla reads inputs on CUDA; `by_default` is what auto means."""
-    choice = prefill_choice()
-    if choice == "own" or r.dtype == torch.float32 or (choice == "auto" and not by_default):
+def _chosen_fla(r: Tensor) -> bool:
+    """Tell whether fla reads inputs on CUDA."""
+    if prefill_choice() != "fla" or r.dtype == torch.float32:
         return False
     from mrss_kernels import fla_prefill
 
     if not fla_prefill.is_available():
-        if choice == "fla":
-            raise ValueError("MRSS_PREFILL is fla, but fla-core is not installed: install it")
-        return False
+        raise ValueError("MRSS_PREFILL is fla, but fla-core is not installed: install it")
     return True
-
-
-FLA_MIN_LEN = 256
-"""Tokens of the longest sequence from which `auto` prefers fla's chunks to our loop over RWKV-6's
-tokens: below, fla's own launches and its autotuning of new lengths cost more than they save. Not
-tuned yet."""

@@ -25,7 +25,8 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
 from mrss_kernels.add_norm_mix import LN_EPS, _statistics
-from mrss_kernels.rows_linear import MAX_ROWS, NUM_MULTIPROCESSORS, choose_config, rows_linear
+from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS, choose_config
+from mrss_kernels.rows_linear import MAX_ROWS, rows_linear
 
 MAX_FUSED_ROWS = 1
 """Rows up to which the norm computes the codes itself: every program reads the whole row, which
@@ -211,14 +212,26 @@ def add_norm_codes(
         x, parts, gate, norm, (shift, slots, mix), out,
         total=total, h=h, down=down if fused else None, scale=scale, tokens=tokens, norm0=norm0,
     )  # fmt: skip
-    if fused:
-        return total, h, out
+    return total, h, out if fused else multiply_codes(out, down)
+
+
+def multiply_codes(x: Tensor, down: Tensor) -> Tensor:
+    """Return the parts [P, B, R] of x [1, B, C] @ down^T, few enough for whoever reads many rows.
+
+    Args:
+        x: the codes' mixed input, in the dtype of `down`.
+        down: the codes' weight [R, C].
+
+    Raises:
+        ValueError: a shape, dtype, stride or device that the kernels cannot take.
+    """
+    _, rows, channels = x.shape
     if rows > MAX_ROWS:
-        return total, h, torch.mm(out[0], down.t())[None]
-    config = choose_config(rows, size_r, channels, splittable=True)
+        return torch.mm(x[0], down.t())[None]
+    config = choose_config(rows, down.shape[0], channels, splittable=True)
     while config.num_splits > 1 and config.num_splits * rows > MAX_CODE_PARTS:
         config = config._replace(num_splits=config.num_splits // 2)
-    return total, h, rows_linear(out, down, config=config)
+    return rows_linear(x, down, config=config)
 
 
 def add_norm_mix(

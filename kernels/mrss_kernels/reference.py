@@ -115,7 +115,7 @@ def wkv6_prefill(
     u: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
     """Read several sequences into RWKV-6 states: `wkv6_decode` token by token, but chunked.
 
@@ -128,8 +128,8 @@ def wkv6_prefill(
         v: value.
         u: bonus of the current token [H, N].
         pool: states [S, H, K, V] fp32, fp16 or fp64, *modified*.
-        slots: int64 [n], one a sequence, no slot twice, none negative.
-        cu_seqlens: n + 1 offsets into T, from 0 to T.
+        slots: int64 [n]; see `wkv7_prefill`.
+        cu_seqlens: n + 1 offsets into T; see `wkv7_prefill`.
 
     Returns:
         y [T, H, N] fp32 (fp64 with an fp64 pool).

@@ -53,27 +53,49 @@ def ragged_norm_mix(
     *,
     tokens: Tensor | None = None,
     norm0: tuple[Tensor, Tensor] | None = None,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
+    first_scale: float = 1.0,
+    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add, normalise and mix; see `mrss_kernels.ragged7.ragged_norm_mix`."""
+    """Add, normalise and mix; see `mrss_kernels.ragged_norm.ragged_norm_mix`."""
     compute = _compute_dtype(x)
     total = (x if tokens is None else x[tokens]).to(compute)
     if norm0 is not None:
         total = add_norm(total, None, *norm0)
-    if parts is not None:
-        total = total + parts.to(compute).sum(0)
-    h = add_norm(total, None, weight, bias)
-    first, last, _ = index.long()
+    total = _add(total, parts, gate, scale)
+    normed = add_norm(total, None, weight, bias)
+    if h is not None:
+        h.copy_(normed)
+    last = index[1].long()
+    previous = previous_tokens(normed, before, index)
+    shift[last[last >= 0]] = normed[last >= 0].to(shift.dtype)
+    mixed = normed + (previous - normed) * mix.to(compute)[:, None]
+    mixed[0] *= first_scale
+    return total, mixed
+
+
+def previous_tokens(h: Tensor, before: Tensor, index: Tensor) -> Tensor:
+    """Return for each token of h [T, C] the one before it, at a start a row of `before` [n, C]."""
+    first = index[0].long()
     previous = torch.cat((h[:1], h[:-1]))
-    previous[first >= 0] = before[first[first >= 0]].to(compute)
-    shift[last[last >= 0]] = h[last >= 0].to(shift.dtype)
-    return total, h + (previous - h) * mix.to(compute)[:, None]
+    previous[first >= 0] = before[first[first >= 0]].to(h.dtype)
+    return previous
 
 
 def ragged_norm_last(
-    x: Tensor, parts: Tensor | None, weight: Tensor, bias: Tensor, cu_seqlens: Tensor
+    x: Tensor,
+    parts: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Normalise last tokens; see `mrss_kernels.ragged7.ragged_norm_last`."""
-    return add_norm(x, parts, weight, bias)[(cu_seqlens[1:] - 1).clamp_min(0)]
+    """Normalise last tokens; see `mrss_kernels.ragged_norm.ragged_norm_last`."""
+    total = _add(x.to(_compute_dtype(x)), parts, gate, scale)
+    return add_norm(total, None, weight, bias)[(cu_seqlens[1:] - 1).clamp_min(0)]
 
 
 def lora_down7(mixed: Tensor, down: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -151,6 +173,13 @@ def time_output7(
     y = F.group_norm(y, heads, weight, bias, 64e-5)
     y = y + (bonus[..., None] * v.view(*bonus.shape, -1)).view(y.shape)
     return y * g * (slot >= 0)[:, None]
+
+
+def _add(total: Tensor, parts: Tensor | None, gate: Tensor | None, scale: float) -> Tensor:
+    if parts is None:
+        return total
+    delta = parts.to(total.dtype).sum(0) / scale
+    return total + (delta if gate is None else delta * gate.to(total.dtype).sigmoid())
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

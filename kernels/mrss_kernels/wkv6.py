@@ -83,6 +83,7 @@ def wkv6_prefill_kernel(
     p_pool,
     p_slots,
     p_cu_seqlens,
+    y_scale,
     H: tl.constexpr,
     N: tl.constexpr,
     BV: tl.constexpr,
@@ -95,32 +96,34 @@ def wkv6_prefill_kernel(
     slot = tl.load(p_slots + i_n).to(tl.int64)
     start = tl.load(p_cu_seqlens + i_n).to(tl.int64)
     end = tl.load(p_cu_seqlens + i_n + 1).to(tl.int64)
-    p_s = p_pool + (slot * H + i_h) * N * N + o_k[:, None] * N + o_v[None, :]
-    s = tl.load(p_s).to(tl.float32)
-    u = tl.load(p_u + i_h * N + o_k).to(tl.float32)
-    at = (start * H + i_h) * N
-    r = tl.load(p_r + at + o_k)
-    w = tl.load(p_w + at + o_k)
-    k = tl.load(p_k + at + o_k)
-    v = tl.load(p_v + at + o_v)
-    for t in range(start, end):
-        # The last token loads itself again: a read that is in bounds and never used.
-        ahead = (tl.minimum(t + 1, end - 1) * H + i_h) * N
-        next_r = tl.load(p_r + ahead + o_k)
-        next_w = tl.load(p_w + ahead + o_k)
-        next_k = tl.load(p_k + ahead + o_k)
-        next_v = tl.load(p_v + ahead + o_v)
-        s, y = wkv6_step(
-            s,
-            r.to(tl.float32),
-            tl.exp(w.to(tl.float32)),
-            k.to(tl.float32),
-            v.to(tl.float32),
-            u,
-        )
-        tl.store(p_y + (t * H + i_h) * N + o_v, y)
-        r, w, k, v = next_r, next_w, next_k, next_v
-    tl.store(p_s, s.to(p_pool.dtype.element_ty))
+    if (slot >= 0) & (end > start):
+        p_s = p_pool + (slot * H + i_h) * N * N + o_k[:, None] * N + o_v[None, :]
+        s = tl.load(p_s).to(tl.float32)
+        u = tl.load(p_u + i_h * N + o_k).to(tl.float32)
+        at = (start * H + i_h) * N
+        r = tl.load(p_r + at + o_k)
+        w = tl.load(p_w + at + o_k)
+        k = tl.load(p_k + at + o_k)
+        v = tl.load(p_v + at + o_v)
+        for t in range(start, end):
+            # The last token loads itself again: a read that is in bounds and never used.
+            ahead = (tl.minimum(t + 1, end - 1) * H + i_h) * N
+            next_r = tl.load(p_r + ahead + o_k)
+            next_w = tl.load(p_w + ahead + o_k)
+            next_k = tl.load(p_k + ahead + o_k)
+            next_v = tl.load(p_v + ahead + o_v)
+            s, y = wkv6_step(
+                s,
+                r.to(tl.float32),
+                tl.exp(w.to(tl.float32)),
+                k.to(tl.float32),
+                v.to(tl.float32),
+                u,
+            )
+            y *= y_scale
+            tl.store(p_y + (t * H + i_h) * N + o_v, y.to(p_y.dtype.element_ty))
+            r, w, k, v = next_r, next_w, next_k, next_v
+        tl.store(p_s, s.to(p_pool.dtype.element_ty))
 
 
 def wkv6_decode(
@@ -145,7 +148,7 @@ def wkv6_decode(
     """
     check_recurrent_args([("r", r), ("w", w), ("k", k), ("v", v)], pool, slots)
     rows, heads, size = r.shape
-    _check_bonus(u, heads, size, pool.device)
+    check_bonus(u, heads, size, pool.device)
     y = r.new_empty(r.shape, dtype=torch.float32)
     block_v, num_warps = decode_blocks(rows * heads, size)
     if rows:
@@ -163,19 +166,11 @@ def wkv6_prefill(
     u: Tensor,
     pool: Tensor,
     slots: Tensor,
-    cu_seqlens: Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor,
 ) -> Tensor:
     """Read several sequences into RWKV-6 states, token by token inside one kernel.
 
-    Args:
-        r: receptance, packed [T, H, N], any float dtype, contiguous, as all vectors.
-        w: LOG decay; may be as low as -inf.
-        k: key.
-        v: value.
-        u: bonus of the current token [H, N].
-        pool: states [S, H, K, V] fp32 or fp16, *modified*; read and written once a sequence.
-        slots: int64 [n], one a sequence, no slot twice, none negative.
-        cu_seqlens: n + 1 offsets into T, from 0 to T, strictly growing.
+    As exact as fp32 for any head size; `mrss_kernels.wkv6_chunk` is faster. Arguments as there.
 
     Returns:
         y [T, H, N] fp32.
@@ -186,16 +181,31 @@ def wkv6_prefill(
     named = [("r", r), ("w", w), ("k", k), ("v", v)]
     offsets = check_prefill_args(named, pool, slots, cu_seqlens)
     _, heads, size = r.shape
-    _check_bonus(u, heads, size, pool.device)
+    check_bonus(u, heads, size, pool.device)
     y = r.new_empty(r.shape, dtype=torch.float32)
-    block_v = min(size, 16)
-    wkv6_prefill_kernel[(size // block_v, heads, len(cu_seqlens) - 1)](
-        r, w, k, v, u, y, pool, slots, offsets, H=heads, N=size, BV=block_v, num_warps=1
-    )  # fmt: skip
+    if y.numel() and slots.numel():
+        launch_by_token([r, w, k, v, u], y, pool, slots, offsets)
     return y
 
 
-def _check_bonus(u: Tensor, heads: int, size: int, device: torch.device) -> None:
+def launch_by_token(
+    vectors: Sequence[Tensor],
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    y_scale: float = 1.0,
+) -> None:
+    """Launch the loop over tokens on checked arguments; `y` [T, H, N] is *written*."""
+    _, heads, size = y.shape
+    block_v = min(size, 16)
+    wkv6_prefill_kernel[(size // block_v, heads, slots.shape[0])](
+        *vectors, y, pool, slots, offsets, y_scale, H=heads, N=size, BV=block_v, num_warps=1
+    )
+
+
+def check_bonus(u: Tensor, heads: int, size: int, device: torch.device) -> None:
+    """Raise `ValueError` unless `u` can be the bonus of these heads."""
     expect_shape("u", u, (heads, size))
     expect_dtype("u", u, FLOATS)
     expect_contiguous("u", u)

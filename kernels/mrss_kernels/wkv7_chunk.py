@@ -9,7 +9,6 @@ Oracle: `mrss_kernels.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -19,69 +18,24 @@ from torch import Tensor
 from mrss_kernels import wkv7
 from mrss_kernels._checks import FLOATS, check_prefill_args, expect_dtype
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.blocked import (
+    BLOCK_LEN,
+    MAX_SIZE,
+    SCRATCH,
+    Form,
+    Precision,
+    add_dot,
+    dot,
+    find_block,
+    load_block,
+    load_term,
+    split,
+    store_term,
+)
 from mrss_kernels.wkv7 import wkv7_step
-
-BLOCK_LEN = 16
-"""Tokens a block, counted from a sequence's own start. The log decay of a token is at least
--0.6065, so dividing the decays out of a block multiplies by at most exp(16 * 0.6065) = 1.6e4."""
-
-MAX_SIZE = 64
-"""Largest head size whose blocks fit a program's registers."""
 
 FEW_STATES = 64
 """Up to so many sequences x heads, fp32 is read in blocks; its products are three passes."""
-
-Precision = Literal["fp32", "bf16x3", "fp16"]
-
-SCRATCH = {"fp32": torch.float32, "bf16x3": torch.bfloat16, "fp16": torch.float16}
-
-
-class Form(NamedTuple):
-    """How a call is cut into programs. State and sums are fp32 in all of them."""
-
-    precision: Precision
-    """What products round their factors to: `fp32` and `bf16x3` (16 bits) multiply them in two
-    parts, three passes in all; `fp16` in one. It wants a state and 128 |r|, 128 |k| below 65504."""
-    block_v: int
-    num_warps: int
-    num_stages: int
-    terms_warps: int = 2
-
-
-@triton.jit
-def _split(x, PRECISION: tl.constexpr):
-    """Return x as the sum of two numbers that the tensor cores take, the larger one first.
-
-    Where one pass is enough there is one number, returned twice.
-    """
-    bits = x.to(tl.uint32, bitcast=True)
-    if PRECISION == "fp16":
-        high = x.to(tl.float16)
-        low = high
-    elif PRECISION == "bf16x3":
-        cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-        high = cut.to(tl.bfloat16)
-        low = (x - cut).to(tl.bfloat16)
-    else:
-        # Rounded to tf32's 10 bits behind the point; of the rest the product itself takes as many.
-        high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        low = x - high
-    return high, low
-
-
-@triton.jit
-def _add_dot(x, a_high, a_low, b_high, b_low, PRECISION: tl.constexpr):
-    """Return x + a @ b for split a and b, small terms first."""
-    if PRECISION != "fp16":
-        x = tl.dot(a_low, b_high, x, input_precision="tf32")
-        x = tl.dot(a_high, b_low, x, input_precision="tf32")
-    return tl.dot(a_high, b_high, x, input_precision="tf32")
-
-
-@triton.jit
-def _dot(a_high, a_low, b_high, b_low, PRECISION: tl.constexpr):
-    x = tl.zeros([a_high.shape[0], b_high.shape[1]], tl.float32)
-    return _add_dot(x, a_high, a_low, b_high, b_low, PRECISION)
 
 
 @triton.jit
@@ -94,21 +48,15 @@ def _invert(lower, BT: tl.constexpr, PRECISION: tl.constexpr):
     i_t = tl.arange(0, BT)[:, None]
     j_t = tl.arange(0, BT)[None, :]
     inverse = tl.where(i_t == j_t, 1.0, tl.where(i_t // 2 == j_t // 2, -lower, 0.0))
-    i_high, i_low = _split(inverse, PRECISION)
+    i_high, i_low = split(inverse, PRECISION)
     for level in tl.static_range(1, 4):
         corner = (i_t >> (level + 1) == j_t >> (level + 1)) & (i_t >> level != j_t >> level)
-        c_high, c_low = _split(tl.where(corner, -lower, 0.0), PRECISION)
-        x = _dot(c_high, c_low, i_high, i_low, PRECISION)
-        x_high, x_low = _split(x, PRECISION)
-        inverse = _add_dot(inverse, i_high, i_low, x_high, x_low, PRECISION)
-        i_high, i_low = _split(inverse, PRECISION)
+        c_high, c_low = split(tl.where(corner, -lower, 0.0), PRECISION)
+        x = dot(c_high, c_low, i_high, i_low, PRECISION)
+        x_high, x_low = split(x, PRECISION)
+        inverse = add_dot(inverse, i_high, i_low, x_high, x_low, PRECISION)
+        i_high, i_low = split(inverse, PRECISION)
     return i_high, i_low
-
-
-@triton.jit
-def _load_block(p, at, m_t, H: tl.constexpr, N: tl.constexpr, BT: tl.constexpr):
-    o = tl.arange(0, BT)[:, None] * (H * N) + tl.arange(0, N)[None, :]
-    return tl.load(p + at + o, mask=m_t[:, None], other=0.0)
 
 
 @triton.jit
@@ -132,42 +80,43 @@ def _block_terms(r, w, k, kk, a, BT: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "fp16":
         # Seen from the middle of its decay, a block's keys are in the range of half precision.
         until -= 0.5 * total[None, :]
+    # A token's log decay is at least -0.6065, so this multiplies by at most exp(16 * 0.6065).
     inverse = tl.exp2(-until)
     r_q = r * tl.exp2(until)
     b_k = kk * a * inverse
     k_k = k * inverse
-    q_high, q_low = _split(kk * tl.exp2(until - w), PRECISION)
-    b_high, b_low = _split(b_k, PRECISION)
-    kb = _dot(q_high, q_low, tl.trans(b_high), tl.trans(b_low), PRECISION)
+    q_high, q_low = split(kk * tl.exp2(until - w), PRECISION)
+    b_high, b_low = split(b_k, PRECISION)
+    kb = dot(q_high, q_low, tl.trans(b_high), tl.trans(b_low), PRECISION)
     i_high, i_low = _invert(tl.where(i_t > j_t, kb, 0.0), BT, PRECISION)
-    k_high, k_low = _split(k_k, PRECISION)
-    kv = _dot(q_high, q_low, tl.trans(k_high), tl.trans(k_low), PRECISION)
-    r_high, r_low = _split(r_q, PRECISION)
-    rb = _dot(r_high, r_low, tl.trans(b_high), tl.trans(b_low), PRECISION)
-    rv = _dot(r_high, r_low, tl.trans(k_high), tl.trans(k_low), PRECISION)
+    k_high, k_low = split(k_k, PRECISION)
+    kv = dot(q_high, q_low, tl.trans(k_high), tl.trans(k_low), PRECISION)
+    r_high, r_low = split(r_q, PRECISION)
+    rb = dot(r_high, r_low, tl.trans(b_high), tl.trans(b_low), PRECISION)
+    rv = dot(r_high, r_low, tl.trans(k_high), tl.trans(k_low), PRECISION)
     kv = tl.where(i_t > j_t, kv, 0.0)
     rb = tl.where(i_t >= j_t, -rb, 0.0)
     rv = tl.where(i_t >= j_t, rv, 0.0)
-    x_high, x_low = _split(kv, PRECISION)
-    from_value = _dot(i_high, i_low, x_high, x_low, PRECISION)
-    from_state = _dot(i_high, i_low, q_high, q_low, PRECISION)
-    x_high, x_low = _split(from_value, PRECISION)
-    q_high, q_low = _split(from_state, PRECISION)
-    r_high, r_low = _split(rb, PRECISION)
-    query = _add_dot(r_q, r_high, r_low, q_high, q_low, PRECISION)
-    read = _add_dot(rv, r_high, r_low, x_high, x_low, PRECISION)
-    key = k_k - _dot(tl.trans(x_high), tl.trans(x_low), b_high, b_low, PRECISION)
-    x_high, x_low = _split(read, PRECISION)
+    x_high, x_low = split(kv, PRECISION)
+    from_value = dot(i_high, i_low, x_high, x_low, PRECISION)
+    from_state = dot(i_high, i_low, q_high, q_low, PRECISION)
+    x_high, x_low = split(from_value, PRECISION)
+    q_high, q_low = split(from_state, PRECISION)
+    r_high, r_low = split(rb, PRECISION)
+    query = add_dot(r_q, r_high, r_low, q_high, q_low, PRECISION)
+    read = add_dot(rv, r_high, r_low, x_high, x_low, PRECISION)
+    key = k_k - dot(tl.trans(x_high), tl.trans(x_low), b_high, b_low, PRECISION)
+    x_high, x_low = split(read, PRECISION)
     decay = tl.exp2(total)
     if PRECISION == "fp16":
         rest = tl.exp2(0.5 * total)[None, :]
         query *= rest
-        q_high, q_low = _split(from_state * rest, PRECISION)
+        q_high, q_low = split(from_state * rest, PRECISION)
     else:
         rest = decay[None, :]
-    r_high, r_low = _split(query, PRECISION)
-    k_high, k_low = _split(key * rest, PRECISION)
-    b_high, b_low = _split(b_k * rest, PRECISION)
+    r_high, r_low = split(query, PRECISION)
+    k_high, k_low = split(key * rest, PRECISION)
+    b_high, b_low = split(b_k * rest, PRECISION)
     return r_high, r_low, q_high, q_low, k_high, k_low, b_high, b_low, x_high, x_low, decay
 
 
@@ -191,15 +140,15 @@ def _advance(
         v_high = tl.trans(v.to(tl.float16))
         v_low = v_high
     else:
-        v_high, v_low = _split(tl.trans(v.to(tl.float32)), PRECISION)
-    s_high, s_low = _split(s, PRECISION)
-    both = _dot(s_high, s_low, tl.trans(q_high), tl.trans(q_low), PRECISION)
+        v_high, v_low = split(tl.trans(v.to(tl.float32)), PRECISION)
+    s_high, s_low = split(s, PRECISION)
+    both = dot(s_high, s_low, tl.trans(q_high), tl.trans(q_low), PRECISION)
     both = tl.reshape(both, [s.shape[0], 2, v.shape[0]])
     y, removed = tl.split(tl.permute(both, [0, 2, 1]))
-    r_high, r_low = _split(-removed, PRECISION)
+    r_high, r_low = split(-removed, PRECISION)
     given_high, given_low = _beside(v_high, r_high), _beside(v_low, r_low)
-    s = _add_dot(s * decay[None, :], given_high, given_low, k_high, k_low, PRECISION)
-    y = _add_dot(y, v_high, v_low, tl.trans(x_high), tl.trans(x_low), PRECISION)
+    s = add_dot(s * decay[None, :], given_high, given_low, k_high, k_low, PRECISION)
+    y = add_dot(y, v_high, v_low, tl.trans(x_high), tl.trans(x_low), PRECISION)
     return s, tl.trans(y)
 
 
@@ -221,27 +170,6 @@ def _one_token(
     )
     tl.store(p_y + at + o_v, y.to(p_y.dtype.element_ty))
     return s
-
-
-@triton.jit
-def _store_term(p, high, low, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """Keep a term whose parts are SIZE apart."""
-    o = tl.arange(0, high.shape[0])[:, None] * high.shape[1] + tl.arange(0, high.shape[1])[None, :]
-    tl.store(p + o, high)
-    if PRECISION != "fp16":
-        tl.store(p + SIZE + o, low)
-
-
-@triton.jit
-def _load_term(p, ROWS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the parts of a term [ROWS, WIDE], one behind the other, and where the next one is."""
-    o = tl.arange(0, ROWS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    high = tl.load(p + o)
-    low = high
-    if PRECISION != "fp16":
-        p += ROWS * WIDE
-        low = tl.load(p + o)
-    return high, low, p + ROWS * WIDE
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -266,8 +194,7 @@ def wkv7_terms_kernel(
 ):
     """Grid (T // BT + n, H): one block of tokens a program, its terms [blocks, H, SIZE].
 
-    Sequence i has its blocks from cu_seqlens[i] // BT + i on, which leaves room for all of them
-    whatever the lengths. The programs without a block do nothing.
+    The programs without a block do nothing.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -275,32 +202,26 @@ def wkv7_terms_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(0)
     i_h = tl.program_id(1)
-    o_b = tl.arange(0, BN)
-    first = tl.load(p_cu_seqlens + o_b, mask=o_b < n, other=0).to(tl.int32) // BT + o_b
-    i_n = tl.maximum(tl.sum(((first <= i_b) & (o_b < n)).to(tl.int32), 0) - 1, 0)
-    slot = tl.load(p_slots + i_n)
-    start = tl.load(p_cu_seqlens + i_n).to(tl.int32)
-    end = tl.load(p_cu_seqlens + i_n + 1).to(tl.int32)
-    begin = start + (i_b - start // BT - i_n) * BT
-    if (slot >= 0) & (begin >= start) & (end - begin > 1):
+    slot, begin, end = find_block(p_slots, p_cu_seqlens, i_b, n, BT, BN)
+    if (slot >= 0) & (end - begin > 1):
         m_t = begin + tl.arange(0, BT) < end
         at = (begin.to(tl.int64) * H + i_h) * N
-        r = _load_block(p_r, at, m_t, H, N, BT)
-        w = _load_block(p_w, at, m_t, H, N, BT)
-        k = _load_block(p_k, at, m_t, H, N, BT)
-        kk = _load_block(p_kk, at, m_t, H, N, BT)
-        a = _load_block(p_a, at, m_t, H, N, BT)
+        r = load_block(p_r, at, m_t, H * N, N, BT)
+        w = load_block(p_w, at, m_t, H * N, N, BT)
+        k = load_block(p_k, at, m_t, H * N, N, BT)
+        kk = load_block(p_kk, at, m_t, H * N, N, BT)
+        a = load_block(p_a, at, m_t, H * N, N, BT)
         rh, rl, qh, ql, kh, kl, bh, bl, xh, xl, d = _block_terms(r, w, k, kk, a, BT, PRECISION)
         at = i_b.to(tl.int64) * H + i_h
         # Query over removal_q, key over removal_k, read: `_advance` takes them two at a time.
         PART: tl.constexpr = BT * N
         PAIR: tl.constexpr = 2 * PART if PRECISION == "fp16" else 4 * PART
         p = p_terms + at * SIZE
-        _store_term(p, rh, rl, 2 * PART, PRECISION)
-        _store_term(p + PART, qh, ql, 2 * PART, PRECISION)
-        _store_term(p + PAIR, kh, kl, 2 * PART, PRECISION)
-        _store_term(p + PAIR + PART, bh, bl, 2 * PART, PRECISION)
-        _store_term(p + 2 * PAIR, xh, xl, BT * BT, PRECISION)
+        store_term(p, rh, rl, 2 * PART, N, PRECISION)
+        store_term(p + PART, qh, ql, 2 * PART, N, PRECISION)
+        store_term(p + PAIR, kh, kl, 2 * PART, N, PRECISION)
+        store_term(p + PAIR + PART, bh, bl, 2 * PART, N, PRECISION)
+        store_term(p + 2 * PAIR, xh, xl, BT * BT, BT, PRECISION)
         tl.store(p_decay + at * N + tl.arange(0, N), d)
 
 
@@ -352,9 +273,9 @@ def wkv7_scan_kernel(
             m_t = i * BT + o_t < length
             at_i = at + i * (BT * H * N)
             p = p_terms + (at_b + i * H) * SIZE
-            qh, ql, p = _load_term(p, 2 * BT, N, PRECISION)
-            kh, kl, p = _load_term(p, 2 * BT, N, PRECISION)
-            xh, xl, p = _load_term(p, BT, BT, PRECISION)
+            qh, ql, p = load_term(p, 2 * BT, N, PRECISION)
+            kh, kl, p = load_term(p, 2 * BT, N, PRECISION)
+            xh, xl, p = load_term(p, BT, BT, PRECISION)
             d = tl.load(p_decay + (at_b + i * H) * N + o_n)
             v = tl.load(p_v + at_i + o_y, mask=m_t[:, None], other=0.0)
             s, y = _advance(s, v, qh, ql, kh, kl, xh, xl, d, PRECISION)
@@ -451,7 +372,8 @@ def choose_form(num_states: int, size: int, dtype: torch.dtype) -> Form | None:
     Args:
         num_states: sequences x heads.
         size: N.
-        dtype: of r. Products are as precise as it is, or more.
+        dtype: of r. Products are as precise as it is, or more; those of fp16 want a state and
+            128 |r|, 128 |k| below 65504.
     """
     if size > MAX_SIZE:
         return None

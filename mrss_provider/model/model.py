@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from mrss_provider.model.cuda_graphs import DecodeGraphs, RaggedGraphs
     from mrss_provider.model.rwkv6_cuda import FusedDecoder6
+    from mrss_provider.model.rwkv6_ragged import RaggedStep6
     from mrss_provider.model.rwkv7_cuda import FusedDecoder
     from mrss_provider.model.rwkv7_ragged import RaggedStep
 
@@ -304,15 +305,18 @@ class Model:
         return DecodeGraphs(self.fused.decode)
 
     @functools.cached_property
-    def ragged(self) -> RaggedStep | None:
-        """RWKV-7's fused pass over packed tokens, or None where it cannot run or fla is chosen."""
-        if self.fused is None or self.config.version != 7 or prefill_choice() == "fla":
+    def ragged(self) -> RaggedStep | RaggedStep6 | None:
+        """The fused pass over packed tokens, or None where it cannot run or fla is chosen."""
+        if self.fused is None or prefill_choice() == "fla":
             return None
-        from mrss_provider.model.rwkv7_cuda import FusedDecoder
+        from mrss_provider.model.rwkv6_cuda import FusedDecoder6
+        from mrss_provider.model.rwkv6_ragged import RaggedStep6
         from mrss_provider.model.rwkv7_ragged import RaggedStep
 
-        layers = cast(FusedDecoder, self.fused).layers
-        return RaggedStep(layers, self._embedding, self._ln0, self._ln_out)
+        around = (self._embedding, self._ln0, self._ln_out)
+        if isinstance(self.fused, FusedDecoder6):
+            return RaggedStep6(self.fused.layers, *around)
+        return RaggedStep(self.fused.layers, *around)
 
     @property
     def packs_rows(self) -> bool:

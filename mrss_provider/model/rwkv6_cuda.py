@@ -102,6 +102,11 @@ class FusedDecoder6:
         self._ln_out = ln_out
         self._head = head
 
+    @property
+    def layers(self) -> Sequence[PackedLayer]:
+        """The packed weights, for whoever reads them in another way."""
+        return self._layers
+
     def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
         """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
 
@@ -144,7 +149,7 @@ class FusedDecoder6:
                 scale=scale,
                 key_scale=math.sqrt(scale),
             )
-            key, gate = _key_receptance(mixed, layer.ffn_in, layer.ffn_value.shape[1])
+            key, gate = key_receptance(mixed, layer.ffn_in, layer.ffn_value.shape[1])
             parts = product(key[None], layer.ffn_value)
         return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale)
 
@@ -211,7 +216,7 @@ def _time_mix(
     )
 
 
-def _key_receptance(x: Tensor, weight: Weight, ffn_size: int) -> tuple[Tensor, Tensor]:
+def key_receptance(x: Tensor, weight: Weight, ffn_size: int) -> tuple[Tensor, Tensor]:
     """Return `max(key, 0)^2` [B, F] in the dtype of x [2, B, K], and the receptance [B, C]."""
     is_few = x.shape[1] <= linear_ops.MAX_ROWS
     if is_few and isinstance(weight, Tensor):

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from mrss_kernels import add_norm_mix as norm_ops
 from mrss_kernels import lora_down7, ragged_index
-from mrss_kernels import ragged7 as ragged_ops
 from mrss_kernels import ragged_mix7 as time_ops
+from mrss_kernels import ragged_norm as ragged_ops
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import wkv7_chunk as wkv_ops
 from mrss_kernels.ragged_mix7 import TimeInputs
 from torch import Tensor
 
+from mrss_provider.model import products
 from mrss_provider.model.products import (
     few_rows,
-    many_rows,
     product,
     rows_of,
     square_products,
@@ -31,14 +31,8 @@ from mrss_provider.model.products import (
 from mrss_provider.model.rwkv7_cuda import Norm, PackedLayer
 from mrss_provider.model.state import StatePool
 
-# Elements of the FFN's inner activations that are held at a time: 32 MB stay in the L2, which saves
-# more than the cut products lose (870 us a layer against 913 whole, 8192 tokens of 1.5B, H100).
-_FFN_ELEMENTS = 1 << 24
-# Of quantised weights, which are written out once for every chunk.
-_QUANTIZED_FFN_ELEMENTS = 1 << 26
-
-# From so many tokens a sequence on, the last layer's output is computed for last tokens only.
-_TAIL_LEN = 4
+TAIL_LEN = 4
+"""From so many tokens a sequence on, the last layer's output is computed for last tokens only."""
 
 
 class RaggedStep:
@@ -76,8 +70,7 @@ class RaggedStep:
         self._ln_out = ln_out
         self.grouped_tokens = grouped_tokens
         key = layers[0].ffn_key
-        elements = _FFN_ELEMENTS if isinstance(key, Tensor) else _QUANTIZED_FFN_ELEMENTS
-        self.ffn_chunk_len = ffn_chunk_len or max(elements // len(key), 1)
+        self.ffn_chunk_len = ffn_chunk_len or products.ffn_chunk_len(len(key), key)
 
     def forward(
         self,
@@ -111,7 +104,7 @@ class RaggedStep:
         # the row that stands for padding.
         shift_att, shift_ffn = pool.shift_att[:, slots], pool.shift_ffn[:, slots]
         is_grouped = num_tokens <= self.grouped_tokens
-        cuts_tail = not (all_positions or is_grouped) and num_tokens >= _TAIL_LEN * num_seqs
+        cuts_tail = not (all_positions or is_grouped) and num_tokens >= TAIL_LEN * num_seqs
         x, parts = self._embedding, None
         v_first: Tensor | None = None
         for i, layer in enumerate(self._layers):
@@ -201,12 +194,6 @@ class RaggedStep:
 
     def _ffn(self, x: Tensor, layer: PackedLayer) -> Tensor:
         """Return the parts [P, T, C] of the FFN of x [T, C]."""
-        num_tokens = x.shape[0]
-        if num_tokens <= linear_ops.MAX_ROWS:
+        if x.shape[0] <= linear_ops.MAX_ROWS:
             return few_rows(squared_relu(x[None], layer.ffn_key), layer.ffn_value)
-        out = torch.empty_like(x)
-        for first in range(0, num_tokens, self.ffn_chunk_len):
-            chunk = slice(first, first + self.ffn_chunk_len)
-            hidden = linear_ops.square_relu_(many_rows(x[chunk], layer.ffn_key))
-            many_rows(hidden, layer.ffn_value, out=out[chunk])
-        return out[None]
+        return products.ffn_in_chunks(x, layer.ffn_key, layer.ffn_value, self.ffn_chunk_len)

@@ -16,12 +16,22 @@ from typing import Any
 
 import fused6_cases
 import quantized_cases
+import ragged6_cases
 import ragged_cases
 import tail_cases
 import train_cases
 import triton
 import wkv_chunk_cases
-from mrss_kernels import add_norm_mix, rows_linear, sparse_linear, time_mix7, wkv6, wkv7
+from mrss_kernels import (
+    add_norm_mix,
+    lora_up7,
+    rows_linear,
+    sparse_linear,
+    time_mix7,
+    time_mix7_few,
+    wkv6,
+    wkv7,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,11 +56,17 @@ MIX |= {"p_up": HALF, "p_slots": "*i64", "p_out": HALF, "B": "i32", "eps": "fp32
 LORA = {"p_low": "*fp32", "p_up": HALF, "p_vectors": "*fp32", "p_out": "*fp32", "B": "i32"}
 VECTORS = dict.fromkeys(("p_r", "p_k", "p_v", "p_kk", "p_a", "p_u"), HALF)
 VECTORS |= {"p_w": "*fp32", "p_y": "*fp32", "p_slots": "*i64", "p_cu_seqlens": "*i64"}
+VECTORS |= {"y_scale": "fp32"}
 RANKS = {"RW": 128, "RA": 128, "RG": 256, "RV": 64}
 BLOCKS = {"B" + name: rank for name, rank in RANKS.items()}
 HEAD = {"H": 32, "N": 64, "R": 3 * 2048 + 576, **RANKS}
+WIDE_RANKS = {"RW": 128, "RA": 128, "RG": 512, "RV": 128}
+WIDE_HEAD = {"H": 64, "N": 64, "R": 3 * 4096 + 896, **WIDE_RANKS}
+WIDE_HEAD |= {"B" + name: rank for name, rank in WIDE_RANKS.items()}
+FEW_ROWS = [("1.5b", HEAD | BLOCKS, group) for group in (2, 1, 4)]
+FEW_ROWS += [("7.2b", WIDE_HEAD, group) for group in (1, 2)]
 GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
-SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PDL": True}
+SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PIECES": 1, "PDL": True}
 POOLS = {"*fp32": "fp32", "*fp16": "fp16"}
 
 
@@ -69,15 +85,19 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
                 wkv7.wkv7_prefill_kernel,
             )
         ]
-        flags = BLOCKS | {"PARTS": 1, "PDL": True}
-        flags |= {"STACKED": False}
+        flags = {"PARTS": 1, "STACKED": False, "OFFSET": False, "PDL": True}
+        types = MIX | {"p_pool": pool}
         for fused in (True, False):
-            constants = HEAD | flags | {"FUSED": fused, "OFFSET": False}
+            constants = HEAD | BLOCKS | flags | {"FUSED": fused}
             label = f"time_mix7_kernel {name} {'fused' if fused else 'apart'}"
             options = {"num_warps": 8 if fused else 2, "launch_pdl": True}
-            found.append(
-                (label, time_mix7.time_mix7_kernel, MIX | {"p_pool": pool}, constants, options)
-            )
+            found.append((label, time_mix7.time_mix7_kernel, types, constants, options))
+        options = {"num_warps": 8, "launch_pdl": True}
+        for label, head, group in FEW_ROWS:
+            constants = head | flags | {"G": group, "WARPS": 8}
+            label_full = f"time_mix7_few_kernel {name} {label} {group}"
+            kernel = time_mix7_few.time_mix7_few_kernel
+            found.append((label_full, kernel, types, constants, options))
     pdl = {"num_warps": 4, "launch_pdl": True}
     for grouped, relu2 in ((True, False), (False, True)):
         flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
@@ -92,6 +112,12 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
             constants = SKINNY | flags | cut
             label_full = f"skinny_kernel {label} {label_k}"
             found.append((label_full, rows_linear.skinny_kernel, types, constants, pdl))
+        for pieces in (1, 4):
+            constants = SKINNY | flags | {"BM": 8, "BN": 32, "BK": 512, "STAGES": 3}
+            options = {"num_warps": 2, "launch_pdl": True}
+            name = f"skinny_kernel {label} {pieces} pieces"
+            few = constants | {"PIECES": pieces}
+            found.append((name, rows_linear.skinny_kernel, types, few, options))
     for mixes in (0, 1, 6):
         constants = {"C": 2048, "BC": 2048, "BS": 256, "PARTS": 4, "MIXES": mixes, "BX": 8}
         constants |= {"EMBED": mixes == 6, "NORM0": mixes == 6, "PDL": True}
@@ -104,14 +130,14 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     for rows, widest, width in ((16, 512, 32), (32, 128, 64)):
         cut = {name: min(size, widest) for name, size in BLOCKS.items()} | {"BM": rows, "BN": width}
         label = f"lora_up_kernel {rows}"
-        found.append((label, time_mix7.lora_up_kernel, LORA, constants | cut, pdl))
+        found.append((label, lora_up7.lora_up_kernel, LORA, constants | cut, pdl))
     types = {"p_x": HALF, "p_w": HALF, "p_index": "*i32", "p_y": "*fp32", "B": "i32"}
     constants = {"K": 8192, "R": 2048, "PART": 1024, "BP": 1024, "BN": 128, "BK": 64, "PDL": True}
     options = {"num_warps": 8, "launch_pdl": True}
     kernel = sparse_linear.sparse_linear_kernel
     found.append(("sparse_linear_kernel", kernel, types, constants, options))
     found += wkv_chunk_cases.cases() + train_cases.cases()
-    found += quantized_cases.cases()
+    found += quantized_cases.cases() + ragged6_cases.cases()
     return found + ragged_cases.cases() + fused6_cases.cases() + tail_cases.cases()
 
 

@@ -16,10 +16,11 @@ import pytest
 CHECKS = Path(__file__).parent / "interpreted"
 
 # Two processes, so that each one's time is bounded.
-PREFILL = ("check_ragged.py", "check_ragged_step.py", "check_wkv_chunk.py", "check_fla.py")
+PREFILL = ("check_ragged", "check_wkv6_chunk.py", "check_wkv_chunk.py", "check_fla.py")
+FILES = sorted(CHECKS.glob("check_*.py"))
 PARTS = {
-    "decode": [p for p in sorted(CHECKS.glob("check_*.py")) if p.name not in PREFILL],
-    "prefill": [CHECKS / name for name in PREFILL],
+    "decode": [path for path in FILES if not path.name.startswith(PREFILL)],
+    "prefill": [path for path in FILES if path.name.startswith(PREFILL)],
 }
 
 

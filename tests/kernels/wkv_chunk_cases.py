@@ -1,11 +1,11 @@
-"""Compilations of the blocked recurrence: name, kernel, types of arguments, constants, options."""
+"""Compilations of the blocked recurrences: name, kernel, types of arguments, constants, options."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from mrss_kernels import wkv7_chunk
+from mrss_kernels import blocked, wkv6_chunk, wkv7_chunk
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
@@ -22,8 +22,8 @@ def cases() -> list[Case]:
         types |= {"p_slots": "*i64", "p_cu_seqlens": "*i64", "n": "i32"}
         form = wkv7_chunk.choose_form(HEADS, SIZE, dtype)
         assert form is not None
-        types |= {"p_terms": NAMES[wkv7_chunk.SCRATCH[form.precision]]}
-        shape = {"H": HEADS, "N": SIZE, "BT": wkv7_chunk.BLOCK_LEN, "PDL": True}
+        types |= {"p_terms": NAMES[blocked.SCRATCH[form.precision]]}
+        shape = {"H": HEADS, "N": SIZE, "BT": blocked.BLOCK_LEN, "PDL": True}
         shape |= {"PRECISION": form.precision}
         shape |= {"SIZE": wkv7_chunk.terms_size(SIZE, form.precision)}
         cut = {"BV": form.block_v, "STAGES": form.num_stages}
@@ -32,6 +32,23 @@ def cases() -> list[Case]:
             (wkv7_chunk.wkv7_terms_kernel, shape | {"BN": 8}, form.terms_warps),
         ):
             options = {"num_warps": num_warps, "launch_pdl": True}
+            label = f"{kernel.__name__} {form.precision}"
+            found.append((label, kernel, types, constants, options))
+        form = wkv6_chunk.choose_form(SIZE, dtype)
+        if form is None:
+            continue
+        types |= {"p_u": "*fp32", "y_scale": "fp32", "p_y": name}
+        types |= {"p_terms": NAMES[blocked.SCRATCH[form.precision]]}
+        shape |= {"SIZE": wkv6_chunk.terms_size(SIZE, form.precision)}
+        shape |= {"SCALE": 1 / 64, "PRECISION": form.precision}
+        cut = {"BV": form.block_v, "STAGES": form.num_stages}
+        prepared = shape | {"BN": 8, "BC": 32, "LOWEST": wkv6_chunk.MIN_LOG_DECAY}
+        limit = {"maxnreg": form.registers}
+        for kernel, constants, options in (
+            (wkv6_chunk.wkv6_scan_kernel, shape | cut, {"num_warps": form.num_warps} | limit),
+            (wkv6_chunk.wkv6_terms_kernel, prepared, {"num_warps": form.terms_warps}),
+        ):
+            options |= {"launch_pdl": True}
             label = f"{kernel.__name__} {form.precision}"
             found.append((label, kernel, types, constants, options))
     return found

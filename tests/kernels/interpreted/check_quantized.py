@@ -13,9 +13,9 @@ from check_fused import DOT_DTYPES, doubles, guard_outputs
 from mrss_kernels import reference_fused as plain
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels.dequantize import into_scratch, write_dequantized
+from mrss_kernels.linear_cuts import LinearConfig
 from mrss_kernels.quantized import CODE_DTYPES, QuantizedWeight, dequantize, stack_rows
 from mrss_kernels.quantized_linear import choose_quantized_config, quantized_linear
-from mrss_kernels.rows_linear import LinearConfig
 from oracle import DEVICE, INTERPRETED, assert_as_good_as_reference, guarded, randn
 from safetensors.torch import save_file
 from tiny_model import Shape, checkpoint
@@ -24,6 +24,7 @@ from mrss_provider.model import Model, products
 from mrss_provider.model.products import many_rows, weight_of
 from mrss_provider.model.quantized import quantize
 from mrss_provider.model.rwkv6_cuda import FusedDecoder6
+from mrss_provider.model.rwkv6_ragged import RaggedStep6
 from mrss_provider.model.rwkv7_cuda import FusedDecoder
 from mrss_provider.model.rwkv7_ragged import RaggedStep
 from mrss_provider.model.weights import load_weights
@@ -272,16 +273,19 @@ def test_a_step_of_library_products_is_that_of_the_weights(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
-def test_packed_tokens_are_read_as_by_the_weights_it_stands_for(tmp_path, monkeypatch, form):
-    plain_model, model, fused = build(tmp_path, 7, form)
+@pytest.mark.parametrize(("version", "form"), MODELS)
+def test_packed_tokens_are_read_as_by_the_weights_it_stands_for(
+    tmp_path, monkeypatch, version, form
+):
+    plain_model, model, fused = build(tmp_path, version, form)
+    make_step = RaggedStep if version == 7 else RaggedStep6
     slots = torch.tensor([4, 0], device=DEVICE)
     for max_rows in (64, 4):
         monkeypatch.setattr(linear_ops, "MAX_ROWS", max_rows)
         monkeypatch.setattr(products, "MAX_QUANTIZED_ROWS", max_rows)
         around = (model._embedding, model._ln0, model._ln_out)
-        step = RaggedStep(fused.layers, *around, grouped_tokens=max_rows, ffn_chunk_len=5)
-        pools = filled_pools(7, model, plain_model)
+        step = make_step(fused.layers, *around, grouped_tokens=max_rows, ffn_chunk_len=5)
+        pools = filled_pools(version, model, plain_model)
         tokens = torch.arange(12, device=DEVICE)
         wanted = plain_model.prefill_by_layer(tokens, [0, 3, 12], slots, pools[1])
         bounds = torch.tensor([0, 3, 12], device=DEVICE)

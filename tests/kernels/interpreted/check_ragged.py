@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from check_fused import CHANNELS, DOT_DTYPES, DTYPES, HEADS, SIZE, doubles, guard_outputs
-from mrss_kernels import lora_down7, ragged7, ragged_index, ragged_mix7
+from mrss_kernels import lora_down7, ragged_index, ragged_mix7, ragged_norm
 from mrss_kernels import reference_ragged as plain
 from oracle import DEVICE, assert_as_good_as_reference, guarded, randn
 
@@ -56,7 +56,15 @@ def test_many_sequences_are_found_across_blocks():
 
 
 def compare_norm(
-    name, num_parts, num_mixes, dtype, embed=False, channels=CHANNELS, block_t=None, pool_dtype=None
+    name,
+    num_parts,
+    num_mixes,
+    dtype,
+    embed=False,
+    channels=CHANNELS,
+    block_t=None,
+    pool_dtype=None,
+    gated=False,
 ):
     bounds, slots, num_tokens = batch(name)
     index = plain.ragged_index(bounds, slots, num_tokens)
@@ -73,14 +81,24 @@ def compare_norm(
     before = old[slots]
     norm0 = (randn(channels, seed=7), randn(channels, seed=8)) if embed else None
     args = (x, parts, weight, bias, before)
-    total, out = ragged7.ragged_norm_mix(
-        *args, shift, index, mix, dtype=dtype, tokens=tokens, norm0=norm0, block_t=block_t
+    options = {"tokens": tokens, "norm0": norm0}
+    same_h = exact_h = h = None
+    if gated:
+        gate = randn(num_tokens, channels, seed=9, dtype=dtype, scale=2)
+        options |= {"gate": gate, "scale": 1 / 64, "first_scale": 0.125}
+        h, check_h = guarded(num_tokens, channels, dtype=torch.float32)
+        same_h, exact_h = h.clone(), h.double()
+    total, out = ragged_norm.ragged_norm_mix(
+        *args, shift, index, mix, dtype=dtype, block_t=block_t, h=h, **options
     )
-    same = plain.ragged_norm_mix(*args, same_shift, index, mix, tokens=tokens, norm0=norm0)
+    same = plain.ragged_norm_mix(*args, same_shift, index, mix, h=same_h, **options)
     exact = plain.ragged_norm_mix(
-        *doubles(*args), exact_shift, index, mix.double(), tokens=tokens, norm0=norm0
+        *doubles(*args), exact_shift, index, mix.double(), h=exact_h, **options
     )
     check()
+    if gated:
+        check_h()
+        assert_as_good_as_reference(h, same_h, exact_h)
     assert total.dtype == torch.float32
     assert out.dtype == dtype
     assert_as_good_as_reference(total, same[0], exact[0])
@@ -105,6 +123,10 @@ class TestNormMix:
     def test_the_first_layer_looks_up_its_tokens(self, block_t):
         compare_norm("mixed", 0, 6, torch.float16, embed=True, block_t=block_t)
 
+    @pytest.mark.parametrize(("dtype", "block_t"), [(torch.float32, 4), (torch.float16, 1)])
+    def test_gated_parts_and_the_norm_itself_equal_reference(self, dtype, block_t):
+        compare_norm("padded", 2, 2, dtype, block_t=block_t, gated=True)
+
     def test_a_row_is_cut_into_slices(self):
         compare_norm("mixed", 1, 1, torch.float32, channels=832)
 
@@ -113,10 +135,13 @@ class TestNormMix:
         bounds, _, num_tokens = batch("mixed")
         x, parts = randn(num_tokens, CHANNELS, seed=1), randn(2, num_tokens, CHANNELS, seed=2)
         weight, bias = randn(CHANNELS, seed=3, dtype=dtype), randn(CHANNELS, seed=4, dtype=dtype)
-        out = ragged7.ragged_norm_last(x, parts, weight, bias, bounds)
-        same = plain.ragged_norm_last(x, parts, weight, bias, bounds).to(dtype)
-        exact = plain.ragged_norm_last(*doubles(x, parts, weight, bias), bounds)
-        assert_as_good_as_reference(out, same, exact)
+        gate = randn(num_tokens, CHANNELS, seed=5, dtype=dtype)
+        for options in ({}, {"gate": gate, "scale": 0.5}):
+            args = (x, parts, weight, bias)
+            out = ragged_norm.ragged_norm_last(*args, bounds, **options)
+            same = plain.ragged_norm_last(*args, bounds, **options).to(dtype)
+            exact = plain.ragged_norm_last(*doubles(*args), bounds, **options)
+            assert_as_good_as_reference(out, same, exact)
 
 
 def compare_down(num_tokens, layer, dtype, channels=CHANNELS):
@@ -227,11 +252,11 @@ class TestWrongArguments:
         index = torch.zeros(3, 3, dtype=torch.int32, device=DEVICE)
         states = randn(4, 64, seed=3)
         with pytest.raises(ValueError, match=r"parts must have shape \[1, 3, 64\]"):
-            ragged7.ragged_norm_mix(
+            ragged_norm.ragged_norm_mix(
                 x, randn(1, 2, 64, seed=1), vector, vector, states, states, index, mix
             )
         with pytest.raises(ValueError, match="index must have dtype"):
-            ragged7.ragged_norm_mix(x, None, vector, vector, states, states, index.long(), mix)
+            ragged_norm.ragged_norm_mix(x, None, vector, vector, states, states, index.long(), mix)
         with pytest.raises(ValueError, match=r"cu_seqlens must have shape \[3\], got \[2\]"):
             ragged_index.ragged_index(
                 torch.tensor([0, 3], device=DEVICE), torch.tensor([0, 1], device=DEVICE), 3

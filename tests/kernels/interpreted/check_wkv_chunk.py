@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton.language as tl
 from mrss_kernels import reference, wkv7, wkv7_chunk
-from mrss_kernels.wkv7_chunk import BLOCK_LEN, Form, choose_form
+from mrss_kernels.blocked import BLOCK_LEN, Form
+from mrss_kernels.wkv7_chunk import choose_form
 from oracle import DEVICE, FLOOR, INTERPRETED, assert_as_good_as_reference, guarded, randn
 from torch import Tensor
 
