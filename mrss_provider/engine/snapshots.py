@@ -44,7 +44,7 @@ MIN_KEPT_LEN = 32
 """Fewer tokens are read again sooner than they are looked up."""
 
 _FIRST_SPACING = 128
-# A prompt's end is near where so many chunks like the last one are left.
+# A prompt's end is near where so many of its longest chunks are left.
 _NUM_NEAR_END = 2
 _NUM_COPIES = 2
 # A stop string is found so many tokens late at most.
@@ -85,6 +85,7 @@ class _Progress:
         request: whose prompt and answers they are.
         prompt: int32 [T].
         kept_len: the longest beginning of the prompt that is kept.
+        chunk_len: of its longest chunk so far.
         near: the rows at the last end of a chunk, for when it turns out to be near the end.
         copies: of each answer, the newest last.
     """
@@ -92,6 +93,7 @@ class _Progress:
     request: EngineRequest
     prompt: Ids
     kept_len: int
+    chunk_len: int = 0
     near: _Kept | None = None
     copies: dict[int, deque[_Copy]] = field(default_factory=dict)
 
@@ -233,6 +235,7 @@ class SnapshotKeeper:
         progress = self._of(chunk.running)
         end = chunk.start + chunk.length
         slots = chunk.running.choices[0].slots
+        progress.chunk_len = max(progress.chunk_len, chunk.length)
         if end < MIN_KEPT_LEN:
             return
         is_due = end - progress.kept_len >= max(_FIRST_SPACING, end // 4)
@@ -242,7 +245,7 @@ class SnapshotKeeper:
                 self._keep(progress.near)
                 progress.near = None
             is_due = True
-        elif not is_due and len(progress.prompt) - end > _NUM_NEAR_END * chunk.length:
+        elif not is_due and len(progress.prompt) - end > _NUM_NEAR_END * progress.chunk_len:
             return
         kept = self._take(progress, progress.prompt[:end].copy(), slots)
         if not is_due:

@@ -1,6 +1,7 @@
 """How much of a long prompt the host looks at: while it does, every other answer waits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,16 @@ def test_what_a_prompt_leaves_in_the_cache_is_copied_at_few_of_its_chunks(
         engine.step()
     # 128 tokens apart, then by a quarter of the length; the last two before the end; the end.
     assert copied == [128, 256, 384, 512, 576, 608, 640]
+
+
+def test_a_chunk_that_a_turn_cuts_short_is_kept_as_others_near_the_end() -> None:
+    engine, turn = make_engine(), 8 * CHUNK_LEN + 3
+    prompt = [1 + i % (VOCAB - 2) for i in range(turn + CHUNK_LEN - 2)]
+    with_base = mixture(None, fake_state("amber"))
+    wanted = replace(request("turns", prompt, with_base, max_tokens=1), reinjections=(turn,))
+    for num_cached in (0, turn):
+        engine.add(wanted)
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        assert [output.num_cached for output in outputs] == [num_cached]

@@ -145,10 +145,10 @@ def test_rows_that_are_not_finite_are_not_kept(model: Model, library: StateLibra
     run(engine, wanted)
     before = keeper.cache.stats().num_entries
     pool.wkv[:, 0].fill_(torch.nan)
-    finite, arrived = keeper._are_finite([pool.snapshot(0)])
+    total, arrived = keeper._total([pool.snapshot(0)])
     assert arrived is not None
     arrived.synchronize()
-    assert not bool(finite)
+    assert not total.isfinite()
     assert keeper.cache.stats().num_entries == before
 
 
