@@ -1,14 +1,13 @@
 """RWKV-6 over packed tokens on CUDA: prompts and decoding rows share one pass over the weights.
 
 The ragged twin of `rwkv6_cuda`, on the same packed weights: twelve launches a layer up to 64
-tokens, fifteen above, from token ids to the last norm. Same interface as `rwkv7_ragged.RaggedStep`.
+tokens, fifteen above, from token ids to the last norm.
 It only launches, so that a step of few tokens can be captured. See kernels/README.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from mrss_kernels import norm_mix6 as norm_ops
@@ -23,89 +22,28 @@ from torch import Tensor
 
 from mrss_provider.model import products
 from mrss_provider.model.products import few_rows, many_rows, product, rows_of, square_products
-from mrss_provider.model.rwkv6_cuda import Norm, PackedLayer, key_receptance
-from mrss_provider.model.rwkv7_ragged import TAIL_LEN
+from mrss_provider.model.ragged_pass import RaggedPass, Reading
+from mrss_provider.model.rwkv6_cuda import PackedLayer, key_receptance
 from mrss_provider.model.state import StatePool
 
 
-class RaggedStep6:
-    """One pass of an RWKV-6 with fp16 or bf16 weights over T packed tokens of n sequences.
+class RaggedStep6(RaggedPass[PackedLayer]):
+    """One pass of an RWKV-6 with fp16 or bf16 weights over packed tokens."""
 
-    Attributes:
-        grouped_tokens: up to so many tokens k, v, r, the gate and the decay's first half are one
-            product of our own; above, they are the library's.
-        ffn_chunk_len: tokens whose FFN is computed at a time.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[PackedLayer],
-        embedding: Tensor,
-        ln0: Norm | None,
-        ln_out: Norm,
-        *,
-        grouped_tokens: int = linear_ops.MAX_ROWS,
-        ffn_chunk_len: int | None = None,
-    ) -> None:
-        """Take a model's packed weights; nothing is copied.
-
-        Args:
-            layers: of `rwkv6_cuda.pack_layer`.
-            embedding: [V, C], in the weights' dtype.
-            ln0: norm of looked-up rows, or None.
-            ln_out: the last norm.
-            grouped_tokens: see the attribute.
-            ffn_chunk_len: see the attribute; None bounds the FFN's memory.
-        """
-        self._layers = layers
-        self._embedding = embedding
-        self._ln0 = ln0
-        self._ln_out = ln_out
-        self.grouped_tokens = grouped_tokens
-        value = layers[0].ffn_value
-        self.ffn_chunk_len = ffn_chunk_len or products.ffn_chunk_len(value.shape[1], value)
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        cu_seqlens: Tensor,
-        slots: Tensor,
-        pool: StatePool,
-        *,
-        all_positions: bool = False,
+    def _forward(
+        self, token_ids: Tensor, reading: Reading, pool: StatePool, *, all_positions: bool
     ) -> Tensor:
-        """Read one or more tokens of each sequence into its state. Only launches kernels.
-
-        Args:
-            token_ids: int64 [T], packed one sequence after the other, contiguous.
-            cu_seqlens: int32 or int64 [n + 1] on the device, from 0 to T, never falling.
-            slots: int64 [n], no slot twice; -1 is a padding sequence. An empty one is one too.
-            pool: *modified* at `slots`.
-            all_positions: return every token's hidden state, not only each sequence's last.
-
-        Returns:
-            hidden [n, C], or [T, C] with `all_positions`, fp32, after the last norm; undefined for
-            padding and empty sequences.
-
-        Raises:
-            ValueError: a shape, dtype, stride or device that a kernel cannot take.
-        """
-        num_tokens, num_seqs = token_ids.shape[0], slots.shape[0]
+        cu_seqlens, slots, index = reading.cu_seqlens, reading.slots, reading.index
         dtype = self._embedding.dtype
-        index = ragged_index.ragged_index(cu_seqlens, slots, num_tokens)
-        # Copies, because a sequence's last token overwrites what its first one reads. Slot -1 is
-        # the row that stands for padding.
-        shift_att, shift_ffn = pool.shift_att[:, slots], pool.shift_ffn[:, slots]
-        is_grouped = num_tokens <= self.grouped_tokens
-        cuts_tail = not (all_positions or is_grouped) and num_tokens >= TAIL_LEN * num_seqs
         x, parts, gate, scale = self._embedding, None, None, 1.0
-        h = shift_att.new_empty((num_tokens, shift_att.shape[-1]))
+        before = reading.shift_att
+        h = before.new_empty((len(token_ids), before.shape[-1]))
         for i, layer in enumerate(self._layers):
             x, mixed = ragged_ops.ragged_norm_mix(
                 x,
                 parts,
                 *layer.ln1,
-                shift_att[i],
+                before[i],
                 pool.shift_att[i],
                 index,
                 layer.mix_x[None],
@@ -117,11 +55,11 @@ class RaggedStep6:
                 h=h,
             )
             codes = norm_ops.multiply_codes(mixed, layer.mix_down)
-            before = shift_att[i]
-            mixed = inputs_ops.ragged_inputs6(h, codes, layer.mix_up, layer.mix, before, index)
+            weights = (layer.mix_up, layer.mix)
+            mixed = inputs_ops.ragged_inputs6(h, codes, *weights, before[i], index)
             y, y_scale, inputs = self._recur(i, layer, mixed, cu_seqlens, slots, pool)
             output_gate = inputs.gate
-            if cuts_tail and i == len(self._layers) - 1:
+            if reading.cuts_tail and i == len(self._layers) - 1:
                 rows, index = ragged_index.ragged_tail(cu_seqlens, slots)
                 x, y, output_gate = x[rows], y[rows], output_gate[rows]
             scale = layer.scale
@@ -140,7 +78,7 @@ class RaggedStep6:
                 x,
                 parts,
                 *layer.ln2,
-                shift_ffn[i],
+                reading.shift_ffn[i],
                 pool.shift_ffn[i],
                 index,
                 layer.ffn_mix,
@@ -148,10 +86,10 @@ class RaggedStep6:
                 scale=scale,
                 first_scale=math.sqrt(scale),
             )
-            if cuts_tail and i == len(self._layers) - 1:
+            if reading.cuts_tail and i == len(self._layers) - 1:
                 x, mixed = x[1::2].contiguous(), mixed[:, 1::2].contiguous()
             parts, gate = self._ffn(mixed, layer)
-        if all_positions or cuts_tail:
+        if all_positions or reading.cuts_tail:
             return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale)
         return ragged_ops.ragged_norm_last(
             x, parts, *self._ln_out, cu_seqlens, gate=gate, scale=scale
