@@ -335,7 +335,14 @@ class Scheduler:
         if running.choices and not running.notes.is_finite:
             return self._fail(running, not_finite(running.choices[0]))
         outputs = [
-            TokenOutput(request.id, choice.index, None, finish_reason="length", reading=reading)
+            TokenOutput(
+                request.id,
+                choice.index,
+                None,
+                finish_reason="length",
+                num_cached=running.num_cached,
+                reading=reading,
+            )
             for choice in running.choices
         ]
         for choice in list(running.choices):

@@ -108,11 +108,14 @@ def test_what_a_prompt_leaves_in_the_cache_is_copied_at_few_of_its_chunks(
     assert copied == [128, 256, 384, 512, 576, 608, 640]
 
 
-def test_a_chunk_that_a_turn_cuts_short_is_kept_as_others_near_the_end() -> None:
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_chunk_that_a_turn_cuts_short_is_kept_as_others_near_the_end(max_tokens: int) -> None:
     engine, turn = make_engine(), 8 * CHUNK_LEN + 3
     prompt = [1 + i % (VOCAB - 2) for i in range(turn + CHUNK_LEN - 2)]
     with_base = mixture(None, fake_state("amber"))
-    wanted = replace(request("turns", prompt, with_base, max_tokens=1), reinjections=(turn,))
+    wanted = replace(
+        request("turns", prompt, with_base, max_tokens=max_tokens), reinjections=(turn,)
+    )
     for num_cached in (0, turn):
         engine.add(wanted)
         outputs = []
