@@ -25,16 +25,12 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
 from mrss_kernels.add_norm_mix import LN_EPS, _statistics
-from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS, choose_config
-from mrss_kernels.rows_linear import MAX_ROWS, rows_linear
+from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
+from mrss_kernels.time_mix6 import multiply_codes
 
 MAX_FUSED_ROWS = 1
 """Rows up to which the norm computes the codes itself: every program reads the whole row, which
 the L2 has to deliver as often as there are programs."""
-
-MAX_CODE_PARTS = 256
-"""Parts times rows of the codes' product at most: a reader of many rows reads them over and over.
-"""
 
 _Norm = tuple[Tensor, Tensor]
 
@@ -213,25 +209,6 @@ def add_norm_codes(
         total=total, h=h, down=down if fused else None, scale=scale, tokens=tokens, norm0=norm0,
     )  # fmt: skip
     return total, h, out if fused else multiply_codes(out, down)
-
-
-def multiply_codes(x: Tensor, down: Tensor) -> Tensor:
-    """Return the parts [P, B, R] of x [1, B, C] @ down^T, few enough for whoever reads many rows.
-
-    Args:
-        x: the codes' mixed input, in the dtype of `down`.
-        down: the codes' weight [R, C].
-
-    Raises:
-        ValueError: a shape, dtype, stride or device that the kernels cannot take.
-    """
-    _, rows, channels = x.shape
-    if rows > MAX_ROWS:
-        return torch.mm(x[0], down.t())[None]
-    config = choose_config(rows, down.shape[0], channels, splittable=True)
-    while config.num_splits > 1 and config.num_splits * rows > MAX_CODE_PARTS:
-        config = config._replace(num_splits=config.num_splits // 2)
-    return rows_linear(x, down, config=config)
 
 
 def add_norm_mix(

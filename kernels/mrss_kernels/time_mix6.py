@@ -22,8 +22,9 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.linear_cuts import choose_config
 from mrss_kernels.lora_up7 import sum_parts
-from mrss_kernels.rows_linear import GROUP_LEN
+from mrss_kernels.rows_linear import GROUP_LEN, MAX_ROWS, rows_linear
 
 NUM_INPUTS = 5
 """The inputs of decay, key, value, receptance and gate, in the order of the codes."""
@@ -33,6 +34,10 @@ VECTORS = ("time_decay", "time_faaaa", "ln_x_weight", "ln_x_bias")
 
 MAX_SINGLE_ROWS = 4
 """Rows up to which `mix_inputs` has a row a program, on the ordinary cores."""
+
+MAX_CODE_PARTS = 256
+"""Parts times rows of the codes' product at most: a reader of many rows reads them over and over.
+"""
 
 
 @triton.jit
@@ -166,6 +171,25 @@ def time_mix6_kernel(
     y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps) * gn_w + gn_b
     y *= g * tl.sigmoid(g) * out_scale
     tl.store(p_out + at, tl.where(live, y, 0.0).to(p_out.dtype.element_ty))
+
+
+def multiply_codes(x: Tensor, down: Tensor) -> Tensor:
+    """Return the parts [P, B, R] of x [1, B, C] @ down^T, few enough for whoever reads many rows.
+
+    Args:
+        x: the codes' mixed input, in the dtype of `down`.
+        down: the codes' weight [R, C].
+
+    Raises:
+        ValueError: a shape, dtype, stride or device that the kernels cannot take.
+    """
+    _, rows, channels = x.shape
+    if rows > MAX_ROWS:
+        return torch.mm(x[0], down.t())[None]
+    config = choose_config(rows, down.shape[0], channels, splittable=True)
+    while config.num_splits > 1 and config.num_splits * rows > MAX_CODE_PARTS:
+        config = config._replace(num_splits=config.num_splits // 2)
+    return rows_linear(x, down, config=config)
 
 
 def mix_inputs(

@@ -10,6 +10,7 @@ answer finishes.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 
@@ -334,17 +335,9 @@ class Scheduler:
         reading = running.notes.reading() if request.is_read_whole else None
         if running.choices and not running.notes.is_finite:
             return self._fail(running, not_finite(running.choices[0]))
-        outputs = [
-            TokenOutput(
-                request.id,
-                choice.index,
-                None,
-                finish_reason="length",
-                num_cached=running.num_cached,
-                reading=reading,
-            )
-            for choice in running.choices
-        ]
+        cached = running.num_cached
+        ended = functools.partial(TokenOutput, finish_reason="length", num_cached=cached)
+        outputs = [ended(request.id, x.index, None, reading=reading) for x in running.choices]
         for choice in list(running.choices):
             self._finish(choice)
         return outputs

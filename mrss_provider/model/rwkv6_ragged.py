@@ -18,6 +18,7 @@ from mrss_kernels import ragged_norm as ragged_ops
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import wkv6_chunk as wkv_ops
 from mrss_kernels.ragged_mix6 import TimeInputs6
+from mrss_kernels.time_mix6 import multiply_codes
 from torch import Tensor
 
 from mrss_provider.model import products
@@ -54,7 +55,7 @@ class RaggedStep6(RaggedPass[PackedLayer]):
                 scale=scale,
                 h=h,
             )
-            codes = norm_ops.multiply_codes(mixed, layer.mix_down)
+            codes = multiply_codes(mixed, layer.mix_down)
             weights = (layer.mix_up, layer.mix)
             mixed = inputs_ops.ragged_inputs6(h, codes, *weights, before[i], index)
             y, y_scale, inputs = self._recur(i, layer, mixed, cu_seqlens, slots, pool)

@@ -30,17 +30,20 @@ def parse_texts(value: object, where: str, most: int, *, may_be_empty: bool = Tr
         InvalidRequestError: it is none of these.
         ContextLengthError: more characters than are read.
     """
+    is_ids = False
     if isinstance(value, str):
         texts: list[Any] = [value]
     else:
         raw = expect(value, list, where, "text, token ids, or a list of these")
         # A list of token ids is told by its first one: looking at all of them takes a while.
-        texts = [raw] if raw and type(raw[0]) is int else raw
+        is_ids = bool(raw) and type(raw[0]) is int
+        texts = [raw] if is_ids else raw
     if not 0 < len(texts) <= most:
         raise InvalidRequestError(
             f"{where} must hold 1 to {most} {where}s, got {len(texts)}", param=where
         )
-    parsed = [_parse_text(item, f"{where}[{i}]", where) for i, item in enumerate(texts)]
+    places = [where] if is_ids else [f"{where}[{i}]" for i in range(len(texts))]
+    parsed = [_parse_text(item, at, where) for item, at in zip(texts, places, strict=True)]
     if not may_be_empty and "" in parsed:
         raise InvalidRequestError(
             f"{where}[{parsed.index('')}] must be a text that is not empty, got ''", param=where
