@@ -20,10 +20,19 @@ from typing import NamedTuple
 
 import torch
 from measure import capture, machine, time_replays
-from mrss_kernels import lora_down7, ragged_index, ragged_mix7, ragged_norm, rows_linear, wkv7_chunk
+from mrss_kernels import (
+    lora_down7,
+    ragged_index,
+    ragged_lora7,
+    ragged_norm,
+    rows_linear,
+    time_inputs7,
+    time_output7,
+    wkv7_chunk,
+)
 from mrss_kernels.blocked import Form
 from mrss_kernels.lora_down7 import DownConfig
-from mrss_kernels.ragged_mix7 import TimeCut
+from mrss_kernels.ragged_lora7 import TimeCut
 from random_models import SHAPES, Shape
 from torch import Tensor
 
@@ -142,14 +151,14 @@ class Kernels:
         weights = torch.split(self.down, list(self.ranks))
         return [self.mixed[i] @ w.mT for i, w in zip((3, 4, 5, 2), weights, strict=True)]
 
-    def time_inputs(self, cut: TimeCut | None) -> ragged_mix7.TimeInputs:
-        return ragged_mix7.time_inputs7(
+    def time_inputs(self, cut: TimeCut | None) -> time_inputs7.TimeInputs:
+        return time_inputs7.time_inputs7(
             self.projected, self.up, self.vectors, self.ranks, self.first, self.size,
             low=self.low, cut=cut,
         )  # fmt: skip
 
     def time_output(self, cut: TimeCut) -> object:
-        return ragged_mix7.time_output7(
+        return time_output7.time_output7(
             self.y, self.inputs, self.low[None], self.up, self.vectors, self.ranks, self.index,
             cut=cut,
         )  # fmt: skip
@@ -176,7 +185,7 @@ class Kernels:
         for config in DOWN_CONFIGS:
             yield Cell("lora_down", config, 4, partial(self.lora_down, config), chosen)
         yield Cell("lora_down", "four library products", 4, self.library_down)
-        chosen_cut = ragged_mix7._choose_cut(self.count)
+        chosen_cut = ragged_lora7.choose_cut(self.count)
         for cut in TIME_CUTS:
             yield Cell("time_inputs", cut, 10, partial(self.time_inputs, cut), chosen_cut)
         for cut in TIME_CUTS:

@@ -30,6 +30,11 @@ from mrss_kernels.tail_common import (
     NUM_ROWS,
     ONE,
     PLAN,
+    PLAN_BINS_PER_UNIT,
+    PLAN_LEAST,
+    PLAN_LOG_MASS,
+    PLAN_MASS,
+    PLAN_TOP,
     PRESENCE,
     REPETITION,
     anchor,
@@ -111,8 +116,8 @@ def _plan(
     top = tl.max(tops, 0)
     usable = is_finite(merged_top) & is_finite(top)
     p_plan += i_g * PLAN
-    tl.store(p_plan, tl.where(usable, top, float("-inf")))
-    tl.store(p_plan + 1, merged_top + tl.log(mass))
+    tl.store(p_plan + PLAN_TOP, tl.where(usable, top, float("-inf")))
+    tl.store(p_plan + PLAN_LOG_MASS, merged_top + tl.log(mass))
     if TRUNCATE:
         num_candidates = 0
         if usable & is_truncated:
@@ -127,7 +132,7 @@ def _plan(
             # In fp64, so that no order of adding shows in fp32.
             whole = load_parts(p_mass + at, o_n, NB, 0.0).to(tl.float64) * shares.to(tl.float64)
             total = tl.sum(whole, 0).to(tl.float32)
-            tl.store(p_plan + 2, total)
+            tl.store(p_plan + PLAN_MASS, total)
             least = float("-inf")
             by_p = MAX_DEPTH - 1
             by_k = MAX_DEPTH - 1
@@ -145,7 +150,7 @@ def _plan(
                 # Probability at least `min_p` of the largest one, said of the scores.
                 least = top + tl.log2(min_p) / scale
                 by_min = tl.minimum(highest - cells(least, scale), MAX_DEPTH - 1)
-            tl.store(p_plan + 3, least)
+            tl.store(p_plan + PLAN_LEAST, least)
             depth = tl.minimum(by_k, tl.minimum(by_p, by_min))
             # In OpenAI's order top-p needs the mass of all that top-k leaves.
             if (top_k > 0) & (top_p < 1.0) & (is_rwkv == 0):
@@ -166,7 +171,9 @@ def _plan(
             if depth < MAX_DEPTH - 1:
                 floor = (highest - depth).to(tl.float32) / cells_per_unit(scale)
                 bottom = tl.maximum(bottom, floor)
-            tl.store(p_plan + 4, 1.0 / tl.maximum(top - bottom, 1e-30) * (BINS - 0.5))
+            tl.store(
+                p_plan + PLAN_BINS_PER_UNIT, 1.0 / tl.maximum(top - bottom, 1e-30) * (BINS - 0.5)
+            )
         tl.store(p_num_candidates + i_g, num_candidates)
 
 

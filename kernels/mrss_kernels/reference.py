@@ -1,4 +1,4 @@
-"""Every op in plain torch, on any device: the oracle of the kernels, and the CPU path.
+"""The recurrences in plain torch, on any device: the oracle of their kernels, and the CPU path.
 
 Shapes: B rows, T tokens, H heads, N head size, S slots. A pool holds one layer's recurrent states
 `[S, H, N, N]`, laid out [V, K] (value, key) for RWKV-7 and [K, V] for RWKV-6. Arithmetic is in

@@ -116,7 +116,7 @@ def time_inputs7(
     *,
     low: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the fields of `TimeInputs`; see `mrss_kernels.ragged_mix7.time_inputs7`.
+    """Return the fields of `TimeInputs`; see `mrss_kernels.time_inputs7.time_inputs7`.
 
     Nothing is modified: v is a tensor of its own.
     """
@@ -157,7 +157,7 @@ def time_output7(
     *,
     activated: bool = True,
 ) -> Tensor:
-    """Compute the output projection's input; see `mrss_kernels.ragged_mix7.time_output7`.
+    """Compute the output projection's input; see `mrss_kernels.time_output7.time_output7`.
 
     v and bonus stand for the `TimeInputs` that they are fields of.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrss_kernels import allowed_tokens, draw_token, gate_rows, merge_rows
+from mrss_kernels import allowed_tokens, draw_token, find_candidates, gate_rows, merge_rows
 from mrss_kernels._checks import (
     expect_contiguous,
     expect_device,
@@ -177,7 +177,7 @@ def launch_tail(
     )
     if truncate:
         per = _blocks_a_program(blocks, count, FINDERS)
-        draw_token.find_candidates_kernel[(-(-blocks // per), count)](
+        find_candidates.find_candidates_kernel[(-(-blocks // per), count)](
             logits,
             outputs.merged,
             s.scores,

@@ -2,7 +2,8 @@
 """What the kernels of a step's tail share: fields by number, weights as integers, who is last.
 
 Nothing here is a kernel. `tail.launch_tail` launches those of `allowed_tokens`, `gate_rows`,
-`merge_rows` and `draw_token`, in this order.
+`merge_rows`, `find_candidates` and `draw_token`, in this order. Letters: G requests that there is
+room for, V tokens in NB blocks of BLOCK, NBP the power of two from NB on.
 """
 
 from __future__ import annotations
@@ -81,9 +82,14 @@ MAX_DEPTH: tl.constexpr = tl.constexpr(16)
 LEVEL_ONE: tl.constexpr = tl.constexpr(1073741824)
 # The levels are added up in fp32; what they decide leaves room for that rounding.
 MARGIN: tl.constexpr = tl.constexpr(1.00001)
-# Where a request's numbers are in `p_plan`: largest score, log-sum-exp of the merge, mass, what
-# min-p leaves, bins a unit of score.
+# Where a request's numbers are in `p_plan`: largest score, log-sum-exp of the merge, mass, least
+# score that min-p keeps, bins a unit of score.
 PLAN: tl.constexpr = tl.constexpr(8)
+PLAN_TOP: tl.constexpr = tl.constexpr(0)
+PLAN_LOG_MASS: tl.constexpr = tl.constexpr(1)
+PLAN_MASS: tl.constexpr = tl.constexpr(2)
+PLAN_LEAST: tl.constexpr = tl.constexpr(3)
+PLAN_BINS_PER_UNIT: tl.constexpr = tl.constexpr(4)
 BINS: tl.constexpr = tl.constexpr(NUM_BINS)
 PARTS: tl.constexpr = tl.constexpr(NUM_PARTS)
 
@@ -157,8 +163,14 @@ def cells(score, scale):
 
 
 @triton.jit
-def load_parts(p, o_n, NB: tl.constexpr, other):
+def fetch(p):
     # Past the L1, where a line may be older than what another multiprocessor has written since.
+    return tl.load(p, cache_modifier=".cg")
+
+
+@triton.jit
+def load_parts(p, o_n, NB: tl.constexpr, other):
+    # Past the L1, as `fetch`.
     return tl.load(p + o_n, mask=o_n < NB, other=other, cache_modifier=".cg")
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import torch
 from mrss_kernels import add_norm_mix as norm_ops
-from mrss_kernels import lora_down7, ragged_index
-from mrss_kernels import ragged_mix7 as time_ops
+from mrss_kernels import lora_down7, ragged_index, time_inputs7, time_output7
 from mrss_kernels import ragged_norm as ragged_ops
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import wkv7_chunk as wkv_ops
-from mrss_kernels.ragged_mix7 import TimeInputs
+from mrss_kernels.time_inputs7 import TimeInputs
 from torch import Tensor
 
 from mrss_provider.model import products
@@ -60,7 +59,7 @@ class RaggedStep(RaggedPass[PackedLayer]):
                 rows, index = ragged_index.ragged_tail(cu_seqlens, slots)
                 x, y, low = x[rows], y[rows], low[:, rows]
                 inputs = inputs._replace(v=inputs.v[rows], bonus=inputs.bonus[rows])
-            y = time_ops.time_output7(
+            y = time_output7.time_output7(
                 y,
                 inputs,
                 low,
@@ -109,13 +108,13 @@ class RaggedStep(RaggedPass[PackedLayer]):
         common = (layer.up, layer.vectors, layer.ranks, v_first, size)
         if num_tokens <= self.grouped_tokens:
             projected = few_rows(mixed, layer.project, layer.groups)
-            inputs = time_ops.time_inputs7(projected, *common)
+            inputs = time_inputs7.time_inputs7(projected, *common)
             low = projected[..., 3 * channels :]
         else:
             projected = square_products(mixed[:3], layer.project)
             down = written_out(rows_of(layer.project, 3 * channels, len(layer.project)))
             low = lora_down7.lora_down7(mixed, down, layer.ranks)
-            inputs = time_ops.time_inputs7(projected, *common, low=low)
+            inputs = time_inputs7.time_inputs7(projected, *common, low=low)
             low = low[None]
         heads = (num_tokens, channels // size, size)
         r, w, k, v, kk, a = (x.view(heads) for x in inputs[:6])

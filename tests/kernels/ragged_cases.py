@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrss_kernels import lora_down7, ragged_index, ragged_mix7, ragged_norm
+from mrss_kernels import lora_down7, ragged_index, ragged_norm, time_inputs7, time_output7
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
@@ -70,11 +70,11 @@ def cases() -> list[Case]:
         types = TIME if stacked else TIME | {"p_in": "*fp32", "p_low": "*fp32"}
         row = SUM if stacked else 3 * 2048 + SUM
         constants = head | {"BM": bm, "PARTS": parts, "R": row}
-        kernel = ragged_mix7.time_inputs7_kernel
+        kernel = time_inputs7.time_inputs7_kernel
         flags = {"STACKED": stacked} | RANKS
         options = pdl | {"num_warps": 4 if bm == 32 else 8}
         found.append((f"{kernel.__name__} {tokens}", kernel, types, constants | flags, options))
-        kernel = ragged_mix7.time_output7_kernel
+        kernel = time_output7.time_output7_kernel
         flags = {"FIRST": 256, "RG": 256, "SUM": SUM, "ACTIVATED": stacked}
         found.append((f"{kernel.__name__} {tokens}", kernel, types, constants | flags, options))
     return found

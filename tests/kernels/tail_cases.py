@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mrss_kernels import allowed_tokens, draw_token, gate_rows, merge_rows
+from mrss_kernels import allowed_tokens, draw_token, find_candidates, gate_rows, merge_rows
 
 FLOATS = (
     "p_logits p_floats p_named p_gates p_bias p_counts p_part_max p_part_mass p_parts p_row_max "
@@ -44,7 +44,7 @@ def _cases(
         ("allow_tokens_kernel", allowed_tokens.allow_tokens_kernel, allow, warps),
         ("row_stats_kernel", stats, gate, warps),
         ("gate_kernel", gates, gate | {"KL": 4096 // block}, warps),
-        ("find_candidates_kernel", draw_token.find_candidates_kernel, find, 4),
+        ("find_candidates_kernel", find_candidates.find_candidates_kernel, find, 4),
     ]
     for truncate in (True, False):
         label = "truncated" if truncate else "whole"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from check_fused import CHANNELS, DOT_DTYPES, DTYPES, HEADS, SIZE, doubles, guard_outputs
-from mrss_kernels import lora_down7, ragged_index, ragged_mix7, ragged_norm
+from mrss_kernels import lora_down7, ragged_index, ragged_norm, time_inputs7, time_output7
 from mrss_kernels import reference_ragged as plain
+from mrss_kernels.ragged_lora7 import TimeCut
 from oracle import DEVICE, assert_as_good_as_reference, guarded, randn
 
 __all__ = ["guard_outputs"]
@@ -168,7 +169,7 @@ def compare_inputs(num_tokens, layer, dtype, parts=1, stacked=True, cut=None):
     args = (projected, up, vectors, ranks, v_first)
     same = plain.time_inputs7(*args, SIZE, low=low)
     exact = plain.time_inputs7(*doubles(*args), SIZE, low=doubles(low)[0])
-    got = ragged_mix7.time_inputs7(*args, SIZE, low=low, cut=cut)
+    got = time_inputs7.time_inputs7(*args, SIZE, low=low, cut=cut)
     assert got.w.dtype == got.bonus.dtype == torch.float32
     for name, *trio in zip(got._fields, got, same, exact, strict=True):
         # Tensor cores take the first halves in the weights' dtype.
@@ -194,9 +195,9 @@ def compare_output(
     low = randn(parts, num_tokens, 64 + sum(ranks), seed=7)
     low = low.sigmoid().to(dtype)[..., 64:] if activated else low[..., 64:]
     time_offset = randn(SLOTS, CHANNELS, seed=8) if offset else None
-    inputs = ragged_mix7.TimeInputs(v, v, v, v, v, v, bonus)
+    inputs = time_inputs7.TimeInputs(v, v, v, v, v, v, bonus)
     rest = (up, vectors, ranks, index, time_offset)
-    out = ragged_mix7.time_output7(y, inputs, low, *rest, activated=activated, cut=cut)
+    out = time_output7.time_output7(y, inputs, low, *rest, activated=activated, cut=cut)
     args = (y.nan_to_num(0), v, bonus, low, *rest)
     same = plain.time_output7(*args, activated=activated).to(dtype)
     exact = plain.time_output7(*doubles(*args), activated=activated)
@@ -225,7 +226,7 @@ class TestTimeMix:
         compare_inputs(5, layer, dtype, parts=3, stacked=False)
 
     def test_inputs_of_many_tokens_equal_reference(self):
-        compare_inputs(70, 1, torch.float16, cut=ragged_mix7.TimeCut(64, 8, 2))
+        compare_inputs(70, 1, torch.float16, cut=TimeCut(64, 8, 2))
 
     @pytest.mark.parametrize("name", ["one token", "mixed", "padded"])
     def test_outputs_equal_reference(self, name):
@@ -233,7 +234,7 @@ class TestTimeMix:
 
     @pytest.mark.parametrize("dtype", DOT_DTYPES)
     def test_outputs_from_parts_equal_reference(self, dtype):
-        cut = ragged_mix7.TimeCut(32, 4, 2)
+        cut = TimeCut(32, 4, 2)
         compare_output("mixed", 0, dtype, parts=2, activated=False, cut=cut)
 
     def test_outputs_of_a_rounded_recurrence_equal_reference(self):
@@ -267,8 +268,18 @@ class TestWrongArguments:
         projected, up = randn(3, 2, 64, seed=1), randn(64, 192, seed=2)
         vectors, low = randn(8, 64, seed=3), randn(2, 192, seed=4)
         with pytest.raises(ValueError, match="ranks must be 4 multiples of 64"):
-            ragged_mix7.time_inputs7(projected, up, vectors, (96, 64, 32, 0), None, 64, low=low)
+            time_inputs7.time_inputs7(projected, up, vectors, (96, 64, 32, 0), None, 64, low=low)
         with pytest.raises(ValueError, match="v_first must be given exactly where v has a LoRA"):
-            ragged_mix7.time_inputs7(projected, up, vectors, ranks, low, 64, low=low)
+            time_inputs7.time_inputs7(projected, up, vectors, ranks, low, 64, low=low)
         with pytest.raises(ValueError, match=r"low must have shape \[2, 192\], got \[1, 192\]"):
-            ragged_mix7.time_inputs7(projected, up, vectors, ranks, None, 64, low=low[:1])
+            time_inputs7.time_inputs7(projected, up, vectors, ranks, None, 64, low=low[:1])
+
+    def test_time_output_names_what_is_wrong(self):
+        y, up, vectors = randn(2, 64, seed=1), randn(64, 192, seed=2), randn(8, 64, seed=3)
+        inputs = time_inputs7.TimeInputs(y, y, y, y, y, y, randn(2, 1, seed=4))
+        index = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
+        low, ranks = randn(2, 2, 384, seed=5), (64, 64, 64, 0)
+        with pytest.raises(ValueError, match=r"vectors must have shape \[8, 64\], got \[6, 64\]"):
+            time_output7.time_output7(y, inputs, low[..., :192], up, vectors[:6], ranks, index)
+        with pytest.raises(ValueError, match=r"a slice .* got strides \[768, 384, 2\]"):
+            time_output7.time_output7(y, inputs, low[..., ::2], up, vectors, ranks, index)

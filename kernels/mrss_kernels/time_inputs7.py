@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
-"""What stands around RWKV-7's recurrence over packed tokens: LoRAs and gates before, output after.
+"""What RWKV-7's recurrence over packed tokens reads: decay, learning rate, keys and values.
 
-A program takes a block of tokens of one head and multiplies the second halves of the LoRAs on the
-tensor cores itself, so that their results never lie in memory: at many tokens every [T, C] counts.
+A program takes a block of tokens of one head and multiplies the second halves of the LoRAs of w, a
+and v itself (`ragged_lora7`). Twin: `mrss_kernels.reference_ragged`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mrss_kernels._checks import (
-    FLOATS,
-    expect_device,
-    expect_dtype,
-    expect_head_size,
-    expect_shape,
-)
+from mrss_kernels._checks import FLOATS, expect_dtype, expect_head_size, expect_shape
 from mrss_kernels._launch import dependent_launch
-from mrss_kernels.lora_down7 import activate, expect_dense, expect_ranks, rank_names, sigmoid
+from mrss_kernels.lora_down7 import expect_dense, expect_ranks, rank_names, sigmoid
+from mrss_kernels.lora_up7 import sum_parts
+from mrss_kernels.ragged_lora7 import TimeCut, choose_cut, lora_up_tile
 from mrss_kernels.time_mix7 import RANK_STEP, VECTORS
-
-
-class TimeCut(NamedTuple):
-    """How these kernels are cut: tokens a program, warps, blocks of 64 ranks ahead."""
-
-    block_m: int
-    num_warps: int
-    num_stages: int
 
 
 class TimeInputs(NamedTuple):
@@ -55,35 +43,6 @@ class TimeInputs(NamedTuple):
     kk: Tensor
     a: Tensor
     bonus: Tensor
-
-
-@triton.jit
-def _parts(p, mask, stride, PARTS: tl.constexpr):
-    """Add up the parts of a split product, in order, in fp32."""
-    x = tl.load(p, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, PARTS):
-        x += tl.load(p + i * stride, mask=mask, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _lora_up(
-    p_low, p_up, o_m, m_m, o_n, stride, R, BM: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr,
-    RANK: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Return low [BM, RANK] @ up [N, RANK]^T; ACT is applied where low is not activated yet."""
-    o_d = tl.arange(0, BR)
-    p_rows = p_low + o_m[:, None] * R + o_d[None, :]
-    p_tile = p_up + o_n[:, None] * SUM + o_d[None, :]
-    acc = tl.zeros([BM, N], tl.float32)
-    for i in tl.range(0, RANK, BR, num_stages=STAGES):
-        up = tl.load(p_tile + i)
-        z = _parts(p_rows + i, m_m, stride, PARTS)
-        if ACT > 0:
-            z = activate(z, ACT)
-        acc = tl.dot(z.to(up.dtype), tl.trans(up), acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit
@@ -115,7 +74,7 @@ def time_inputs7_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H, T / BM). R is the distance from one row of the first halves to the next.
+    """Grid (H, T / BM). RW to RV are the LoRAs' ranks; rows of their first halves are R apart.
 
     STACKED: r, k, v are [3, T, C] and v is written in place; r is left where it is. Else they are
     the first 3C columns of rows of R, in parts, and the first halves are not activated yet.
@@ -133,6 +92,7 @@ def time_inputs7_kernel(
     o = o_m[:, None] * C + o_n[None, :]
     m_row = o_m < T - i_m
     m_m = m_row[:, None]
+    # Rows as in `time_mix7.VECTORS`.
     p_vectors += i_h * N + o_n
     w0 = tl.load(p_vectors)[None, :]
     a0 = tl.load(p_vectors + C)[None, :]
@@ -155,20 +115,20 @@ def time_inputs7_kernel(
     else:
         p_row = p_in + i_m * R + i_h * N + o_m[:, None] * R + o_n[None, :]
         p_value = p_row + 2 * C
-        r = _parts(p_row, m_m, stride, PARTS).to(p_r.dtype.element_ty)
-        k = _parts(p_row + C, m_m, stride, PARTS)
+        r = sum_parts(p_row, m_m, stride, PARTS).to(p_r.dtype.element_ty)
+        k = sum_parts(p_row + C, m_m, stride, PARTS)
         tl.store(p_r + at + o, r, mask=m_m)
     if not STACKED:
-        v = _parts(p_value, m_m, stride, PARTS)
+        v = sum_parts(p_value, m_m, stride, PARTS)
     elif RV > 0:
         v = tl.load(p_value, mask=m_m, other=0.0)
     if RV > 0:
         first = tl.load(p_first + at + o, mask=m_m, other=0.0)
-    z = _lora_up(p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RW, BR, PARTS, TANH, STAGES)
+    z = lora_up_tile(p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RW, BR, PARTS, TANH, STAGES)
     tl.store(p_w + at + o, -0.6065306597126334 * sigmoid(w0 + z), mask=m_m)
     p_low += RW
     p_up += RW
-    z = _lora_up(p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RA, BR, PARTS, 0, STAGES)
+    z = lora_up_tile(p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RA, BR, PARTS, 0, STAGES)
     a = sigmoid(a0 + z)
     tl.store(p_a + at + o, a.to(p_a.dtype.element_ty), mask=m_m)
     k = k.to(tl.float32)
@@ -183,75 +143,13 @@ def time_inputs7_kernel(
         v0 = tl.load(p_vectors + 2 * C)[None, :]
         p_low += RA + RG
         p_up += RA + RG
-        z = _lora_up(p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RV, BR, PARTS, 0, STAGES)
+        z = lora_up_tile(
+            p_low, p_up, o_m, m_m, o_n, stride, R, BM, N, SUM, RV, BR, PARTS, 0, STAGES
+        )
         v = v.to(tl.float32)
         v += (first.to(tl.float32) - v) * sigmoid(v0 + z)
     if RV > 0 or not STACKED:
         tl.store(p_v + at + o, v.to(p_v.dtype.element_ty), mask=m_m)
-
-
-@triton.jit
-def time_output7_kernel(
-    p_y,
-    p_v,
-    p_bonus,
-    p_low,
-    p_up,
-    p_vectors,
-    p_index,
-    p_offset,
-    p_out,
-    T,
-    eps,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    FIRST: tl.constexpr,
-    RG: tl.constexpr,
-    SUM: tl.constexpr,
-    BR: tl.constexpr,
-    BM: tl.constexpr,
-    PARTS: tl.constexpr,
-    ACTIVATED: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid (H, T / BM). FIRST is the first column of the output gate's LoRA among all."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    C: tl.constexpr = H * N
-    i_h = tl.program_id(0)
-    i_m = tl.program_id(1).to(tl.int64) * BM
-    at = i_m * C + i_h * N
-    o_m = tl.arange(0, BM)
-    o_n = tl.arange(0, N)
-    o = o_m[:, None] * C + o_n[None, :]
-    m_row = o_m < T - i_m
-    p_vectors += i_h * N + o_n
-    gn_w = tl.load(p_vectors + 6 * C)[None, :]
-    gn_b = tl.load(p_vectors + 7 * C)[None, :]
-    p_up += i_h * N * SUM + FIRST
-    SIGMOID: tl.constexpr = 0 if ACTIVATED else 2
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    m_m = m_row[:, None]
-    # Nothing waits for the slots: what padding tokens give is dropped at the end.
-    slot = tl.load(p_index + 2 * T + i_m + o_m, mask=m_row, other=-1)
-    y = tl.load(p_y + at + o, mask=m_m, other=0.0)
-    bonus = tl.load(p_bonus + i_m * H + i_h + o_m * H, mask=m_row, other=0.0)
-    v = tl.load(p_v + at + o, mask=m_m, other=0.0)
-    p_low += i_m * R + FIRST
-    g = _lora_up(p_low, p_up, o_m, m_m, o_n, T * R, R, BM, N, SUM, RG, BR, PARTS, SIGMOID, STAGES)
-    y = y.to(tl.float32)
-    live = (slot >= 0)[:, None]
-    if p_offset is not None:
-        p_offset += i_h * N + slot.to(tl.int64)[:, None] * C + o_n[None, :]
-        y *= 1 + tl.load(p_offset, mask=live, other=0.0).to(tl.float32)
-    y -= (tl.sum(y, 1) / N)[:, None]
-    y = y * (1.0 / tl.sqrt(tl.sum(y * y, 1) / N + eps))[:, None] * gn_w + gn_b
-    y = (y + bonus[:, None] * v.to(tl.float32)) * g
-    y = tl.where(live, y, 0.0).to(p_out.dtype.element_ty)
-    tl.store(p_out + at + o, y, mask=m_m)
 
 
 def time_inputs7(
@@ -295,7 +193,7 @@ def time_inputs7(
     k, kk, a = planes[:3]
     r, v = (projected[0], projected[2]) if low is not None else planes[3:]
     if num_tokens:
-        cut = cut or _choose_cut(num_tokens)
+        cut = cut or choose_cut(num_tokens)
         time_inputs7_kernel[(heads, -(-num_tokens // cut.block_m))](
             projected,
             projected[..., 3 * channels :] if low is None else low,
@@ -323,98 +221,6 @@ def time_inputs7(
             **dependent_launch(up.device),
         )
     return TimeInputs(r, w, k, v, kk, a, bonus)
-
-
-def time_output7(
-    y: Tensor,
-    inputs: TimeInputs,
-    low: Tensor,
-    up: Tensor,
-    vectors: Tensor,
-    ranks: Sequence[int],
-    index: Tensor,
-    time_offset: Tensor | None = None,
-    *,
-    activated: bool = True,
-    cut: TimeCut | None = None,
-) -> Tensor:
-    """Compute the output projection's input from what the recurrence returned.
-
-    `out = (GN((1 + offset) y) + bonus v) (low_g @ up_g^T)`.
-
-    Args:
-        y: of the recurrence [T, C], any float dtype.
-        inputs: of `time_inputs7`; v and bonus are read.
-        low: first halves of the LoRAs [P, T, sum(ranks)], parts to be added up; it may be a slice
-            of the last dimension.
-        up: second halves of the LoRAs [C, sum(ranks)].
-        vectors: [8, C] fp32, rows as `mrss_kernels.time_mix7.VECTORS`.
-        ranks: of the LoRAs of w, a, g, v.
-        index: int32 [3, T] of `ragged_index`; tokens of padding sequences give zeros.
-        time_offset: the layer's output offsets by slot [S or more, C], or None.
-        activated: whether `low` has had its sigmoid.
-        cut: how to cut it; None takes what suits T.
-
-    Returns:
-        [T, C] in the dtype of `up`.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device that the kernel cannot take.
-    """
-    num_tokens, channels = y.shape
-    heads = inputs.bonus.shape[1]
-    size = channels // heads
-    expect_head_size(size)
-    parts, total = low.shape[0], sum(ranks)
-    expect_shape("low", low, (parts, num_tokens, total))
-    expect_shape("v", inputs.v, (num_tokens, channels))
-    expect_shape("bonus", inputs.bonus, (num_tokens, heads))
-    expect_shape("up", up, (channels, total))
-    expect_shape("index", index, (3, num_tokens))
-    expect_dtype("index", index, (torch.int32,))
-    named = [("y", y), ("v", inputs.v), ("bonus", inputs.bonus), ("up", up), ("vectors", vectors)]
-    if time_offset is not None:
-        expect_shape("time_offset", time_offset, (time_offset.shape[0], channels))
-        named.append(("time_offset", time_offset))
-    for name, tensor in [*named, ("low", low)]:
-        expect_dtype(name, tensor, FLOATS)
-    expect_dense([*named, ("index", index)])
-    expect_device("low", low, y.device)
-    out = up.new_empty((num_tokens, channels))
-    if num_tokens:
-        cut = cut or _choose_cut(num_tokens)
-        time_output7_kernel[(heads, -(-num_tokens // cut.block_m))](
-            y,
-            inputs.v,
-            inputs.bonus,
-            low,
-            up,
-            vectors,
-            index,
-            time_offset,
-            out,
-            num_tokens,
-            64e-5,
-            H=heads,
-            N=size,
-            R=low.stride(1),
-            FIRST=ranks[0] + ranks[1],
-            RG=ranks[2],
-            SUM=total,
-            BR=RANK_STEP,
-            BM=cut.block_m,
-            PARTS=parts,
-            ACTIVATED=activated,
-            STAGES=cut.num_stages,
-            num_warps=cut.num_warps,
-            **dependent_launch(up.device),
-        )
-    return out
-
-
-def _choose_cut(num_tokens: int) -> TimeCut:
-    # Few tokens a program for latency, more so that the LoRAs' halves are read less often.
-    return TimeCut(16, 8, 3) if num_tokens <= 128 else TimeCut(64, 4, 3)
 
 
 def _check_time_inputs(
