@@ -22,16 +22,32 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.caching import KEEP
 
 LN_EPS = 1e-5
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _statistics(x, mask, eps, C: tl.constexpr):
-    """Return mean and 1 / standard deviation of the C elements of x that the mask keeps."""
-    mean = tl.sum(x, 0) / C
-    centred = tl.where(mask, x - mean, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    """Return mean and 1 / standard deviation of the C elements of x; it is 0 outside the mask.
+
+    Both sums in one exchange between warps. A mean above the deviation, which would take bits from
+    their difference, costs a second one.
+    """
+    total, squares = tl.reduce((x, x * x), 0, _add_pairs)
+    mean = total / C
+    variance = squares / C - mean * mean
+    if mean * mean > variance:
+        centred = tl.where(mask, x - mean, 0.0)
+        total, squares = tl.reduce((centred, centred * centred), 0, _add_pairs)
+        mean += total / C
+        variance = squares / C
+    return mean, 1.0 / tl.sqrt(variance + eps)
 
 
 @triton.jit
@@ -100,8 +116,8 @@ def add_norm_mix_kernel(
     i_x = i_b
     if EMBED:
         i_x = tl.load(p_tokens + i_b).to(tl.int64)
-    x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    xs = tl.load(p_x + i_x * C + o_s, mask=m_s, other=0.0).to(tl.float32)
+    x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
+    xs = tl.load(p_x + i_x * C + o_s, mask=m_s, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if NORM0:
         mean, scale = _statistics(x, m_c, eps, C)
         x = (x - mean) * scale * tl.load(p_weight0 + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -109,9 +125,9 @@ def add_norm_mix_kernel(
         xs = (xs - mean) * scale * tl.load(p_weight0 + o_s, mask=m_s, other=0.0).to(tl.float32)
         xs += tl.load(p_bias0 + o_s, mask=m_s, other=0.0).to(tl.float32)
     for i in tl.static_range(PARTS):
-        at = (i * B + i_b) * C
-        x += tl.load(p_parts + at + o_c, mask=m_c, other=0.0).to(tl.float32)
-        xs += tl.load(p_parts + at + o_s, mask=m_s, other=0.0).to(tl.float32)
+        p_part = p_parts + (i * B + i_b) * C
+        x += tl.load(p_part + o_c, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
+        xs += tl.load(p_part + o_s, mask=m_s, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if MIXES > 0 and LATE:
         m_shift, p_prev, previous = _last_token(p_slots, p_shift, i_b, o_s, m_s, C)
     mean, scale = _statistics(x, m_c, eps, C)
@@ -119,11 +135,12 @@ def add_norm_mix_kernel(
     if MIXES == 0:
         tl.store(p_out + i_b * C + o_s, h.to(p_out.dtype.element_ty), mask=m_s)
     else:
-        tl.store(p_sum + i_b * C + o_s, xs, mask=m_s)
+        tl.store(p_sum + i_b * C + o_s, xs, mask=m_s, eviction_policy=KEEP)
         tl.store(p_prev, h.to(p_shift.dtype.element_ty), mask=m_shift)
         out = h[None, :] + (previous - h)[None, :] * mix
         p_rows = p_out + (o_i[:, None] * B + i_b) * C + o_s[None, :]
-        tl.store(p_rows, out.to(p_out.dtype.element_ty), mask=m_i)
+        out = out.to(p_out.dtype.element_ty)
+        tl.store(p_rows, out, mask=m_i, eviction_policy=KEEP)
 
 
 def add_norm_mix(

@@ -20,6 +20,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.caching import KEEP, STREAM
 from mrss_kernels.linear_cuts import LinearConfig, choose_config, rows_a_program
 from mrss_kernels.rows_linear import GROUP_LEN, check_config, wait_for_inputs
 
@@ -43,20 +44,20 @@ def key_receptance_gemv_kernel(
     o_n = i_first.to(tl.int64) + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
-    w = tl.load(p_tile)
+    w = tl.load(p_tile, eviction_policy=STREAM)
     p_x += (i_first >= F).to(tl.int32) * K
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = w.to(tl.float32) * tl.load(p_x + o_k).to(tl.float32)[None, :]
     for k in tl.static_range(BK, K, BK):
-        w = tl.load(p_tile + k)
+        w = tl.load(p_tile + k, eviction_policy=STREAM)
         acc += w.to(tl.float32) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
     if i_first >= F:
-        tl.store(p_gate + o_n - F, y)
+        tl.store(p_gate + o_n - F, y, eviction_policy=KEEP)
     else:
         y = tl.maximum(y, 0.0)
-        tl.store(p_key + o_n, (y * y).to(p_key.dtype.element_ty))
+        tl.store(p_key + o_n, (y * y).to(p_key.dtype.element_ty), eviction_policy=KEEP)
 
 
 @triton.jit
@@ -94,11 +95,12 @@ def key_receptance_kernel(
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     if i_first >= F:
         at = o_m.to(tl.int64)[None, :] * (R - F) + (o_n - F)[:, None]
-        tl.store(p_gate + at, acc, mask=m_m[None, :])
+        tl.store(p_gate + at, acc, mask=m_m[None, :], eviction_policy=KEEP)
     else:
         acc = tl.maximum(acc, 0.0)
         at = o_m.to(tl.int64)[None, :] * F + o_n[:, None]
-        tl.store(p_key + at, (acc * acc).to(p_key.dtype.element_ty), mask=m_m[None, :])
+        key = (acc * acc).to(p_key.dtype.element_ty)
+        tl.store(p_key + at, key, mask=m_m[None, :], eviction_policy=KEEP)
 
 
 def key_receptance(

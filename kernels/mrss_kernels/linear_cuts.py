@@ -26,7 +26,8 @@ class LinearConfig(NamedTuple):
     """How one product is cut: outputs a program, K a block, parts of K, warps, pipeline stages.
 
     One stage means the ordinary cores (one row only), more the tensor cores with blocks loaded
-    ahead. On these the first block comes in `num_pieces`, one after the other.
+    ahead. On these the first block comes in `num_pieces`, one after the other, and `prefetch`
+    columns of the second one are asked into the L2 behind it.
     """
 
     block_n: int
@@ -35,6 +36,7 @@ class LinearConfig(NamedTuple):
     num_warps: int
     num_stages: int = 1
     num_pieces: int = 1
+    prefetch: int = 0
 
 
 def rows_a_program(rows: int, config: LinearConfig) -> int:
@@ -70,15 +72,16 @@ def choose_config(
             return found
     num_splits = 1
     while splittable and size_k % (128 * num_splits * 2) == 0:
-        programs = -(-size_r // 64) * num_splits
-        waves = programs / NUM_MULTIPROCESSORS
-        # Too few programs, or a second wave that leaves many multiprocessors without work.
-        if programs >= 100 and not 1 < waves < 1.7:
+        if -(-size_r // 64) * num_splits >= 100:
             break
         num_splits *= 2
     part = size_k // num_splits
-    # Long blocks where they fit: fewer, longer pieces of a row of memory.
-    block_k = _largest_block(part, 256 if part >= 1024 and shared_bytes >= HOPPER_SHARED else 128)
+    programs = -(-size_r // 64) * num_splits
+    # Long blocks where they fit: fewer, longer pieces of a row of memory. But two programs side by
+    # side where all of them then run at once and one after the other would leave a gap.
+    in_pairs = NUM_MULTIPROCESSORS < programs <= 2 * NUM_MULTIPROCESSORS
+    long = part >= 512 and shared_bytes >= HOPPER_SHARED and not in_pairs
+    block_k = _largest_block(part, 256 if long else 128)
     return LinearConfig(64, block_k, num_splits, 4, 3 if block_k == 256 or rows > 32 else 4)
 
 
@@ -106,8 +109,14 @@ def _cut_in_long_blocks(
     if rows <= 4 and part >= 4096 and fills_last_wave and shared_bytes >= HOPPER_SHARED:
         return LinearConfig(64, LONG_BLOCK, num_splits, 4, 3)
     all_start_at_once = programs <= NUM_MULTIPROCESSORS
-    num_pieces = 4 if not splittable and part <= 2048 and all_start_at_once else 1
-    return LinearConfig(32, LONG_BLOCK, num_splits, 2, 3, num_pieces)
+    if not splittable and part <= 2048 and all_start_at_once:
+        return LinearConfig(32, LONG_BLOCK, num_splits, 2, 3, num_pieces=4)
+    if splittable and num_splits == 1 and programs >= 100 and all_start_at_once:
+        # Few bytes each, and a norm in front: what is asked for early decides.
+        if rows > 4 and shared_bytes >= HOPPER_SHARED:
+            return LinearConfig(64, LONG_BLOCK, 1, 4, 3)
+        return LinearConfig(32, LONG_BLOCK, 1, 2, 3, num_pieces=2, prefetch=256)
+    return LinearConfig(32, LONG_BLOCK, num_splits, 2, 3)
 
 
 def _largest_block(size: int, at_most: int) -> int:

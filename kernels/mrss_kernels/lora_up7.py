@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.caching import KEEP
 
 
 @triton.jit
@@ -93,20 +94,21 @@ def lora_up_kernel(
     if i_lora == 0:
         w0 = tl.load(p_vectors + o_n)[:, None]
         u = _lora_rows(p_low, p_up, o_n, o_m, B, R, BM, BN, SUM, RW, BRW, PARTS, 1, PDL)
-        tl.store(p_o, -0.6065306597126334 * tl.sigmoid(w0 + u), mask=m_o)
+        y = -0.6065306597126334 * tl.sigmoid(w0 + u)
+        tl.store(p_o, y, mask=m_o, eviction_policy=KEEP)
     elif i_lora == 1:
         a0 = tl.load(p_vectors + C + o_n)[:, None]
         u = _lora_rows(p_low + RW, p_up + RW, o_n, o_m, B, R, BM, BN, SUM, RA, BRA, PARTS, 0, PDL)
-        tl.store(p_o, tl.sigmoid(a0 + u), mask=m_o)
+        tl.store(p_o, tl.sigmoid(a0 + u), mask=m_o, eviction_policy=KEEP)
     elif i_lora == 2:
         p_g, p_upg = p_low + RW + RA, p_up + RW + RA
         u = _lora_rows(p_g, p_upg, o_n, o_m, B, R, BM, BN, SUM, RG, BRG, PARTS, 2, PDL)
-        tl.store(p_o, u, mask=m_o)
+        tl.store(p_o, u, mask=m_o, eviction_policy=KEEP)
     elif RV > 0:
         v0 = tl.load(p_vectors + 2 * C + o_n)[:, None]
         p_v, p_upv = p_low + RW + RA + RG, p_up + RW + RA + RG
         u = _lora_rows(p_v, p_upv, o_n, o_m, B, R, BM, BN, SUM, RV, BRV, PARTS, 0, PDL)
-        tl.store(p_o, tl.sigmoid(v0 + u), mask=m_o)
+        tl.store(p_o, tl.sigmoid(v0 + u), mask=m_o, eviction_policy=KEEP)
 
 
 def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -123,12 +125,13 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
     channels = up.shape[0]
     out = up.new_empty((4, rows, channels), dtype=torch.float32)
     # Few rows: one wide block a rank, for latency. Many: narrow ones that leave room for rows.
-    block_m, widest = (16, 512) if rows <= 16 else (32, 128)
-    block_n = 64 if rows > 16 else 32
+    block_m, widest, num_warps = 32, 128, 4
+    if rows <= 32:
+        block_m, widest, num_warps = 16, 512 if rows <= 16 else 256, 8
     sizes = rank_sizes(ranks)
     sizes |= {name: min(size, widest) for name, size in sizes.items() if name.startswith("B")}
     num_loras = 4 if ranks[3] else 3
-    lora_up_kernel[(channels // block_n, num_loras, -(-rows // block_m))](
+    lora_up_kernel[(channels // 64, num_loras, -(-rows // block_m))](
         low,
         up,
         vectors,
@@ -139,8 +142,8 @@ def lora_up(low: Tensor, up: Tensor, vectors: Tensor, ranks: Sequence[int]) -> T
         **sizes,
         PARTS=parts,
         BM=block_m,
-        BN=block_n,
-        num_warps=4,
+        BN=64,
+        num_warps=num_warps,
         **dependent_launch(out.device),
     )
     return out

@@ -25,6 +25,7 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
 from mrss_kernels.add_norm_mix import LN_EPS, _statistics
+from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
 from mrss_kernels.time_mix6 import multiply_codes
 
@@ -110,20 +111,21 @@ def norm_mix6_kernel(
     i_x = i_b
     if EMBED:
         i_x = tl.load(p_tokens + i_b).to(tl.int64)
-    x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if NORM0:
         mean, scale = _statistics(x, m_c, eps, C)
         x = (x - mean) * scale * tl.load(p_weight0 + o_c, mask=m_c, other=0.0).to(tl.float32)
         x += tl.load(p_bias0 + o_c, mask=m_c, other=0.0).to(tl.float32)
     if PARTS > 0:
         p_part = p_parts + i_b * C + o_c
-        delta = tl.load(p_part, mask=m_c, other=0.0).to(tl.float32)
+        delta = tl.load(p_part, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
         for i in tl.static_range(1, PARTS):
-            delta += tl.load(p_part + i * B * C, mask=m_c, other=0.0).to(tl.float32)
+            p = p_part + i * B * C
+            delta += tl.load(p, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
         delta *= unscale
         if GATED:
-            gate = tl.load(p_gate + i_b * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-            delta *= tl.sigmoid(gate)
+            gate = tl.load(p_gate + i_b * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP)
+            delta *= tl.sigmoid(gate.to(tl.float32))
         x += delta
     mean, scale = _statistics(x, m_c, eps, C)
     h = (x - mean) * scale * weight + bias
@@ -131,21 +133,23 @@ def norm_mix6_kernel(
     if MIXES == 0:
         tl.store(p_out + at, h.to(p_out.dtype.element_ty), mask=m_s)
     else:
-        tl.store(p_sum + at, x, mask=m_s)
+        tl.store(p_sum + at, x, mask=m_s, eviction_policy=KEEP)
         mixed = h + (previous - h) * mix
         if MIXES == 2:
             p_prev = p_shift + slot * C + o_c
             tl.store(p_prev, h.to(p_shift.dtype.element_ty), mask=m_s & m_prev)
             mixed *= key_scale
             second = h + (previous - h) * mix_r
-            tl.store(p_out + B * C + at, second.to(p_out.dtype.element_ty), mask=m_s)
+            second = second.to(p_out.dtype.element_ty)
+            tl.store(p_out + B * C + at, second, mask=m_s, eviction_policy=KEEP)
         else:
-            tl.store(p_h + at, h, mask=m_s)
+            tl.store(p_h + at, h, mask=m_s, eviction_policy=KEEP)
         if DOWN:
             code = tl.sum(down.to(tl.float32) * mixed[None, :], 1)
             tl.store(p_out + i_b * R + o_n, code.to(p_out.dtype.element_ty), mask=o_n < R)
         else:
-            tl.store(p_out + at, mixed.to(p_out.dtype.element_ty), mask=m_s)
+            mixed = mixed.to(p_out.dtype.element_ty)
+            tl.store(p_out + at, mixed, mask=m_s, eviction_policy=KEEP)
 
 
 def add_norm_codes(

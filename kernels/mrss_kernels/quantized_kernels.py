@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mrss_kernels.caching import KEEP
 from mrss_kernels.rows_linear import wait_for_inputs
 from mrss_kernels.unpack_codes import both_scales, unpack, widen
 
@@ -74,7 +75,8 @@ def gemv4_kernel(
     if RELU2:
         y = tl.maximum(y, 0.0)
         y = y * y
-    tl.store(p_y + i_s * R + o_n, y.to(p_y.dtype.element_ty), mask=m_n)
+    y = y.to(p_y.dtype.element_ty)
+    tl.store(p_y + i_s * R + o_n, y, mask=m_n, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -129,7 +131,8 @@ def few8_kernel(
         y = tl.maximum(y, 0.0)
         y = y * y
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
-    tl.store(p_out, y.to(p_y.dtype.element_ty), mask=m_n[:, None] & (o_m < B)[None, :])
+    y = y.to(p_y.dtype.element_ty)
+    tl.store(p_out, y, mask=m_n[:, None] & (o_m < B)[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -194,7 +197,8 @@ def few4_kernel(
         y = tl.maximum(y, 0.0)
         y = y * y
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
-    tl.store(p_out, y.to(p_y.dtype.element_ty), mask=m_n[:, None] & (o_m < B)[None, :])
+    y = y.to(p_y.dtype.element_ty)
+    tl.store(p_out, y, mask=m_n[:, None] & (o_m < B)[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -243,7 +247,8 @@ def wide8_kernel(
         y = tl.maximum(y, 0.0)
         y = y * y
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
-    tl.store(p_out, y.to(p_y.dtype.element_ty), mask=m_n[:, None] & (o_m < B)[None, :])
+    y = y.to(p_y.dtype.element_ty)
+    tl.store(p_out, y, mask=m_n[:, None] & (o_m < B)[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -301,4 +306,5 @@ def wide4_kernel(
         acc = tl.maximum(acc, 0.0)
         acc = acc * acc
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
-    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & (o_m < B)[None, :])
+    acc = acc.to(p_y.dtype.element_ty)
+    tl.store(p_out, acc, mask=m_n[:, None] & (o_m < B)[None, :], eviction_policy=KEEP)

@@ -21,6 +21,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.caching import KEEP, STREAM
 from mrss_kernels.linear_cuts import LinearConfig, choose_config, rows_a_program
 from mrss_kernels.unpack_codes import widen
 
@@ -66,9 +67,9 @@ def gemv_kernel(
     p_tile = p_w + o_n[:, None] * K + o_k[None, :]
     # A weight is read once a step: what else is in the L2 is worth more.
     if EVEN:
-        w = tl.load(p_tile, eviction_policy="evict_first")
+        w = tl.load(p_tile, eviction_policy=STREAM)
     else:
-        w = tl.load(p_tile, mask=m_n, other=0.0, eviction_policy="evict_first")
+        w = tl.load(p_tile, mask=m_n, other=0.0, eviction_policy=STREAM)
     if GROUPED:
         p_x += tl.load(p_groups + i_n * BN // 64) * K
     if PDL:
@@ -77,9 +78,9 @@ def gemv_kernel(
     for k in tl.static_range(BK, K // SPLITS, BK):
         p_next = p_tile + k
         if EVEN:
-            w = tl.load(p_next, eviction_policy="evict_first")
+            w = tl.load(p_next, eviction_policy=STREAM)
         else:
-            w = tl.load(p_next, mask=m_n, other=0.0, eviction_policy="evict_first")
+            w = tl.load(p_next, mask=m_n, other=0.0, eviction_policy=STREAM)
         acc += widen(w, tl.float32, ASM) * tl.load(p_x + k + o_k).to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
     if SCALED:
@@ -87,7 +88,8 @@ def gemv_kernel(
     if RELU2:
         y = tl.maximum(y, 0.0)
         y = y * y
-    tl.store(p_y + i_s * R + o_n, y.to(p_y.dtype.element_ty), mask=o_n < R)
+    y = y.to(p_y.dtype.element_ty)
+    tl.store(p_y + i_s * R + o_n, y, mask=o_n < R, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -116,6 +118,20 @@ def wait_for_copies(k, after):
 
 
 @triton.jit
+def prefetch_columns(p_w, first_row, R, K: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ask COLUMNS columns of BN rows of w [R, K] into the L2, the first of them at p_w."""
+    PIECES: tl.constexpr = 64 // BN if BN < 64 else 1
+    o = tl.arange(0, BN * PIECES)
+    row = tl.minimum(first_row.to(tl.int64) + o // PIECES, R - 1)
+    address = (p_w + row * K + o % PIECES * (COLUMNS // PIECES)).to(tl.int64, bitcast=True)
+    num_bytes = o * 0 + COLUMNS // PIECES * (p_w.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [address, num_bytes], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def skinny_kernel(
     p_x,
     p_w,
@@ -128,6 +144,7 @@ def skinny_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PIECES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -138,7 +155,8 @@ def skinny_kernel(
     """Grid (R / BN, SPLITS, B / BM). x [M, B, K], w [R, K], y [SPLITS, B, R].
 
     A block is BK columns in PIECES. Of the first block, which is there before x is, a piece is
-    asked for when the piece before it has arrived.
+    asked for when the piece before it has arrived; of the second one PREFETCH columns come into
+    the L2.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -154,6 +172,8 @@ def skinny_kernel(
     if GROUPED:
         p_x += tl.load(p_groups + i_n * BN // 64).to(tl.int64) * B * K
     p_rows = p_x + o_m[:, None] * K + o_k[None, :]
+    if PDL and PREFETCH > 0:
+        prefetch_columns(p_w + i_s * (K // SPLITS) + BK, i_n * BN, R, K, BN, PREFETCH)
     if K // SPLITS == BP:
         w = tl.load(p_tile) if EVEN else tl.load(p_tile, mask=m_n, other=0.0)
         if PDL:
@@ -181,7 +201,8 @@ def skinny_kernel(
         acc = tl.maximum(acc, 0.0)
         acc = acc * acc
     p_out = p_y + (i_s * B + o_m).to(tl.int64)[None, :] * R + o_n[:, None]
-    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m_n & (o_m < B)[None, :])
+    acc = acc.to(p_y.dtype.element_ty)
+    tl.store(p_out, acc, mask=m_n & (o_m < B)[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -283,7 +304,8 @@ def rows_linear(
         gemv_kernel[grid](x, weight, None, groups, y, size_r, **flags)
     elif rows:
         block_m = rows_a_program(rows, config)
-        flags |= {"BM": block_m, "STAGES": config.num_stages, "PIECES": config.num_pieces}
+        flags |= {"BM": block_m, "STAGES": config.num_stages}
+        flags |= {"PIECES": config.num_pieces, "PREFETCH": config.prefetch}
         skinny_kernel[(*grid, -(-rows // block_m))](
             x, weight, groups, y, rows, size_r, num_stages=config.num_stages, **flags
         )
@@ -304,6 +326,10 @@ def check_config(
         raise ValueError(
             f"block_k must be a multiple of 16 * num_pieces = {16 * config.num_pieces}, "
             f"got {config.block_k}"
+        )
+    if config.prefetch % 64 or config.prefetch > min(config.block_k, part - config.block_k):
+        raise ValueError(
+            f"prefetch must be a multiple of 64 that a second block has, got {config.prefetch}"
         )
     if config.num_stages == 1 and rows > 1:
         raise ValueError(f"num_stages must be 2 or more for {rows} rows, got {config.num_stages}")

@@ -21,6 +21,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.caching import KEEP
 
 MAX_ROWS = 8
 """Rows up to which the product is worth it: each has its own zeros, and the cache is finite."""
@@ -78,7 +79,7 @@ def sparse_linear_kernel(
         w = tl.load(p_tile, mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc += x[:, None] * w.to(tl.float32)
     p_out = p_y + (i_p * B + i_b) * R + o_n
-    tl.store(p_out, tl.sum(acc, 0), mask=m_n)
+    tl.store(p_out, tl.sum(acc, 0), mask=m_n, eviction_policy=KEEP)
 
 
 def sparse_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
+from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import choose_config
 from mrss_kernels.lora_up7 import sum_parts
 from mrss_kernels.rows_linear import GROUP_LEN, MAX_ROWS, rows_linear
@@ -87,10 +88,11 @@ def mix_inputs_kernel(
     else:
         moved = tl.dot(up, tl.trans(z.to(up.dtype)), input_precision="ieee")
     m_o = m_m[None, :] & (o_n < C)[:, None]
-    h = tl.load(p_h + o_m[None, :] * C + o_n[:, None], mask=m_o, other=0.0)
+    p_tile = p_h + o_m[None, :] * C + o_n[:, None]
+    h = tl.load(p_tile, mask=m_o, other=0.0, eviction_policy=KEEP)
     out = h + (previous - h) * (mix[:, None] + moved)
     p_o = p_out + (i_x * B + o_m)[None, :] * C + o_n[:, None]
-    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -170,7 +172,8 @@ def time_mix6_kernel(
     y -= tl.sum(y, 0) / N
     y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps) * gn_w + gn_b
     y *= g * tl.sigmoid(g) * out_scale
-    tl.store(p_out + at, tl.where(live, y, 0.0).to(p_out.dtype.element_ty))
+    y = tl.where(live, y, 0.0).to(p_out.dtype.element_ty)
+    tl.store(p_out + at, y, eviction_policy=KEEP)
 
 
 def multiply_codes(x: Tensor, down: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch
+from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
 from mrss_kernels.lora_up7 import load_up, lora_up, rank_sizes, sum_parts
 from mrss_kernels.time_mix7_few import time_mix7_few_kernel
@@ -41,6 +42,10 @@ MAX_FUSED_ROWS = 8
 
 MAX_SINGLE_ROWS = 4
 """Rows up to which a program of one row may do so."""
+
+SLIM_REGISTERS, MAX_SLIM_RANKS = 192, 640
+"""A program of two rows does with so many registers a thread, which leave room for the next
+product's, up to this sum of ranks; with more it would spill."""
 
 GROUP_NORM_EPS = 64e-5
 
@@ -149,9 +154,9 @@ def time_mix7_kernel(
             gate = tl.sigmoid(v0 + _lora_row(p_z + RW + RA + RG, up_v, stride, RV, BRV, PARTS, 0))
         else:
             gate = tl.load(p_lora + 3 * B * C + at)
-        v += (tl.load(p_first + at) - v) * gate
+        v += (tl.load(p_first + at, eviction_policy=KEEP) - v) * gate
     else:
-        tl.store(p_first + at, v)
+        tl.store(p_first + at, v, eviction_policy=KEEP)
     kk = k * k_k
     kk = kk / tl.maximum(tl.sqrt(tl.sum(kk * kk, 0)), 1e-12)
     k = k * (1 + (a - 1) * k_a)
@@ -165,7 +170,8 @@ def time_mix7_kernel(
     y -= tl.sum(y, 0) / N
     y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps) * gn_w + gn_b
     y += tl.sum(r * k * r_k, 0) * v
-    tl.store(p_out + at, tl.where(live, y * g, 0.0).to(p_out.dtype.element_ty))
+    y = tl.where(live, y * g, 0.0).to(p_out.dtype.element_ty)
+    tl.store(p_out + at, y, eviction_policy=KEEP)
 
 
 def time_mix7(
@@ -219,6 +225,8 @@ def time_mix7(
     flags |= dependent_launch(out.device)
     group = few_rows_group(rows, heads) if rows <= fuse_rows else 0
     if group and size == 64 and up.element_size() == 2:
+        if flags["PDL"] and group == 2 and sum(ranks) <= MAX_SLIM_RANKS:
+            flags["maxnreg"] = SLIM_REGISTERS
         time_mix7_few_kernel[(heads, -(-rows // group))](
             projected,
             low,

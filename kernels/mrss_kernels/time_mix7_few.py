@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mrss_kernels.caching import KEEP
 from mrss_kernels.lora_up7 import sum_parts
 
 
@@ -222,9 +223,9 @@ def time_mix7_few_kernel(
         v = sum_parts(p_row + 2 * C, m_w, stride, PARTS)
     m_one = m_w & (o_w % SHARE == 0)[:, None]
     if RV > 0:
-        first = tl.load(p_first + at, mask=m_w, other=0.0)
+        first = tl.load(p_first + at, mask=m_w, other=0.0, eviction_policy=KEEP)
     else:
-        tl.store(p_first + at, v, mask=m_one)
+        tl.store(p_first + at, v, mask=m_one, eviction_policy=KEEP)
     dtype: tl.constexpr = p_up.dtype.element_ty
     z_w = _words(2 * _sigmoid(2 * even_w) - 1, 2 * _sigmoid(2 * odd_w) - 1, dtype)
     z_a = _words(even_a, odd_a, dtype)
@@ -289,4 +290,5 @@ def time_mix7_few_kernel(
     y -= (tl.sum(y, 1) / N)[:, None]
     y = y / tl.sqrt(tl.sum(y * y, 1) / N + eps)[:, None] * gn_w + gn_b
     y = (y + tl.sum(r * k * r_k, 1)[:, None] * v) * g
-    tl.store(p_out + at, tl.where(live, y, 0.0).to(p_out.dtype.element_ty), mask=m_one)
+    y = tl.where(live, y, 0.0).to(p_out.dtype.element_ty)
+    tl.store(p_out + at, y, mask=m_one, eviction_policy=KEEP)

@@ -66,7 +66,8 @@ WIDE_HEAD |= {"B" + name: rank for name, rank in WIDE_RANKS.items()}
 FEW_ROWS = [("1.5b", HEAD | BLOCKS, group) for group in (2, 1, 4)]
 FEW_ROWS += [("7.2b", WIDE_HEAD, group) for group in (1, 2)]
 GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
-SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PIECES": 1, "PDL": True}
+SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PIECES": 1, "PREFETCH": 0}
+SKINNY |= {"PDL": True}
 POOLS = {"*fp32": "fp32", "*fp16": "fp16"}
 
 
@@ -97,7 +98,9 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
             constants = head | flags | {"G": group, "WARPS": 8}
             label_full = f"time_mix7_few_kernel {name} {label} {group}"
             kernel = time_mix7_few.time_mix7_few_kernel
-            found.append((label_full, kernel, types, constants, options))
+            slim = group == 2 and sum(head[x] for x in RANKS) <= time_mix7.MAX_SLIM_RANKS
+            limit = {"maxnreg": time_mix7.SLIM_REGISTERS} if slim else {}
+            found.append((label_full, kernel, types, constants, options | limit))
     pdl = {"num_warps": 4, "launch_pdl": True}
     for grouped, relu2 in ((True, False), (False, True)):
         flags = {"GROUPED": grouped, "RELU2": relu2, "EVEN": grouped}
@@ -112,11 +115,11 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
             constants = SKINNY | flags | cut
             label_full = f"skinny_kernel {label} {label_k}"
             found.append((label_full, rows_linear.skinny_kernel, types, constants, pdl))
-        for pieces in (1, 4):
+        for pieces, columns in ((1, 0), (2, 256), (4, 0)):
             constants = SKINNY | flags | {"BM": 8, "BN": 32, "BK": 512, "STAGES": 3}
             options = {"num_warps": 2, "launch_pdl": True}
             name = f"skinny_kernel {label} {pieces} pieces"
-            few = constants | {"PIECES": pieces}
+            few = constants | {"PIECES": pieces, "PREFETCH": columns}
             found.append((name, rows_linear.skinny_kernel, types, few, options))
     for mixes in (0, 1, 6):
         constants = {"C": 2048, "BC": 2048, "BS": 256, "PARTS": 4, "MIXES": mixes, "BX": 8}
@@ -127,10 +130,11 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     constants = {"BLOCK": 2048, "PDL": True}
     found.append(("square_relu_kernel", rows_linear.square_relu_kernel, types, constants, pdl))
     constants = {"C": 2048, "R": HEAD["R"], **RANKS, "PARTS": 1, "PDL": True}
-    for rows, widest, width in ((16, 512, 32), (32, 128, 64)):
-        cut = {name: min(size, widest) for name, size in BLOCKS.items()} | {"BM": rows, "BN": width}
-        label = f"lora_up_kernel {rows}"
-        found.append((label, lora_up7.lora_up_kernel, LORA, constants | cut, pdl))
+    for rows, widest, num_warps in ((16, 512, 8), (16, 256, 8), (32, 128, 4)):
+        cut = {name: min(size, widest) for name, size in BLOCKS.items()} | {"BM": rows, "BN": 64}
+        label = f"lora_up_kernel {rows} {widest}"
+        options = {"num_warps": num_warps, "launch_pdl": True}
+        found.append((label, lora_up7.lora_up_kernel, LORA, constants | cut, options))
     types = {"p_x": HALF, "p_w": HALF, "p_index": "*i32", "p_y": "*fp32", "B": "i32"}
     constants = {"K": 8192, "R": 2048, "PART": 1024, "BP": 1024, "BN": 128, "BK": 64, "PDL": True}
     options = {"num_warps": 8, "launch_pdl": True}

@@ -113,10 +113,13 @@ class TestRowsLinear:
             compare_linear(rows, size_r, size_k, torch.float16, None)
 
 
-def compare_norm(rows, num_parts, num_mixes, dtype, embed=False, slots=None, channels=CHANNELS):
+def compare_norm(
+    rows, num_parts, num_mixes, dtype, embed=False, slots=None, channels=CHANNELS, mean=0.0
+):
     slots = torch.tensor(slots or [4, 0, 7, -1, 2][:rows], device=DEVICE)
     tokens = torch.tensor([3, 9, 3, 0, 1][:rows], device=DEVICE) if embed else None
     x = randn(11 if embed else rows, channels, seed=1, dtype=dtype if embed else torch.float32)
+    x += mean
     parts = randn(num_parts, rows, channels, seed=2) if num_parts else None
     weight, bias = randn(channels, seed=3, dtype=dtype), randn(channels, seed=4, dtype=dtype)
     mix = randn(num_mixes, channels, seed=5, dtype=dtype)
@@ -149,6 +152,10 @@ class TestAddNormMix:
 
     def test_the_first_layer_looks_up_its_tokens(self):
         compare_norm(5, 0, 6, torch.float16, embed=True)
+
+    @pytest.mark.parametrize("mean", [0.9, 3.0, 2000.0])
+    def test_a_mean_beside_the_deviation_costs_no_precision(self, mean):
+        compare_norm(2, 2, 1, torch.float32, mean=mean)
 
     def test_a_row_is_cut_into_slices(self):
         compare_norm(2, 1, 1, torch.float32, channels=832)
@@ -279,6 +286,9 @@ class TestWrongArguments:
             linear_ops.rows_linear(x, weight, activation="relu2", config=config)
         with pytest.raises(ValueError, match=r"K must be a multiple of .* = 256, got 128"):
             linear_ops.rows_linear(x, weight, config=LinearConfig(64, 256, 1, 4))
+        config = LinearConfig(64, 64, 1, 4, 2, prefetch=128)
+        with pytest.raises(ValueError, match="prefetch must be a multiple of 64 that a second"):
+            linear_ops.rows_linear(x, weight, config=config)
         with pytest.raises(ValueError, match="num_stages must be 2 or more for 2 rows, got 1"):
             linear_ops.rows_linear(x, weight, config=LinearConfig(64, 64, 1, 4))
         groups = torch.zeros(2, dtype=torch.int32, device=DEVICE)
