@@ -28,23 +28,24 @@ LN_EPS = 1e-5
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+def sum_pair(a, b, axis: tl.constexpr):
+    """Return the sums of a and b along an axis, in one exchange between warps."""
+    return tl.split(tl.sum(tl.join(a, b), axis))
 
 
 @triton.jit
-def _statistics(x, mask, eps, C: tl.constexpr):
+def row_statistics(x, mask, eps, C: tl.constexpr):
     """Return mean and 1 / standard deviation of the C elements of x; it is 0 outside the mask.
 
     Both sums in one exchange between warps. A mean above the deviation, which would take bits from
     their difference, costs a second one.
     """
-    total, squares = tl.reduce((x, x * x), 0, _add_pairs)
+    total, squares = sum_pair(x, x * x, 0)
     mean = total / C
     variance = squares / C - mean * mean
     if mean * mean > variance:
         centred = tl.where(mask, x - mean, 0.0)
-        total, squares = tl.reduce((centred, centred * centred), 0, _add_pairs)
+        total, squares = sum_pair(centred, centred * centred, 0)
         mean += total / C
         variance = squares / C
     return mean, 1.0 / tl.sqrt(variance + eps)
@@ -119,7 +120,7 @@ def add_norm_mix_kernel(
     x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
     xs = tl.load(p_x + i_x * C + o_s, mask=m_s, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if NORM0:
-        mean, scale = _statistics(x, m_c, eps, C)
+        mean, scale = row_statistics(x, m_c, eps, C)
         x = (x - mean) * scale * tl.load(p_weight0 + o_c, mask=m_c, other=0.0).to(tl.float32)
         x += tl.load(p_bias0 + o_c, mask=m_c, other=0.0).to(tl.float32)
         xs = (xs - mean) * scale * tl.load(p_weight0 + o_s, mask=m_s, other=0.0).to(tl.float32)
@@ -130,7 +131,7 @@ def add_norm_mix_kernel(
         xs += tl.load(p_part + o_s, mask=m_s, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if MIXES > 0 and LATE:
         m_shift, p_prev, previous = _last_token(p_slots, p_shift, i_b, o_s, m_s, C)
-    mean, scale = _statistics(x, m_c, eps, C)
+    mean, scale = row_statistics(x, m_c, eps, C)
     h = (xs - mean) * scale * weight + bias
     if MIXES == 0:
         tl.store(p_out + i_b * C + o_s, h.to(p_out.dtype.element_ty), mask=m_s)

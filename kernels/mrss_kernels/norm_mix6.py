@@ -24,7 +24,7 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, next_power_of_2
-from mrss_kernels.add_norm_mix import LN_EPS, _statistics
+from mrss_kernels.add_norm_mix import LN_EPS, row_statistics
 from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
 from mrss_kernels.time_mix6 import multiply_codes
@@ -113,7 +113,7 @@ def norm_mix6_kernel(
         i_x = tl.load(p_tokens + i_b).to(tl.int64)
     x = tl.load(p_x + i_x * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP).to(tl.float32)
     if NORM0:
-        mean, scale = _statistics(x, m_c, eps, C)
+        mean, scale = row_statistics(x, m_c, eps, C)
         x = (x - mean) * scale * tl.load(p_weight0 + o_c, mask=m_c, other=0.0).to(tl.float32)
         x += tl.load(p_bias0 + o_c, mask=m_c, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -127,7 +127,7 @@ def norm_mix6_kernel(
             gate = tl.load(p_gate + i_b * C + o_c, mask=m_c, other=0.0, eviction_policy=KEEP)
             delta *= tl.sigmoid(gate.to(tl.float32))
         x += delta
-    mean, scale = _statistics(x, m_c, eps, C)
+    mean, scale = row_statistics(x, m_c, eps, C)
     h = (x - mean) * scale * weight + bias
     at = i_b * C + o_c
     if MIXES == 0:
