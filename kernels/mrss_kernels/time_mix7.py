@@ -26,7 +26,6 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch
-from mrss_kernels.add_norm_mix import row_statistics, sum_pair
 from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
 from mrss_kernels.lora_up7 import load_up, lora_up, rank_sizes, sum_parts
@@ -162,21 +161,15 @@ def time_mix7_kernel(
     kk = kk / tl.maximum(tl.sqrt(tl.sum(kk * kk, 0)), 1e-12)
     k = k * (1 + (a - 1) * k_a)
     s = state.to(tl.float32)
-    decay = tl.exp(w)
-    kka = kk * a
-    # With S' = S D - (S kk) kka^T + v k^T, S' r takes two sums over the old state, none over S'.
-    removed, kept = sum_pair(s * kk[None, :], s * (decay * r)[None, :], 1)
-    s = s * decay[None, :] - removed[:, None] * kka[None, :] + v[:, None] * k[None, :]
+    removed = tl.sum(s * kk[None, :], 1)
+    s = s * tl.exp(w)[None, :] - removed[:, None] * (kk * a)[None, :] + v[:, None] * k[None, :]
     tl.store(p_s, s.to(p_pool.dtype.element_ty), mask=live[:, None])
-    kr = k * r
-    added, undone = sum_pair(tl.join(kr, kr * r_k), tl.join(kka * r, kr), 0)
-    added, bonus = tl.split(added)
-    undone, _ = tl.split(undone)
-    y = kept + added * v - undone * removed
+    y = tl.sum(s * r[None, :], 1)
     if OFFSET:
         y *= 1 + tl.load(p_offset + slot * C + o_c, mask=live, other=0.0).to(tl.float32)
-    mean, scale = row_statistics(y, o_n < N, eps, N)
-    y = (y - mean) * scale * gn_w + gn_b + bonus * v
+    y -= tl.sum(y, 0) / N
+    y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps) * gn_w + gn_b
+    y += tl.sum(r * k * r_k, 0) * v
     y = tl.where(live, y * g, 0.0).to(p_out.dtype.element_ty)
     tl.store(p_out + at, y, eviction_policy=KEEP)
 
