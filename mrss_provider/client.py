@@ -292,6 +292,19 @@ def _encode(body: Mapping[str, Any]) -> bytes:
             f"the text must be whole Unicode characters, got half of a surrogate pair "
             f"({exc.object[exc.start]!r})"
         ) from exc
+    except (TypeError, ValueError) as exc:
+        key = next(key for key, value in body.items() if not _has_json(value))
+        raise InvalidRequestError(
+            f"{key} cannot be sent: it holds what JSON has no form for ({exc})", param=key
+        ) from exc
+
+
+def _has_json(value: object) -> bool:
+    try:
+        _ENCODE(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def parse_address(address: str) -> tuple[str, Path | None]:

@@ -30,6 +30,16 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: not all of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no integer of more than some thousand digits.
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class MRSSError(Exception):
     """The root. `str(error)` is one sentence for the user."""
 

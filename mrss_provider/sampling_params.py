@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import InvalidRequestError, shown
 
 SamplingOrder = Literal["openai", "rwkv"]
 
@@ -104,14 +104,24 @@ class SamplingParams:
         )
 
     def _check_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequestError(
+                f"logit_bias must be a mapping: token id -> bias, got {shown(self.logit_bias)}",
+                param="logit_bias",
+            )
         for token_id, bias in self.logit_bias.items():
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_integer or not 0 <= token_id < 2**31:
                 raise InvalidRequestError(
-                    f"logit_bias keys are token ids, got {token_id!r}", param="logit_bias"
+                    f"logit_bias keys are token ids, got {shown(token_id)}", param="logit_bias"
                 )
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
 
     def _check_stop(self) -> None:
+        if not isinstance(self.stop, tuple | list):
+            raise InvalidRequestError(
+                f"stop must be a tuple of strings, got {shown(self.stop)}", param="stop"
+            )
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequestError(
                 f"stop takes at most {MAX_STOPS} strings, got {len(self.stop)}", param="stop"
@@ -119,7 +129,7 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequestError(
-                    f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {text!r}",
+                    f"a stop string has 1 to {MAX_STOP_CHARS} characters, got {shown(text)}",
                     param="stop",
                 )
 
@@ -139,17 +149,17 @@ def _check_range(
     inside = is_number and low <= value <= high  # type: ignore[operator]
     if not inside or (low_open and value == low):
         raise InvalidRequestError(
-            f"{name} must be in {allowed}, got {value!r:.40}", param=param or name
+            f"{name} must be in {allowed}, got {shown(value)}", param=param or name
         )
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequestError(
-            f"{name} must be an integer in [{low}, {high}], got {value!r:.40}", param=name
+            f"{name} must be an integer in [{low}, {high}], got {shown(value)}", param=name
         )
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be true or false, got {value!r}", param=name)
+        raise InvalidRequestError(f"{name} must be true or false, got {shown(value)}", param=name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import InvalidRequestError, shown
 from mrss_provider.sampling_params import SamplingParams
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -172,6 +172,11 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         assert (self.messages is None) != (self.prompt is None)
         assert self.messages is None or not self.echo
+        if self.prompt is not None:
+            _check_kind(self.prompt, "prompt")
+        _check_count(self.n, "n")
+        if self.best_of is not None:
+            _check_count(self.best_of, "best_of")
         self._check_session()
         self._check_echo()
         self._check_best_of()
@@ -249,6 +254,21 @@ class GenerateRequest:
                 )
 
 
+def _check_kind(text: object, where: str) -> None:
+    """Refuse what is neither text nor token ids; which ids there are, the model says."""
+    if not isinstance(text, str | tuple | list):
+        raise InvalidRequestError(
+            f"{where} must be text or a tuple of token ids, got {shown(text)}", param=where
+        )
+
+
+def _check_count(value: object, where: str) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidRequestError(
+            f"{where} must be an integer above 0, got {shown(value)}", param=where
+        )
+
+
 @dataclass(frozen=True)
 class EmbedRequest:
     """One request for a vector of each of several texts.
@@ -271,3 +291,7 @@ class EmbedRequest:
     timeout_s: float | None = None
     owner: str = ""
     max_prompt_len: int = 0
+
+    def __post_init__(self) -> None:
+        for i, text in enumerate(self.inputs):
+            _check_kind(text, f"input[{i}]")

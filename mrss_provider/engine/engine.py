@@ -23,6 +23,7 @@ from mrss_provider.engine.scheduler import Scheduler
 from mrss_provider.engine.snapshots import make_keeper
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.engine.step_runner import HostRunner, PendingTokens, StepRunner
+from mrss_provider.engine.token_ids import refusal, to_array
 from mrss_provider.errors import (
     ContextLengthError,
     EngineError,
@@ -123,17 +124,16 @@ class Engine:
         """Return if the vocabulary has all of `ids`; `field` is the key that they came with.
 
         Raises:
-            InvalidRequestError: an id outside it.
+            InvalidRequestError: an id outside it, or what is no id.
         """
         # A long prompt must not hold up the event loop, nor a step.
-        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
-            return
-        for token_id in ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{field} must have token ids in [0, {self._vocab_size}), got {token_id}",
-                    param=field,
-                )
+        try:
+            found = to_array(tuple(ids))
+            is_known = not len(found) or (found.min() >= 0 and found.max() < self._vocab_size)
+        except (OverflowError, TypeError):
+            is_known = False
+        if not is_known:
+            raise refusal(field, ids, self._vocab_size)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request whose id no unfinished request has.
@@ -311,14 +311,14 @@ class Engine:
         try:
             smallest, largest = request.prompt_bounds
             is_known = smallest >= 0 and largest < self._vocab_size
-        except OverflowError:
+        except (OverflowError, TypeError):
             is_known = False
         if not is_known:
-            # Tells which one.
-            self.check_ids("prompt", request.prompt)
+            raise refusal("prompt", request.prompt, self._vocab_size)
 
     def _check_forced(self, request: EngineRequest) -> None:
         assert not request.forced or len(request.forced) == request.sampling.max_tokens
+        self.check_ids("mrss.given", request.forced)
         bias = request.sampling.logit_bias
         for token_id in request.forced:
             if token_id not in self._allowed or bias.get(token_id, 0.0) <= BAN:

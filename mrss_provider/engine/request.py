@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import secrets
-from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mrss_provider.backend import FinishReason, Reinject
 from mrss_provider.engine.reinjection import marks
+from mrss_provider.engine.token_ids import to_array
 from mrss_provider.errors import MRSSError
 from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingOrder, SamplingParams
@@ -174,12 +174,9 @@ class EngineRequest:
 
         Raises:
             OverflowError: an id that int32 does not hold.
+            TypeError: something that is no integer.
         """
-        import numpy as np
-
-        ids = np.frombuffer(array("i", self.prompt), np.int32)
-        ids.flags.writeable = False
-        return ids
+        return to_array(self.prompt)
 
     @functools.cached_property
     def prompt_bounds(self) -> tuple[int, int]:

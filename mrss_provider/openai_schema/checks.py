@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import shown as shown
 
 
 def expect(value: object, kind: type, where: str, allowed: str) -> Any:
@@ -22,12 +23,6 @@ def kind_of(value: object) -> str:
     """Return what a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}
     return names.get(type(value)) or shown(value)
-
-
-def shown(value: object) -> str:
-    """Return a value as a message shows it: not all of a long one."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_text(text: str, where: str) -> str:

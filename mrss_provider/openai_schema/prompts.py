@@ -35,8 +35,9 @@ def parse_texts(value: object, where: str, most: int, *, may_be_empty: bool = Tr
         texts: list[Any] = [value]
     else:
         raw = expect(value, list, where, "text, token ids, or a list of these")
-        # A list of token ids is told by its first one: looking at all of them takes a while.
-        is_ids = bool(raw) and type(raw[0]) is int
+        # A list of token ids is told by its first one: looking at all of them takes a while. Other
+        # numbers are token ids gone wrong.
+        is_ids = bool(raw) and isinstance(raw[0], int | float)
         texts = [raw] if is_ids else raw
     if not 0 < len(texts) <= most:
         raise InvalidRequestError(

@@ -116,11 +116,15 @@ def _parse_logit_bias(known: Mapping[str, Any]) -> dict[int, float]:
     raw = expect(known.get("logit_bias", {}), dict, "logit_bias", "an object: token id -> bias")
     parsed: dict[int, float] = {}
     for key, bias in raw.items():
-        text = str(key)
+        text = key if isinstance(key, str) else _shown(key)
         # Ids have at most 10 digits; a longer run would only be slow to convert.
         if not (text.isascii() and text.isdigit() and len(text) <= 10):
             raise InvalidRequestError(
                 f"logit_bias keys are token ids, got {_shown(key)}", param="logit_bias"
+            )
+        if int(text) in parsed:
+            raise InvalidRequestError(
+                f"logit_bias has token {int(text)} twice; give it one bias", param="logit_bias"
             )
         parsed[int(text)] = bias
     return parsed

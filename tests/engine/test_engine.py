@@ -1,5 +1,7 @@
 """The engine on a toy model whose every number can be computed without it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_model import VOCAB, FakeModel, FakeState, fake_state, mixture, request
@@ -322,6 +324,14 @@ def test_what_can_never_run_is_refused_at_once() -> None:
         (request("x", [-1], ONE), InvalidRequestError, r"token ids in \[0, 40\), got -1"),
         (request("x", [1, 2**32], ONE), InvalidRequestError, r"\[0, 40\), got 4294967296"),
         (request("x", [1, 2**70], ONE), InvalidRequestError, r"\[0, 40\), got 1180591620717411"),
+        (request("x", [1, 2.0], ONE), InvalidRequestError, r"integers as token ids in .* got 2\.0"),
+        (request("x", [2, True], ONE), InvalidRequestError, "integers as token ids in .* got True"),
+        (
+            replace(request("x", [1], ONE, max_tokens=1), forced=(2.0,)),
+            InvalidRequestError,
+            r"mrss.given must have integers as token ids in .* got 2\.0",
+        ),
+        (request("x", [2, None], ONE), InvalidRequestError, "integers as token ids in .* got None"),
         (
             request("x", [1], ONE, logit_bias={VOCAB: 1.0}),
             InvalidRequestError,
