@@ -20,6 +20,13 @@ Quantize = Literal["none", "int8", "int4", "fp8"]
 LazyRows = Literal["auto", "on", "off"]
 LogFormat = Literal["text", "json"]
 
+KEEP_ALIVE_S = 180
+"""How long a server keeps a connection that rests, in seconds.
+
+Longer than its clients do, LiteLLM's 120 s among them: who closes first must be the side that asks,
+as a connection that closes while a request is on its way fails that request.
+"""
+
 
 def _package_data(name: str) -> Path:
     """Return a folder of bundled data: beside the package in a checkout, inside it in a wheel."""
@@ -181,6 +188,11 @@ class ServerConfig:
     feedback: Path | None = None
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError(
+                "host must be an address or a name, got ''; 0.0.0.0 listens on all of IPv4",
+                param="host",
+            )
         _check_choices(self, log_format=LogFormat)
         _check_min(self, port=1, idle_exit_s=0, drain_s=0, max_body_bytes=1024, pacing_ms=0)
         _check_min(self, max_session_bytes=0, max_prompt_len=0, max_answer_len=0)

@@ -1,6 +1,7 @@
 """One place for what every test needs: no network, few threads, none of the user's settings."""
 
 import os
+import signal
 
 import pytest
 
@@ -17,6 +18,9 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1,localhost",
     "COLUMNS": "80",
 }
+# A shell ignores Ctrl-C in what it runs in the background, and so would commands under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -242,12 +242,14 @@ def models(
 @takes_config(EngineConfig, only=_ENGINE_OPTIONS)
 def proxy(
     overrides: dict[str, Any],
-    port: Annotated[int, typer.Option(help="TCP port.")] = 4000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 4000,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     config: Annotated[
         Path | None, typer.Option(help="[proxy_config.yaml here, else the bundled one]")
     ] = None,
-    num_workers: Annotated[int, typer.Option(help="Worker processes; one engine for all.")] = 1,
+    num_workers: Annotated[
+        int, typer.Option(min=1, help="Worker processes; one engine for all.")
+    ] = 1,
 ) -> None:
     """Run a LiteLLM proxy and its engine until Ctrl-C."""
     from mrss_provider.cli.proxy import run_proxy

@@ -25,6 +25,7 @@ from mrss_provider.cli.output import CommandError, note
 from mrss_provider.cli.processes import Child, check_port_free, free_port_from
 from mrss_provider.cli.proxy_config import find_proxy_config, read_proxy_config
 from mrss_provider.client import Client
+from mrss_provider.config import KEEP_ALIVE_S
 from mrss_provider.errors import MRSSError
 
 _START_TIMEOUT_S = 600.0
@@ -64,6 +65,7 @@ def run_proxy(
         **{f"MRSS_{name.upper()}": str(value) for name, value in overrides.items()},
     }
     flags = ["--config", str(path), "--host", host, "--port", str(port), "--telemetry", "False"]
+    flags += ["--keepalive_timeout", str(KEEP_ALIVE_S)]
     if num_workers > 1:
         flags += ["--num_workers", str(num_workers)]
         # uvicorn starts a worker anew that does not answer in time, 5 s unless told otherwise; on a

@@ -71,6 +71,10 @@ class KeyRing:
         self._looked = clock()
         self._seen = _identity(path)
         self._keys = self._fixed + (read_keys(path) if path is not None else ())
+        if path is not None and not self._keys:
+            logger.warning(
+                "%s holds no key, so every request is refused; `mrss keys create` makes one", path
+            )
 
     @classmethod
     def of(cls, config: ServerConfig, env: Mapping[str, str] | None = None) -> KeyRing:

@@ -18,7 +18,7 @@ from types import FrameType
 import uvicorn
 
 from mrss_provider.backend import Backend
-from mrss_provider.config import ServerConfig
+from mrss_provider.config import KEEP_ALIVE_S, ServerConfig
 from mrss_provider.errors import ConfigError
 from mrss_provider.server import process
 from mrss_provider.server.app import create_app
@@ -106,6 +106,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 lifespan="on",
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_CLOSE_S,
             )
         )

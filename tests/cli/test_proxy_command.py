@@ -13,13 +13,16 @@ import tempfile
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 from command import mrss
+from litellm.constants import AIOHTTP_KEEPALIVE_TIMEOUT
 
 from mrss_provider.cli import proxy
 from mrss_provider.cli.output import CommandError
 from mrss_provider.cli.processes import Child
+from mrss_provider.config import KEEP_ALIVE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,12 +88,41 @@ def test_a_port_in_use_is_told_with_the_way_out() -> None:
     assert f"make run PORT={port + 1}" in result.err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--port", 0), ("--port", 65536), ("--port", -1), ("--num-workers", 0)]
+)
+def test_a_number_that_cannot_be_is_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, option: str, value: int
+) -> None:
+    monkeypatch.setattr(proxy, "run_proxy", lambda *_: pytest.fail("it has begun"))
+    result = mrss("proxy", option, value)
+    assert (result.code, result.out) == (2, "")
+    assert f"Invalid value for '{option}'" in result.err
+
+
 def test_a_proxy_that_wants_a_key_gives_its_engine_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LITELLM_MASTER_KEY", raising=False)
     assert not proxy._wants_key({"general_settings": {"cancel_on_disconnect": True}})
     assert proxy._wants_key({"general_settings": {"master_key": "sk-1"}})
     monkeypatch.setenv("LITELLM_MASTER_KEY", "sk-1")
     assert proxy._wants_key({})
+
+
+def test_connections_rest_longer_than_those_who_ask_keep_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[list[str]] = []
+
+    async def run(flags: list[str], *_: object, **__: object) -> None:
+        told.append(flags)
+
+    monkeypatch.setattr(proxy, "_run", run)
+    proxy.run_proxy(None, "127.0.0.1", free_port(), 1, {})
+    (flags,) = told
+    kept_s = int(flags[flags.index("--keepalive_timeout") + 1])
+    openai_s = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert openai_s is not None
+    assert kept_s == KEEP_ALIVE_S > max(openai_s, AIOHTTP_KEEPALIVE_TIMEOUT)
 
 
 def test_a_missing_configuration_is_told() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import litellm
 import pytest
 from conformance.routes import Route, routes, running_engine, start_proxy, write_config
 
@@ -32,6 +35,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.filterwarnings(warning))
             if not is_whole and item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="needs the extra `conformance`"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed_clients() -> Iterator[None]:
+    """Close the clients, which keep connections open.
+
+    Else these are closed when they are collected, which fails the test that runs just then.
+    """
+    before = {id(client) for client in _http_clients()}
+    yield
+    for client in _http_clients():
+        if id(client) not in before:
+            client.close()
+    # LiteLLM hands out again what it has kept.
+    litellm.in_memory_llm_clients_cache.flush_cache()
+
+
+def _http_clients() -> list[Any]:
+    # Anthropic's is one of httpx2. Not isinstance, at which some lazy objects of others warn.
+    modules = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    kinds = tuple(module.Client for module in modules)
+    return [one for one in gc.get_objects() if issubclass(type(one), kinds)]
 
 
 @pytest.fixture(scope="module")

@@ -71,21 +71,20 @@ def routes(engine_url: str, proxy_url: str) -> list[Route]:
 
 
 class Process:
-    """A server process; `lines` is what it wrote, `url` where it listens.
+    """A server process; `lines` is what it wrote, `url` where it says that it listens.
 
     Args:
-        command: with `{port}` for its port.
-        started: a pattern of the line that tells it is ready.
+        command: which takes a port that is free.
+        listens: a pattern of the line that tells where, when it is ready; the URL is its group.
     """
 
-    def __init__(self, command: list[str], started: str, **env: str) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, command: list[str], listens: str, **env: str) -> None:
+        self.url = ""
         self.lines: list[str] = []
         self._ready = threading.Event()
-        self._started = re.compile(started)
+        self._listens = re.compile(listens)
         self._process = subprocess.Popen(
-            [part.format(port=port) for part in command],
+            command,
             env={**os.environ, **ENV, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,7 +96,7 @@ class Process:
 
     def wait(self) -> None:
         """Wait until it is ready."""
-        if not self._ready.wait(START_S) or self._process.poll() is not None:
+        if not self._ready.wait(START_S) or not self.url:
             self.stop()
             raise RuntimeError("it did not start:\n" + "".join(self.lines[-30:]))
 
@@ -117,7 +116,8 @@ class Process:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line)
-            if self._started.search(line):
+            if found := self._listens.search(line):
+                self.url = found[1]
                 self._ready.set()
         self._ready.set()
 
@@ -144,12 +144,11 @@ def running_engine() -> Iterator[str]:
 def start_proxy(config: Path) -> Process:
     """Start a LiteLLM proxy of one worker."""
     run = [sys.executable, "-c", "from litellm import run_server; run_server()"]
-    flags = ["--host", "127.0.0.1", "--port", "{port}", "--telemetry", "False"]
-    proxy = Process([*run, "--config", str(config), *flags], "Application startup ")
+    flags = ["--host", "127.0.0.1", "--port", "0", "--telemetry", "False"]
+    # Alone, it tells where it listens after its application has started.
+    listens = r"Uvicorn running on (http://\S+)"
+    proxy = Process([*run, "--config", str(config), *flags], listens)
     proxy.wait()
-    if not any("Application startup complete" in line for line in proxy.lines):
-        proxy.stop()
-        raise RuntimeError("the proxy did not start:\n" + "".join(proxy.lines[-30:]))
     return proxy
 
 

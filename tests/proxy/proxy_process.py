@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -12,28 +11,30 @@ import openai
 import pytest
 import yaml
 
+from mrss_provider.config import KEEP_ALIVE_S
+
 ROOT = Path(__file__).parent.parent.parent
+LITELLM = Path(sys.executable).parent / "litellm"
 START_S = 90.0
 NUM_WORKERS = 2
 
 
 class Proxy:
-    """A `litellm` process; `lines` is what it wrote."""
+    """A `litellm` process; `lines` is what it wrote, `url` where it says that it listens."""
 
     def __init__(self, config, env, num_workers=NUM_WORKERS):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = None
         self.lines = []
         self._has_failed = False
         self._started = threading.Semaphore(0)
         command = [
-            str(Path(sys.executable).parent / "litellm"),
-            *("--config", str(config), "--host", "127.0.0.1", "--port", str(port)),
+            str(LITELLM),
+            # A port that was free now may be another's when LiteLLM has been imported.
+            *("--config", str(config), "--host", "127.0.0.1", "--port", "0"),
             *("--num_workers", str(num_workers), "--telemetry", "False"),
             # A worker that imports LiteLLM on a busy machine takes longer than uvicorn's 5 s.
             *("--timeout_worker_healthcheck", "60"),
+            *("--keepalive_timeout", str(KEEP_ALIVE_S)),
         ]
         self.process = subprocess.Popen(
             command,
@@ -45,7 +46,8 @@ class Proxy:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        for _ in range(num_workers):
+        # A worker that is alone says that it has started before it listens.
+        for _ in range(num_workers + 1):
             if not self._started.acquire(timeout=START_S) or self._has_failed:
                 self.stop()
                 pytest.fail("the proxy did not start:\n" + "".join(self.lines[-40:]))
@@ -66,8 +68,14 @@ class Proxy:
         for line in self.process.stdout:
             self.lines.append(line)
             self._has_failed |= "Application startup failed" in line
-            if "Application startup " in line:
+            listens = re.search(r"Uvicorn running on (http://\S+)", line)
+            if listens:
+                self.url = listens[1]
+            if listens or "Application startup " in line:
                 self._started.release()
+        # A proxy that has ended starts no more.
+        self._has_failed = True
+        self._started.release()
 
 
 def shipped_config():

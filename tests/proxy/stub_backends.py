@@ -39,7 +39,8 @@ class Stub:
             Starlette(routes=[route]),
             port=0,
             log_level="error",
-            timeout_keep_alive=60,
+            # LiteLLM keeps a connection for 120 s, and whoever asks must be the first to close it.
+            timeout_keep_alive=3600,
             loop="asyncio",
         )
         self._server = uvicorn.Server(config)

@@ -163,6 +163,7 @@ def test_ctrl_c_in_a_terminal_goes_on_too(proxy, folder):
     deadline = time.monotonic() + WAIT_S
     while not results.exists() or results.read_bytes().count(b"\n") < 5:
         assert time.monotonic() < deadline
+        assert first.poll() is None
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=WAIT_S)
     assert first.returncode == 130

@@ -168,16 +168,23 @@ def test_a_server_that_others_reach_does_not_start_without_keys(config, monkeypa
     check_exposure(ServerConfig(**config, no_auth=True), KeyRing())
 
 
+def test_no_host_is_not_all_hosts():
+    with pytest.raises(ConfigError, match="host must be an address or a name, got ''") as caught:
+        ServerConfig(host="")
+    assert caught.value.param == "host"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
 def test_a_local_one_may(host):
     check_exposure(ServerConfig(host=host), KeyRing())
 
 
-def test_a_file_without_keys_lets_nobody_in(tmp_path):
+def test_a_file_without_keys_lets_nobody_in_and_says_so(tmp_path, caplog):
     file = tmp_path / "keys.jsonl"
     file.write_text("")
     with client_of(keys_file=file) as client:
         assert client.get("/v1/models").status_code == 401
+    assert f"{file} holds no key, so every request is refused" in caplog.text
 
 
 def test_a_file_that_is_not_there_is_refused_at_the_start(tmp_path):

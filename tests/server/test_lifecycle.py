@@ -7,9 +7,11 @@ import pytest
 from fakes import FakeBackend, Wait, text
 from starlette.testclient import TestClient
 
+from mrss_provider.config import KEEP_ALIVE_S, ServerConfig
 from mrss_provider.errors import EngineUnavailableError, ModelFileError
 from mrss_provider.server.app import create_app
 from mrss_provider.server.lifecycle import Lifecycle
+from mrss_provider.server.run import Server, listen_on
 
 CHAT = {"model": "tone", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -218,5 +220,30 @@ def test_a_lease_counts_while_its_client_stays():
         left.set()
         await lease
         assert lifecycle.num_leases == 0
+
+    run(main)
+
+
+def test_a_connection_rests_longer_than_clients_keep_it(tmp_path):
+    """Else it closes while a request is on its way, which fails."""
+    config = ServerConfig(socket=tmp_path / "s")
+
+    async def ask(reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        (length,) = (line[15:] for line in head.splitlines() if line.startswith(b"content-length"))
+        await reader.readexactly(int(length))
+        return head.split()[1]
+
+    async def main():
+        server = Server(FakeBackend(), config, *listen_on(config))
+        serving = asyncio.create_task(server.run_to_end())
+        connection = await asyncio.open_unix_connection(str(config.socket))
+        assert await ask(*connection) == b"200"
+        await asyncio.get_running_loop().move(KEEP_ALIVE_S - 1)
+        assert await ask(*connection) == b"200"
+        connection[1].close()
+        server.end()
+        await serving
 
     run(main)
