@@ -17,12 +17,14 @@ from mrss_provider.cli.tune_data import Text, data_sets, read_parts
 from mrss_provider.cli.tune_finish import finish
 from mrss_provider.cli.tune_job import Bench, Job, settings_of
 from mrss_provider.cli.tune_mixture import beside_loss, imitation_of
+from mrss_provider.cli.tune_start import read_start
 from mrss_provider.cli.tune_view import counting, show_findings, show_rates, watching
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import ConflictError, InvalidRequestError
 from mrss_provider.mixture import check_name
 from mrss_provider.model.config import DTYPES
 from mrss_provider.model.cpu import configure_cpu, physical_cores
+from mrss_provider.model.model import find_device
 from mrss_provider.tune.config import TuneConfig
 from mrss_provider.tune.dataset import Batches, DataSet, fixed_batches
 from mrss_provider.tune.files import read_weights
@@ -50,6 +52,9 @@ def tune(engine: EngineConfig, job: Job) -> bool:
     """
     _check_files(job)
     text = Text.of(engine)
+    start = None
+    if job.start is not None:
+        start = read_start(engine, job.start, text.template, offsets=job.config.offsets)
     parts = read_parts(engine, job.source, text)
     # An engine that sampled answers has set what suits sampling.
     configure_cpu(engine.threads or physical_cores())
@@ -75,9 +80,11 @@ def tune(engine: EngineConfig, job: Job) -> bool:
         _token_loss(engine, job, weights),
         train,
         fixed_batches(judged, batch_size, config.seed) if judged else [],
+        start,
+        text.told,
         parts,
     )
-    settings = settings_of(engine, job, config)
+    settings = settings_of(engine, job, config, start)
     training, config, found = _begin(job, bench, config, settings)
     if not _learn(job, training, settings, found):
         step = training.record.step
@@ -102,6 +109,8 @@ def _check_files(job: Job) -> None:
         )
     if not job.out.parent.is_dir():
         raise InvalidRequestError(f"the folder {job.out.parent} does not exist", param="out")
+    if job.out.is_dir():
+        raise ConflictError(f"{job.out} is a folder; choose another --out")
     if job.out.exists() and not job.force:
         raise ConflictError(f"{job.out} exists; choose another --out, or give --force")
     if run_path(job.out).exists() and not (job.resume or job.force):
@@ -112,9 +121,13 @@ def _check_files(job: Job) -> None:
 
 
 def _weights(engine: EngineConfig) -> dict[str, torch.Tensor]:
-    """Return the weights where and as they are computed with: fp32 on a CPU, bf16 on CUDA."""
-    wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted if engine.device == "auto" else engine.device)
+    """Return the weights where and as they are computed with: fp32 on a CPU, bf16 on CUDA.
+
+    Raises:
+        ConfigError: there is no such device.
+        ModelFileError: no checkpoint.
+    """
+    device = find_device(engine.device)
     dtype = DTYPES.get(engine.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return {
         name: tensor.to(device, torch.float32 if name.endswith("time_state") else dtype)
@@ -162,7 +175,7 @@ def _begin(
     left = load_run(path, settings) if job.resume else None
     found = dict(left.found) if left else _found(job, bench, config)
     config = replace(config, learning_rate=found["learning_rate"])
-    learner = Learner(bench.weights, [config], [None], token_loss=bench.token_loss, allow_idle=True)
+    learner = _learner(bench, config)
     plan = Plan(config.steps, max(1, math.ceil(config.steps / _LOOKS)), job.patience)
     training = Training(
         learner,
@@ -176,6 +189,17 @@ def _begin(
         learner.restore(left.learner)
         note(f"goes on after step {left.record.step}")
     return training, config, found
+
+
+def _learner(bench: Bench, config: TuneConfig) -> Learner:
+    return Learner(
+        bench.weights,
+        [config],
+        [bench.initial],
+        token_loss=bench.token_loss,
+        allow_idle=True,
+        initial_offsets=[bench.initial_offset],
+    )
 
 
 def _found(job: Job, bench: Bench, config: TuneConfig) -> dict[str, Any]:
@@ -199,10 +223,12 @@ def _found(job: Job, bench: Bench, config: TuneConfig) -> dict[str, Any]:
             bench.held_out,
             token_loss=bench.token_loss,
             rates=RATES,
+            initial=bench.initial,
+            initial_offset=bench.initial_offset,
             on_step=advance,
         )
-    start = Learner(bench.weights, [short], [None], token_loss=bench.token_loss, allow_idle=True)
-    show_rates(trials, start.evaluate(bench.held_out)[0], steps)
+    before = _learner(bench, short).evaluate(bench.held_out)[0]
+    show_rates(trials, bench.start.name if bench.start else "the base", before, steps)
     return {"learning_rate": best_rate(trials), "rates": [trial.to_json() for trial in trials]}
 
 

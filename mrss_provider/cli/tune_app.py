@@ -28,8 +28,9 @@ def tune(
         Path | None, typer.Option(help="JSON Lines to judge by. [a share of --data]")
     ] = None,
     held_out_share: Annotated[
-        float, typer.Option(help="Of the lines; 0 judges by nothing and keeps the last state.")
-    ] = 0.1,
+        float | None,
+        typer.Option(help="Of the lines; 0 judges by nothing and keeps the last state. [0.1]"),
+    ] = None,
     loss_on: Annotated[
         Literal["answer", "all"], typer.Option(help="Tokens that are learnt.")
     ] = "answer",
@@ -38,14 +39,14 @@ def tune(
         typer.Option(help="Learn only facts, and keep other tokens at the base by this much."),
     ] = 0.0,
     surprise: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="With --locality: share of the answers' tokens that are facts in lines that do "
-            "not name theirs, those that surprise the base most."
+            "not name theirs, those that surprise the base most. [0.2]"
         ),
-    ] = 0.2,
+    ] = None,
     lr: Annotated[str, typer.Option(metavar="auto|FLOAT", help="Peak learning rate.")] = "auto",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [3]")] = None,
     steps: Annotated[int | None, typer.Option(help="Batches, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     max_len: Annotated[int, typer.Option(help="Tokens of an example; the rest is cut.")] = 512,
@@ -56,26 +57,38 @@ def tune(
     offsets: Annotated[
         bool, typer.Option("--offsets", help="Learn an offset too, which does not fade.")
     ] = False,
-    offset_rate: Annotated[float, typer.Option(help="Its peak learning rate.")] = 0.01,
+    offset_rate: Annotated[
+        float | None, typer.Option(help="With --offsets: its peak learning rate. [0.01]")
+    ] = None,
     distance: Annotated[
         int, typer.Option(help="Up to so many tokens of other talk before each chat.")
     ] = 0,
     distance_data: Annotated[
         Path | None, typer.Option(help="JSON Lines of other talk. [chats of --data]")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STATE",
+            help="Go on from this state, a file or a name in --states, and not from the base.",
+        ),
+    ] = None,
     beside: Annotated[
         list[str] | None,
         typer.Option(help="Tune it inside a mixture with this state; may be repeated."),
     ] = None,
-    merge: Annotated[str, typer.Option(help="Of that mixture.")] = "delta",
-    gate: Annotated[str, typer.Option(help="Of that mixture.")] = "fixed",
+    merge: Annotated[str | None, typer.Option(help="With --beside: its rule. [delta]")] = None,
+    gate: Annotated[str | None, typer.Option(help="With --beside: its gate. [fixed]")] = None,
     distill: Annotated[
         str | None, typer.Option(help="Imitate this mixture, such as knowledge+tone.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='With --distill: JSON Lines, {"prompt"} or {"messages"}.')
     ] = None,
-    samples: Annotated[int, typer.Option(help="With --distill: answers a prompt.")] = 2,
+    samples: Annotated[
+        int | None, typer.Option(help="With --distill: answers a prompt. [2]")
+    ] = None,
     patience: Annotated[
         int, typer.Option(help="Looks at the held-out text without a gain that end it; 0: never.")
     ] = 5,
@@ -112,14 +125,23 @@ def tune(
     from mrss_provider.tune.config import TuneConfig
 
     _check(data, distill, prompts, held_out, beside)
+    _check_used(
+        ("--merge", merge, "goes with --beside", bool(beside)),
+        ("--gate", gate, "goes with --beside", bool(beside)),
+        ("--surprise", surprise, "goes with --locality", locality != 0),
+        ("--offset-rate", offset_rate, "goes with --offsets", offsets),
+        ("--samples", samples, "goes with --distill", distill is not None),
+        ("--epochs", epochs, "must be left out with --steps", steps is None),
+        ("--held-out-share", held_out_share, "must be left out with --held-out", held_out is None),
+    )
     rate = _rate(lr)
     source = Source(
         data=data,
         held_out=held_out,
-        held_out_share=held_out_share,
-        distill=distill.removeprefix("mrss/") if distill else None,
+        held_out_share=0.1 if held_out_share is None else held_out_share,
+        distill=None if distill is None else distill.removeprefix("mrss/"),
         prompts=prompts,
-        samples=samples,
+        samples=2 if samples is None else samples,
         max_len=max_len,
         distance=distance,
         distance_data=distance_data,
@@ -134,7 +156,7 @@ def tune(
         loss_on=loss_on,
         locality=locality,
         offsets=offsets,
-        offset_rate=offset_rate,
+        offset_rate=0.01 if offset_rate is None else offset_rate,
         max_len=max_len,
         seed=seed,
     )
@@ -145,11 +167,12 @@ def tune(
         steps=steps,
         warmup_steps=warmup_steps,
         rate=rate,
-        epochs=epochs,
-        surprise=surprise,
+        epochs=3.0 if epochs is None else epochs,
+        surprise=0.2 if surprise is None else surprise,
+        start=start,
         beside=tuple(beside or ()),
-        merge=merge,
-        gate=gate,
+        merge="delta" if merge is None else merge,
+        gate="fixed" if gate is None else gate,
         patience=patience,
         save_every_s=checkpoint_every,
         group=group,
@@ -176,11 +199,22 @@ def _check(
         raise typer.BadParameter("give --data, or --distill with --prompts: one of them")
     if (distill is None) != (prompts is None):
         raise typer.BadParameter("--distill and --prompts go together")
+    if distill in ("", "mrss/"):
+        raise typer.BadParameter(
+            f"--distill must be a mixture such as knowledge+tone, got {distill!r}"
+        )
     if distill is not None and (held_out is not None or beside):
         raise typer.BadParameter(
             "--distill holds some of its prompts out, and imitates one mixture: leave --held-out "
             "and --beside out"
         )
+
+
+def _check_used(*options: tuple[str, object, str, bool]) -> None:
+    """Refuse options that would change nothing: (option, its value, a rule, whether it is met)."""
+    for option, value, rule, is_met in options:
+        if value is not None and not is_met:
+            raise typer.BadParameter(f"{option} {rule}, got {value!r}")
 
 
 def _rate(text: str) -> float | None:
@@ -199,6 +233,8 @@ def _named(out: Path, file_format: str | None) -> Path:
         typer.BadParameter: it has the other one.
     """
     suffix = f".{file_format}" if file_format else ""
+    if not out.name:
+        raise typer.BadParameter(f"--out must be a file's name, got {str(out)!r}")
     if not out.suffix:
         return out.with_name(out.name + (suffix or ".safetensors"))
     if suffix and out.suffix != suffix:

@@ -12,7 +12,7 @@ from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.async_engine.card import read_card
 from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.backend import Message
-from mrss_provider.chat import ChatTemplate
+from mrss_provider.chat import TEMPLATES, ChatTemplate
 from mrss_provider.cli.tune_view import counting
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import InvalidRequestError
@@ -113,17 +113,24 @@ class Text:
     Attributes:
         tokenizer: of the model.
         template: of its chats.
+        told: the template's name, where it is not the one that the model has by itself: whoever
+            serves the state must know.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    told: str | None = None
 
     @classmethod
     def of(cls, engine: EngineConfig) -> Text:
         """Read them beside the model, or where the configuration says."""
         tokenizer = Tokenizer.load(engine.tokenizer or find_vocabulary(engine.model))
-        template, _ = choose_template(engine.template, read_card(engine.model), engine.model)
-        return cls(tokenizer, template)
+        card = read_card(engine.model)
+        template, _ = choose_template(engine.template, card, engine.model)
+        own, _ = choose_template(None, card, engine.model)
+        # A file has no name by which a server would find it.
+        has_name = engine.template in TEMPLATES and engine.template != own.name
+        return cls(tokenizer, template, engine.template if has_name else None)
 
 
 def read_parts(engine: EngineConfig, source: Source, text: Text) -> tuple[list[Line], list[Line]]:

@@ -64,7 +64,7 @@ def finish(
             "sha256": job.source.hashes(),
             **findings,
         },
-        "settings": settings_of(engine, job, config),
+        "settings": settings_of(engine, job, config, bench.start),
         "date": datetime.now(UTC).date().isoformat(),
         "mrss_provider": __version__,
         "torch": torch.__version__,
@@ -78,6 +78,7 @@ def finish(
         config=config,
         licence=job.licence,
         display_name=job.title,
+        template=bench.template,
         notes=notes,
     )
     run_path(job.out).unlink(missing_ok=True)
@@ -112,7 +113,8 @@ def _summary(
     if record.held_out:
         looks = dict(record.held_out)
         last = record.held_out[-1][1]
-        held_out = {"base": looks[0], "best": looks[record.best_step], "last": last}
+        begun_at = "base" if bench.start is None else "start"
+        held_out = {begun_at: looks[0], "best": looks[record.best_step], "last": last}
     rates: Sequence[Mapping[str, float]] | None = found.get("rates")
     return {
         "learning_rate": config.learning_rate,
@@ -125,6 +127,7 @@ def _summary(
         "seconds": round(record.seconds, 1),
         "distilled": job.source.distill,
         "beside": list(job.beside),
+        **({} if bench.start is None else {"from": bench.start.name}),
     }
 
 

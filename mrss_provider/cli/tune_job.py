@@ -7,16 +7,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mrss_provider.cli.states import read_config
 from mrss_provider.cli.tune_data import Source
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.model import TunedState
 from mrss_provider.tune.chats import Line
 from mrss_provider.tune.config import TuneConfig
 from mrss_provider.tune.dataset import DataSet
 from mrss_provider.tune.examples import Example
 from mrss_provider.tune.network import Weights
 from mrss_provider.tune.token_loss import TokenLoss
+
+_MAX_EPOCHS = 1e6
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Job:
         rate: the peak learning rate; None finds one.
         epochs: passes over the data.
         surprise: share of the answers' tokens that are facts, where no line says which.
+        start: the state that it goes on from, a file or a name; None begins at the base.
         beside: states that are mixed in while it learns.
         merge: how, by name.
         gate: by what weights.
@@ -54,6 +60,7 @@ class Job:
     rate: float | None = None
     epochs: float = 3.0
     surprise: float = 0.2
+    start: str | None = None
     beside: tuple[str, ...] = ()
     merge: str = "delta"
     gate: str = "fixed"
@@ -74,7 +81,7 @@ class Job:
             InvalidRequestError: names the option.
         """
         for name, low_open, high in (
-            ("epochs", True, math.inf),
+            ("epochs", True, _MAX_EPOCHS),
             ("surprise", True, 1.0),
             ("patience", False, math.inf),
             ("save_every_s", False, math.inf),
@@ -91,16 +98,35 @@ class Job:
 
 @dataclass
 class Bench:
-    """All that a run computes with."""
+    """All that a run computes with.
+
+    Attributes:
+        start: the state that it goes on from; None is the base.
+        template: of the chats, by name, where it is not the model's own.
+    """
 
     weights: Weights
     token_loss: TokenLoss
     train: DataSet
     held_out: list[list[Example]]
+    start: TunedState | None = None
+    template: str | None = None
     parts: tuple[list[Line], list[Line]] = field(default_factory=lambda: ([], []))
 
+    @property
+    def initial(self) -> Tensor | None:
+        """Where a learner's state starts, as `Learner` has it."""
+        return None if self.start is None else self.start.wkv
 
-def settings_of(engine: EngineConfig, job: Job, config: TuneConfig) -> dict[str, Any]:
+    @property
+    def initial_offset(self) -> Tensor | None:
+        """Where its offsets start."""
+        return None if self.start is None else self.start.time_offset
+
+
+def settings_of(
+    engine: EngineConfig, job: Job, config: TuneConfig, start: TunedState | None
+) -> dict[str, Any]:
     """Return all that decides what a run learns, as JSON has it."""
     source = {
         key: value
@@ -108,10 +134,13 @@ def settings_of(engine: EngineConfig, job: Job, config: TuneConfig) -> dict[str,
         if key not in job.source.files and value is not None
     }
     mixed = {"beside": list(job.beside), "merge": job.merge, "gate": job.gate} if job.beside else {}
+    begun = {"from": {"name": start.name, "sha256": start.sha256}} if start else {}
     return {
         **asdict(config),
         **source,
         **mixed,
+        **begun,
+        "template": engine.template and Path(engine.template).name,
         "learning_rate": job.rate,
         "surprise": job.surprise if config.locality else None,
         "patience": job.patience,

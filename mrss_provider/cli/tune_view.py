@@ -45,14 +45,19 @@ def show_findings(found: Findings) -> None:
         )
 
 
-def show_rates(trials: Sequence[RateTrial], base: float, steps: int) -> None:
-    """Print the table of a sweep of learning rates."""
+def show_rates(trials: Sequence[RateTrial], start: str, before: float, steps: int) -> None:
+    """Print the table of a sweep of learning rates; `start` had a loss of `before`."""
     best = min(trials, key=lambda trial: trial.loss)
     rows = [
-        (f"{trial.rate:g}", f"{trial.loss:.4f}", f"{trial.loss - base:+.4f}", "<" * (trial is best))
+        (
+            f"{trial.rate:g}",
+            f"{trial.loss:.4f}",
+            f"{trial.loss - before:+.4f}",
+            "<" * (trial is best),
+        )
         for trial in trials
     ]
-    note(f"learning rates, {steps} steps each; the base has {base:.4f} nats a token held out")
+    note(f"learning rates, {steps} steps each; {start} has {before:.4f} nats a token held out")
     note(table(("  RATE", "HELD OUT", "GAIN", ""), [(f"  {rate}", *rest) for rate, *rest in rows]))
     if best in (trials[0], trials[-1]):
         note("the best rate is at the end of the grid; one beyond it may be better (--lr FLOAT)")
@@ -146,8 +151,8 @@ def show_summary(summary: dict[str, Any]) -> list[str]:
     ]
     if held:
         lines.append(
-            f"held out: {held['base']:.4f} nats a token at the start, {held['best']:.4f} at step "
-            f"{summary['best_step']}, which is kept"
+            f"held out: {held['start' if 'from' in summary else 'base']:.4f} nats a token at the "
+            f"start, {held['best']:.4f} at step {summary['best_step']}, which is kept"
         )
     for kind, gap in (summary.get("gap") or {}).items():
         interval = f"[{gap['low']:.4f}, {gap['high']:.4f}] " if "low" in gap else ""

@@ -75,7 +75,7 @@ def load_model(
                 f"{key} must be one of {', '.join(allowed)}, got {value!r}", param=key
             )
     check_quantize(quantize, device, sparse_ffn=sparse_ffn)
-    where = _device(device)
+    where = find_device(device)
     weights = load_weights(path)
     name = pick_dtype(where, weights.dtype) if dtype == "auto" else dtype
     if where.type == "cpu":
@@ -103,7 +103,7 @@ def check_quantize(quantize: str, device: str, *, sparse_ffn: bool = False) -> N
         )
     if quantize == "none":
         return
-    where = _device(device)
+    where = find_device(device)
     if where.type == "cpu":
         if quantize != "int8":
             raise ConfigError(
@@ -345,7 +345,12 @@ class Model:
         return F.layer_norm(x, x.shape[1:], *self._ln_out, NORM_EPS)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device that a configuration names: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: none of these, or torch sees no CUDA device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):

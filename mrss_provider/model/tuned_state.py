@@ -304,7 +304,7 @@ def _check_base(metadata: StateMetadata, config: ModelConfig, path: Path, *, str
         f"loaded ones ({config.name})"
     )
     if strict:
-        raise StateFileError(f"{text}, which strict refuses")
+        raise StateFileError(f"{text}, which strict refuses; take the model it was tuned on")
     log.warning("%s; it may do little or harm", text)
 
 

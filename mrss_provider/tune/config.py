@@ -93,11 +93,13 @@ class TuneJob:
         config: how.
         initial: [L, H, N, N], where to start: a state to tune further; None starts at the base,
             which is zeros or the `time_state` that the weights bring.
+        initial_offset: [L, C], where its offsets start, if `config` learns any; None is zeros.
     """
 
     source: ExampleSource
     config: TuneConfig
     initial: Tensor | None = None
+    initial_offset: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def save_result(
     config: TuneConfig,
     licence: str | None = None,
     display_name: str | None = None,
+    template: str | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> TunedState:
     """Write a learnt state, with how it came to be, and return it.
@@ -71,6 +72,7 @@ def save_result(
         config: that it was tuned with.
         licence: an SPDX name, or words.
         display_name: for people.
+        template: chat template by name, where it was tuned on another one than its model's.
         notes: more about how it was made, as JSON has it; goes into the metadata.
 
     Raises:
@@ -91,6 +93,7 @@ def save_result(
         licence=licence,
         training=training | dict(notes or {}),
         display_name=display_name,
+        template=template,
     )
     model_config = _config(checkpoint)
     state = TunedState(

@@ -70,6 +70,7 @@ class Learner:
         initial: where each starts, [L, H, N, N]; None is the base.
         token_loss: what a token costs.
         allow_idle: whether a batch may have no token to learn.
+        initial_offsets: where the offsets of each start, [L, C]; None, and none at all, is zeros.
 
     Raises:
         InvalidRequestError: an initial state of another shape.
@@ -83,6 +84,7 @@ class Learner:
         *,
         token_loss: TokenLoss = nll,
         allow_idle: bool = False,
+        initial_offsets: Sequence[Tensor | None] = (),
     ) -> None:
         self.weights = {name: tensor.detach() for name, tensor in weights.items()}
         self.configs = configs
@@ -99,7 +101,11 @@ class Learner:
         self.offsets: Parameter | None = None
         if any(config.offsets for config in configs):
             size = len(configs), shape.num_layers, shape.hidden_size
-            self.offsets = Parameter(torch.zeros(size, device=self.device))
+            offsets = torch.zeros(size, device=self.device)
+            for i, start in enumerate(initial_offsets):
+                if start is not None:
+                    offsets[i] = _checked(start, size[1:])
+            self.offsets = Parameter(offsets)
 
     def step(self, step: int, batches: Sequence[Sequence[Example]]) -> list[float]:
         """Move every state by one batch, and return the losses [R] before the move.
@@ -283,7 +289,8 @@ class Learner:
 def _checked(initial: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(initial.shape) != shape:
         raise InvalidRequestError(
-            f"the initial state has shape {list(initial.shape)}, this model needs {list(shape)}",
+            f"the initial state has a part of shape {list(initial.shape)}, where this model needs "
+            f"{list(shape)}",
             param="initial",
         )
     return initial

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mrss_provider.tune.config import TuneConfig
 from mrss_provider.tune.learner import Learner
@@ -31,6 +32,8 @@ def sweep(
     token_loss: TokenLoss,
     rates: Sequence[float] = RATES,
     allow_idle: bool = True,
+    initial: Tensor | None = None,
+    initial_offset: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[RateTrial]:
     """Try every rate on the same batches and return their held-out losses, in the rates' order.
@@ -43,11 +46,18 @@ def sweep(
         token_loss: what a token costs.
         rates: to try.
         allow_idle: as `Learner`.
+        initial: where every trial starts, [L, H, N, N]; None is the base.
+        initial_offset: where its offsets start, [L, C]; None is zeros.
         on_step: told of the step, from 1, and of all.
     """
     configs = [replace(config, learning_rate=rate) for rate in rates]
     learner = Learner(
-        weights, configs, [None] * len(rates), token_loss=token_loss, allow_idle=allow_idle
+        weights,
+        configs,
+        [initial] * len(rates),
+        token_loss=token_loss,
+        allow_idle=allow_idle,
+        initial_offsets=[initial_offset] * len(rates),
     )
     for step in range(config.steps):
         examples = batch_of(step)

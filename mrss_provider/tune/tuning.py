@@ -54,7 +54,12 @@ def tune_states(
             "states that are tuned together need the same steps, and there must be at least one"
         )
     began = time.perf_counter()
-    learner = Learner(weights, [job.config for job in jobs], [job.initial for job in jobs])
+    learner = Learner(
+        weights,
+        [job.config for job in jobs],
+        [job.initial for job in jobs],
+        initial_offsets=[job.initial_offset for job in jobs],
+    )
     rngs = [random.Random(job.config.seed) for job in jobs]
     losses: list[list[float]] = [[] for _ in jobs]
     for step in range(jobs[0].config.steps):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from tiny_model import write_model_folder, write_state
 
 from mrss_provider.cli.states import read_config
+from mrss_provider.config import BUNDLED_STATES
 from mrss_provider.engine.state_library import StateLibrary
+from mrss_provider.model import StateMetadata, load_tuned_state, save_tuned_state
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +99,19 @@ def test_a_state_is_not_written_over_unless_told_to(where, folder, data):
         ),
         (["--beside", "calm", "--gate", "posterior"], "gate 'posterior'"),
         (["--distill", "calm"], "give --data, or --distill with --prompts"),
+        (["--distill", ""], "give --data, or --distill with --prompts"),
         (["--format", "pth"], "--format pth and --out new.safetensors do not fit"),
         (["--distance", "2"], "no turn of a chat fits into a distance of 2 tokens"),
         (["--distance-data", "x.jsonl"], "--distance-data needs --distance"),
-        (["--epochs", "0"], "--epochs must be above 0, got 0"),
-        (["--surprise", "2"], "--surprise must be above 0 and at most 1, got 2"),
+        (["--locality", "1", "--surprise", "2"], "--surprise must be above 0 and at most 1, got 2"),
+        (["--surprise", "0.5"], "--surprise goes with --locality, got 0.5"),
+        (["--merge", "product"], "--merge goes with --beside, got 'product'"),
+        (["--gate", "novelty"], "--gate goes with --beside, got 'novelty'"),
+        (["--offset-rate", "0.1"], "--offset-rate goes with --offsets, got 0.1"),
+        (["--samples", "3"], "--samples goes with --distill, got 3"),
+        (["--epochs", "2"], "--epochs must be left out with --steps, got 2"),
+        (["--held-out", "x", "--held-out-share", "0.1"], "must be left out with --held-out"),
+        (["--out", "."], "--out must be a file's name, got '.'"),
         (["--lr", "0"], "learning_rate must be above 0, got 0"),
         (["--resume"], "there is no unfinished run to resume"),
     ],
@@ -112,6 +123,39 @@ def test_what_cannot_work_is_one_sentence_and_writes_nothing(where, folder, data
     # A usage error is drawn in a box.
     assert re.search(says, " ".join(result.err.replace("│", " ").split()))
     assert sorted(folder.iterdir()) == before
+
+
+def test_cuda_that_is_not_here_is_one_sentence(where, folder, data, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = folder / "new.safetensors"
+    result = tune(where, data, out, "--device", "cuda")
+    assert result.code == 1
+    assert result.err.endswith("error: device is cuda, but torch sees no CUDA device; use cpu\n")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["", "mrss/"])
+def test_a_mixture_without_a_name_is_not_imitated(where, folder, data, name):
+    told = ["--distill", name, "--prompts", data, "--out", folder / "new.safetensors"]
+    result = mrss("tune", *told, *where)
+    assert result.code == 2
+    assert "--distill must be a mixture such as knowledge+tone" in result.err
+
+
+@pytest.mark.parametrize("epochs", ["0", "nan", "inf", "1e300"])
+def test_passes_over_the_data_are_a_number_of_them(where, folder, data, epochs):
+    out = folder / "new.safetensors"
+    result = mrss("tune", "--data", data, "--out", out, "--epochs", epochs, *where)
+    assert result.code == 1
+    assert "error: --epochs must be above 0" in result.err
+    assert not out.exists()
+
+
+def test_a_folder_in_the_place_of_the_state_is_told_before_any_work(where, folder, data):
+    out = folder / "new.safetensors"
+    out.mkdir()
+    result = tune(where, data, out, "--force")
+    assert (result.code, result.err) == (1, f"error: {out} is a folder; choose another --out\n")
 
 
 def test_a_state_is_tuned_beside_others(where, model, folder, data):
@@ -191,15 +235,87 @@ def test_the_losses_are_drawn(model, folder, data):
     assert (folder / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_state_is_gone_on_from_where_it_ended(where, model, folder, data):
+    ends = {}
+    for name, more in (("one", []), ("two", ["--from", "one"]), ("anew", [])):
+        out = folder / f"{name}.safetensors"
+        result = tune(where, data, out, *more, "--offsets", "--json")
+        assert result.code == 0, result.err
+        ends[name] = json.loads(result.out)
+    start = ends["two"]["held_out"]["start"]
+    assert start == pytest.approx(ends["one"]["held_out"]["best"], abs=1e-6)
+    assert ends["one"]["held_out"] == ends["anew"]["held_out"]
+    assert ends["two"]["held_out"]["best"] < start
+    library = StateLibrary(folder, read_config(model), strict=True)
+    training = library.get("two").metadata.training
+    assert training["settings"]["from"] == {"name": "one", "sha256": library.get("one").sha256}
+    assert "from" not in library.get("one").metadata.training["settings"]
+
+
+def test_what_cannot_be_gone_on_from_is_one_sentence_and_writes_nothing(
+    where, model, folder, data, tmp_path
+):
+    shape = read_config(model)
+    config = {
+        "bos": StateMetadata(bos=True),
+        "elsewhere": StateMetadata(base_sha256="0" * 64, base_name="another"),
+        "thinks": StateMetadata(template="g1"),
+    }
+    calm = load_tuned_state(folder / "calm.pth", shape, name="calm")
+    made = {name: replace(calm, metadata=metadata) for name, metadata in config.items()}
+    width = torch.ones(shape.num_layers, shape.hidden_size)
+    made["offset"] = replace(calm, time_offset=width)
+    made["shifted"] = replace(calm, shift_ffn=width)
+    for name, state in made.items():
+        save_tuned_state(folder / f"{name}.safetensors", state, shape)
+    (folder / "mixtures.toml").write_text('[pair]\nterms = "calm+loud"\n')
+    (tmp_path / "junk.safetensors").write_text("no state")
+    refused = {
+        "base": "'base' is where tuning begins by itself",
+        "nobody": "unknown state or mixture 'nobody'",
+        "": "--from takes one state, a file or a name, got ''",
+        "pair": "--from takes one state, a file or a name, got 'pair'",
+        "calm+loud": "--from takes one state, a file or a name, got 'calm+loud'",
+        "bos": "--from bos was tuned with a leading token 0",
+        "elsewhere": "was tuned on other weights (another) than the loaded ones",
+        "thinks": "was tuned in the chat template 'g1'",
+        "offset": "--from offset has offsets; give --offsets",
+        "shifted": "--from shifted has shift states, which tuning would lose",
+        str(tmp_path / "none.pth"): "none.pth does not exist or is no file",
+        str(tmp_path / "junk.safetensors"): "truncated or not a safetensors file",
+        str(tmp_path): "does not exist or is no file",
+        str(model / "model.safetensors"): "model.safetensors is a model, not a tuned state",
+        str(BUNDLED_STATES / "tone.safetensors"): "is for RWKV-7, 6 layers x 4 heads of 64",
+    }
+    for told, says in refused.items():
+        result = tune(where, data, folder / "new.safetensors", "--from", told)
+        assert result.code == 1, told
+        assert says in result.err
+        assert result.err.count("\n") == 1, result.err
+    assert not list(folder.glob("new*"))
+
+
+@pytest.mark.parametrize("told", ["g1", None])
+def test_a_state_tells_the_template_that_is_not_its_models(where, model, folder, data, told):
+    more = ["--template", told] if told else []
+    assert tune(where, data, folder / "new.safetensors", *more).code == 0
+    library = StateLibrary(folder, read_config(model))
+    assert library.get("new").metadata.template == told
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(where, folder, data, number):
+@pytest.mark.parametrize(
+    ("number", "start"),
+    [(signal.SIGKILL, None), (signal.SIGINT, None), (signal.SIGKILL, "calm")],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(where, folder, data, number, start):
     def command(name, *more):
         told = ["--data", data, "--out", folder / f"{name}.safetensors", "--steps", "40"]
         told += ["--batch-size", "4", "--lr", "0.3", "--checkpoint-every", "0"]
+        told += ["--from", start] if start else []
         return [sys.executable, "-m", "mrss_provider.cli", "tune", *told, *where, *more]
 
-    def start(*args):
+    def begin(*args):
         arguments = [str(arg) for arg in command(*args)]
         return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
 
@@ -208,8 +324,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(where, folder, data, num
         assert process.returncode == 0, said
         return said
 
-    wait(start("whole"))
-    left = start("left")
+    wait(begin("whole"))
+    left = begin("left")
     for line in left.stderr:
         if line.startswith("step 8 of 40"):
             break
@@ -219,7 +335,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(where, folder, data, num
     if number == signal.SIGINT:
         assert "go on with the same command and --resume" in said
     assert not (folder / "left.safetensors").exists()
-    assert "goes on after step" in wait(start("left", "--resume"))
+    other = begin("left", "--resume", "--from", "loud")
+    assert "from was" in other.communicate(timeout=100)[1]
+    assert other.returncode == 1
+    assert "goes on after step" in wait(begin("left", "--resume"))
     one, other = (load_file(folder / f"{name}.safetensors") for name in ("whole", "left"))
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name

@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite_are_refused(form, value, tmp_path):
 @pytest.fixture
 def capability(monkeypatch):
     """Pretend that there is a card; return what sets its capability."""
-    monkeypatch.setattr(model_module, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(model_module, "find_device", lambda name: torch.device("cuda"))
 
     def set_to(*numbers):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: numbers)

@@ -1,6 +1,7 @@
 """Whole runs on the tiny model: gone on with exactly, ended in time, inside and after mixtures."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import ConflictError, InvalidRequestError
 from mrss_provider.mixture import parse_method
 from mrss_provider.model import TunedState
-from mrss_provider.tune import Example, TuneConfig
+from mrss_provider.tune import Example, TuneConfig, TuneJob, tune_states
 from mrss_provider.tune.chats import Line
 from mrss_provider.tune.learner import Learner
 from mrss_provider.tune.network import Shape, forward, logits, start_state
@@ -119,6 +120,45 @@ def test_offsets_are_learnt_beside_the_state_or_not_at_all(weights):
     assert moved.shape == (TINY.num_layers, TINY.hidden_size)
     assert moved.abs().max() > 0
     assert torch.equal(learner.offsets.values[0], torch.zeros_like(moved))
+
+
+def test_what_is_gone_on_from_is_where_every_learner_and_trial_starts(weights):
+    def started(initial, offset, settings):
+        return Learner(weights, [settings], [initial], initial_offsets=[offset])
+
+    settings = config(offsets=True)
+    first = started(None, None, settings)
+    for step in range(4):
+        first.step(step, [batch_of(step)])
+    state, offset = first.wkv(0), first.time_offset(0)
+    again = started(state, offset, settings)
+    assert torch.equal(again.wkv(0), state)
+    assert torch.equal(again.time_offset(0), offset)
+    wanted = first.evaluate(HELD_OUT)[0]
+    assert again.evaluate(HELD_OUT)[0] == wanted
+    # A rate of next to nothing leaves it where it is.
+    still = config(offsets=True, steps=1, offset_rate=1e-9)
+    (trial,) = sweep(
+        weights,
+        still,
+        batch_of,
+        HELD_OUT,
+        token_loss=nll,
+        rates=(1e-9,),
+        initial=state,
+        initial_offset=offset,
+    )
+    assert trial.loss == pytest.approx(wanted, abs=1e-6)
+    job = TuneJob(lambda rng: example(1), still, state, offset)
+    (result,) = tune_states(weights, [replace(job, config=replace(still, learning_rate=1e-9))])
+    assert torch.allclose(result.wkv, state, atol=1e-6)
+    assert torch.allclose(result.time_offset, offset, atol=1e-6)
+
+
+def test_offsets_of_another_shape_are_refused(weights):
+    with pytest.raises(InvalidRequestError, match=r"a part of shape \[1, 2\], where") as caught:
+        Learner(weights, [config(offsets=True)], [None], initial_offsets=[torch.zeros(1, 2)])
+    assert caught.value.param == "initial"
 
 
 def test_surprising_tokens_are_facts_only_where_a_line_does_not_say(weights):
