@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mrss_provider.cli.compare_jobs import Asking, connected
 from mrss_provider.cli.compare_report import write_report
+from mrss_provider.cli.folders import make_folder
 from mrss_provider.cli.output import note
 from mrss_provider.compare.calls import Connection, Result, call_of
 from mrss_provider.compare.cells import Cell, ask_all, left_to_do, plan, wake
@@ -58,6 +59,7 @@ def run(job: Job) -> int:
     """Compare, report, and return the exit status.
 
     Raises:
+        CommandError: a folder that cannot be written into.
         MRSSError: a bad prompt file or scorer, or a folder of another comparison.
         KeyboardInterrupt: Ctrl-C; what came is kept.
     """
@@ -71,6 +73,7 @@ def run(job: Job) -> int:
         base_url=job.asking.base_url,
         prompts_sha256=read_prompts(job.prompts).sha256,
     )
+    make_folder(job.out)
     folder = Folder.begin(job.out, settings, job.prompts)
     cells = plan(folder.prompts.prompts, settings.models, settings.seeds)
     with JsonLines(folder.results) as file:

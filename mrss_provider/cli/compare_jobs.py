@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -85,6 +86,8 @@ def asked_params(
         raise typer.BadParameter(f"--params must be a JSON object: {exc}") from exc
     except FileFormatError as exc:
         raise typer.BadParameter(f"--params: {exc}") from exc
+    if temperature is not None and not math.isfinite(temperature):
+        raise typer.BadParameter(f"--temperature must be a finite number, got {temperature}")
     given = {"temperature": temperature, "max_tokens": max_tokens}
     return params | {key: value for key, value in given.items() if value is not None}
 

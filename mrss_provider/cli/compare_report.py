@@ -129,7 +129,7 @@ def _print_errors(results: Sequence[Result]) -> None:
     failed = [result for result in results if result.error is not None]
     for result in failed[:_MAX_ERRORS_SHOWN]:
         assert result.error is not None
-        told = printable(f"{result.error['type']}: {result.error['message']}")
+        told = printable(f"{result.error['type']}: {' '.join(result.error['message'].split())}")
         note(f"failed: {result.model} on {result.prompt}, seed {result.seed}: {told}")
     if len(failed) > _MAX_ERRORS_SHOWN:
         note(f"and {len(failed) - _MAX_ERRORS_SHOWN} more; results.jsonl has them all")
@@ -142,12 +142,14 @@ def report_log(log: Path, feedback: Path | None, group: str | None, *, as_json: 
 
     Raises:
         MRSSError: a file that is not what it should be.
-        CommandError: the log holds nothing of the group.
+        CommandError: the log holds nothing, or nothing of the group.
     """
     from mrss_provider.compare.arms import read_arms
     from mrss_provider.compare.arms_report import report_arms
 
     arms = read_arms(log, feedback)
+    if not arms.groups:
+        raise CommandError(f"{log} holds no call of a weighted group yet; ask the proxy for one")
     if group is not None and group not in arms.groups:
         known = ", ".join(sorted(arms.groups)) or "none"
         raise CommandError(f"the log has no group {group!r}; it has {known}")

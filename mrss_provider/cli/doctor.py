@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from mrss_provider.backend import GenerateRequest, Message
 from mrss_provider.cli.ask import Reply, ask, ignore
-from mrss_provider.cli.output import answer, answer_json, printable, quiet, size
+from mrss_provider.cli.output import CommandError, answer, answer_json, printable, quiet, size
 from mrss_provider.config import Dtype, EngineConfig
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
@@ -241,7 +241,7 @@ def _proxy(path: Path | None) -> Iterator[Finding]:
     try:
         found = find_proxy_config(path)
         problems = examine(found)
-    except (MRSSError, OSError) as exc:
+    except (MRSSError, CommandError, OSError) as exc:
         yield Finding("FAIL", "proxy config", str(exc))
         return
     for problem in problems:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mrss_provider.cli.folders import make_folder
 from mrss_provider.cli.output import CommandError, answer, note, table
 from mrss_provider.cli.states import read_config
+from mrss_provider.compare.folder import write_whole
 from mrss_provider.config import DEMO_MODEL, EngineConfig
 from mrss_provider.evaluate.measuring import QUICK, Plan
 from mrss_provider.evaluate.own_task import OwnTask
@@ -23,6 +25,7 @@ from mrss_provider.evaluate.task import Task, WorldTask
 from mrss_provider.tokenizer import find_vocabulary
 
 _QUICK_FACTS = 12
+_REPORTS = ("report.json", "report.html")
 
 
 def evaluate(
@@ -44,7 +47,7 @@ def evaluate(
     """Measure, print the table and the verdict, write `report.html` and `report.json` to `out`.
 
     Raises:
-        CommandError: options that do not go together.
+        CommandError: options that do not go together, or an `out` that cannot be written into.
         MRSSError: no such model, or as `run`.
     """
     if baselines and len(baselines) != max(1, len(pairs)):
@@ -77,15 +80,14 @@ def evaluate(
     )
     with _alone_in(out), _progress() as (tell, on_done):
         report = run(job, tell, on_done, num_processes=jobs)
+        # First what may have taken hours, then what may fail.
+        if as_json:
+            answer(json.dumps(report, ensure_ascii=False))
+        else:
+            _print(report)
         if out is not None:
-            (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            (out / "report.html").write_text(report_page(report), encoding="utf-8")
-    if out is not None:
-        note(f"wrote {out / 'report.html'}")
-    if as_json:
-        answer(json.dumps(report, ensure_ascii=False))
-    else:
-        _print(report)
+            _write(out, report)
+            note(f"wrote {out / 'report.html'}")
 
 
 def _speaks_of_the_world(model: Path) -> bool:
@@ -133,23 +135,44 @@ def _print(report: dict[str, Any]) -> None:
     answer(headline(report))
 
 
+def _write(out: Path, report: dict[str, Any]) -> None:
+    texts = (json.dumps(report, indent=1) + "\n", report_page(report))
+    for name, content in zip(_REPORTS, texts, strict=True):
+        try:
+            write_whole(out / name, content)
+        except OSError as exc:
+            raise CommandError(
+                f"{out / name} cannot be written ({exc.strerror or exc}); the answers are kept, so "
+                "the same command has it soon"
+            ) from exc
+
+
 @contextmanager
 def _alone_in(out: Path | None) -> Iterator[None]:
     """Make `out` and hold it until the process ends: two runs would write the same files.
 
     Raises:
-        CommandError: another run holds it.
+        CommandError: it is no folder that can be written into, or another run holds it.
     """
     if out is None:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    _check_reports(out)
     folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _hold(folder, out)
         yield
     finally:
         os.close(folder)
+
+
+def _check_reports(out: Path) -> None:
+    """Refuse to write over what is no evaluation's; now, and not after hours."""
+    is_ours = (out / "answers-0.jsonl").exists()
+    for path in (out / name for name in _REPORTS):
+        if path.is_dir() or (path.exists() and not is_ours):
+            raise CommandError(f"{path} is not what mrss evaluate wrote; give --out another folder")
 
 
 def _hold(folder: int, out: Path) -> None:

@@ -20,6 +20,8 @@ from mrss_provider.errors import ConflictError, FileFormatError
 
 VERSION = 1
 
+_MADE = ("results.jsonl", "judgements.jsonl", "votes.jsonl", "summary.json", "report.html")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -76,7 +78,8 @@ class Folder:
         """Make the folder of a comparison, or find the one that it can go on with.
 
         Raises:
-            ConflictError: the folder is of another comparison; the message says in what.
+            ConflictError: the folder is of another comparison; the message says in what. Or it has
+                files of somebody else's by our names.
             FileFormatError: it is of none.
             OSError: it cannot be written.
         """
@@ -88,8 +91,10 @@ class Folder:
                     "--out, or ask for the same again to go on with it"
                 )
             return found
+        prompts = prompt_file.read_bytes()
+        _check_foreign(path, prompts)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "prompts.jsonl").write_bytes(prompt_file.read_bytes())
+        (path / "prompts.jsonl").write_bytes(prompts)
         write_whole(path / "run.json", json.dumps(asdict(settings), indent=2) + "\n")
         return cls.open(path)
 
@@ -142,6 +147,20 @@ class Folder:
             found.pop(result.key, None)
             found[result.key] = result
         return list(found.values())
+
+
+def _check_foreign(path: Path, prompts: bytes) -> None:
+    """Refuse to write over what no comparison has written."""
+    copy = path / "prompts.jsonl"
+    others = [name for name in _MADE if (path / name).exists()]
+    # A run that was killed at once has copied its prompts, and nothing else.
+    if copy.exists() and not (copy.is_file() and copy.read_bytes() == prompts):
+        others.append(copy.name)
+    if others:
+        raise ConflictError(
+            f"{path} holds no comparison, and has {others[0]}, which would be written over; choose "
+            "another --out"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -101,6 +101,12 @@ def check_params(params: object) -> dict[str, Any]:
     for key in OURS:
         if key in params:
             raise FileFormatError(f"params may not hold {key!r}: a comparison sets it itself")
+    try:
+        json.dumps(params, allow_nan=False)
+    except ValueError as exc:
+        raise FileFormatError(
+            "params may not hold NaN or infinity, which JSON does not have"
+        ) from exc
     return params
 
 
@@ -113,7 +119,7 @@ def text_of(content: object) -> str:
 
 def _parse(line: str, default_id: str) -> Prompt:
     try:
-        raw = json.loads(line)
+        raw = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as exc:
         raise FileFormatError(f"no JSON: {exc}") from exc
     if not isinstance(raw, dict):
@@ -134,6 +140,10 @@ def _parse(line: str, default_id: str) -> Prompt:
         checks=tuple(parse_check(check) for check in checks),
         group=_text(raw, "group", "") if "group" in raw else "",
     )
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"it holds {text}, which JSON does not have")
 
 
 def _messages(raw: object) -> list[dict[str, Any]]:

@@ -122,6 +122,10 @@ class Journal:
                 f"{path} is of another evaluation (other model, states, questions or version); "
                 "give --out a new folder, or remove it"
             )
+        if not lines and not head.encode().startswith(written):
+            raise FileFormatError(
+                f"{path} is not what mrss evaluate writes; remove it, or give --out a new folder"
+            )
         if whole != written:
             os.truncate(path, len(whole))
         if not lines:

@@ -178,6 +178,8 @@ def _file_of(folder: Path, name: str) -> Path:
     for suffix in _SUFFIXES:
         if (path := folder / f"{name}{suffix}").is_file():
             return path
+    if not folder.is_dir():
+        raise InvalidRequestError(f"the folder of states {folder} does not exist or is none")
     raise InvalidRequestError(f"{folder} has no state {name!r}; see `mrss states list`")
 
 

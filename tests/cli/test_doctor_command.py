@@ -87,6 +87,16 @@ def test_a_bad_state_is_a_warning(where: list[object], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_litellm_unimported")
+def test_a_configuration_that_is_not_there_is_a_finding_among_the_others(
+    where: list[object],
+) -> None:
+    result = mrss("doctor", *where, "--config", "/nowhere.yaml")
+    assert (result.code, result.err) == (1, "")
+    assert "FAIL  proxy config: the proxy's configuration /nowhere.yaml does not" in result.out
+    assert "\nok    engine: " in result.out
+
+
+@pytest.mark.usefixtures("_litellm_unimported")
 def test_cuda_that_is_not_here_fails(where: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = mrss("doctor", *where[:4], "--device", "cuda")

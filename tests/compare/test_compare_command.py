@@ -7,6 +7,7 @@ from command import mrss
 from compare_fakes import FULL, FakeConnection, write_prompts
 
 from mrss_provider.cli import compare_jobs, compare_vote
+from mrss_provider.compare.calls import CallError
 
 
 @pytest.fixture
@@ -162,6 +163,8 @@ def test_panes_are_drawn_within_the_terminal():
         (("--models", "a,b"), "give --prompts"),
         (("--models", "a,b", "--prompts", "prompts.jsonl", "--params", "[]"), "JSON object"),
         (("--models", "a,b", "--prompts", "prompts.jsonl", "--params", '{"n": 2}'), "'n'"),
+        ((*RUN[1:], "--params", '{"top_p": [NaN]}'), "params may not hold NaN or infinity"),
+        ((*RUN[1:], "--temperature", "nan"), "--temperature must be a finite number, got nan"),
         (("--models", "a,b,c,d,e", "--live", "x"), "2 to 4 models"),
         (("--models", "a,b", "report", "x"), "do not go with 'report'"),
         (("report",), "give the folder"),
@@ -196,6 +199,52 @@ def test_what_is_not_there_is_one_sentence(folder, connect, args, said):
     assert found.err.startswith("error: ")
     assert said in found.err
     assert not (folder / "comparison").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("prompts.jsonl", "--out must be a folder, and prompts.jsonl is a file"),
+        ("prompts.jsonl/x", "prompts.jsonl/x: no folder can be made there (Not a directory)"),
+    ],
+)
+def test_what_is_no_folder_is_told_before_anybody_is_asked(folder, connect, out, said):
+    connection = connect({})
+    found = mrss(*RUN, "--out", out)
+    assert (found.code, connection.calls) == (1, [])
+    assert said in found.err
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "report.html", "prompts.jsonl"])
+def test_files_of_somebody_else_are_not_written_over(folder, connect, name):
+    connection = connect({})
+    (folder / "own").mkdir()
+    (folder / "own" / name).write_text("my only copy")
+    found = mrss(*RUN, "--out", "own")
+    assert (found.code, connection.calls) == (1, [])
+    assert f"own holds no comparison, and has {name}, which would be written over" in found.err
+    assert [path.name for path in (folder / "own").iterdir()] == [name]
+    assert (folder / "own" / name).read_text() == "my only copy"
+
+
+def test_a_comparison_may_be_kept_beside_its_own_prompts(folder, connect):
+    connect({"good": "all right", "bad": "all wrong"})
+    assert mrss(*RUN, "--out", ".").code == 0
+    assert (folder / "results.jsonl").exists()
+
+
+def test_an_error_of_several_lines_is_told_in_one(folder, connect):
+    connect({"good": "right", "bad": CallError("BadRequest", "no such model\n Learn\tmore")})
+    found = mrss(*RUN)
+    assert found.code == 3
+    assert "seed 0: BadRequest: no such model Learn more\n" in found.err
+
+
+def test_an_empty_log_is_said_to_be_empty(folder):
+    (folder / "calls.jsonl").touch()
+    found = mrss("compare", "report", "--from-log", "calls.jsonl")
+    assert (found.code, found.out) == (1, "")
+    assert "calls.jsonl holds no call of a weighted group yet" in found.err
 
 
 def test_a_log_is_reported_by_arms(folder):

@@ -37,6 +37,7 @@ def test_prompts_keep_their_order_and_fields(tmp_path):
     [
         ("{", "no JSON"),
         ("[]", "must be a JSON object"),
+        ('{"prompt": "x", "params": {"top_p": NaN}}', "it holds NaN, which JSON does not have"),
         ({"id": "b"}, 'one of "messages"'),
         ({**GOOD, "prompt": "x"}, 'one of "messages"'),
         ({"messages": "Hi"}, "messages must be a list"),

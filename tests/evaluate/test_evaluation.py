@@ -1,17 +1,20 @@
 """An evaluation finds what is in answers, goes on where it stopped, and shows text as text."""
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from command import mrss
 from fakes import FakeBackend, text
 
 from mrss_provider.backend import Delta, TokenLogprob
+from mrss_provider.cli import evaluate as evaluate_command
 from mrss_provider.cli.states import read_config
 from mrss_provider.config import BUNDLED_STATES, DEMO_MODEL, EngineConfig
 from mrss_provider.errors import FileFormatError, InvalidRequestError
@@ -44,6 +47,7 @@ PLAN = Plan(
     temperatures=(0.5,),
     curves=("linear~fixed",),
 )
+KEPT = Path(__file__).parents[2] / "benchmarks/results/evaluation.json"
 PAIR = Pair(BUNDLED_STATES, "knowledge", "tone")
 SYSTEMS = compared(PAIR, ["joint"], is_quick=True)
 ROWS = {**{system.model: 2 for system in SYSTEMS}, "knowledge+tone": 3}
@@ -233,6 +237,74 @@ def test_a_folder_that_another_run_writes_into_is_refused(tmp_path):
     assert result.code == 1
     assert "another mrss evaluate writes into" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def make_file(path):
+    path.touch()
+    return path, "--out must be a folder, and {} is a file"
+
+
+def make_below_file(path):
+    path.touch()
+    return path / "x", "--out {}: no folder can be made there (Not a directory)"
+
+
+def make_closed(path):
+    path.mkdir()
+    return path, "--out {}: nothing can be written into this folder"
+
+
+def make_taken(path):
+    (path / "report.html").mkdir(parents=True)
+    return path, "{}/report.html is not what mrss evaluate wrote"
+
+
+def make_foreign(path):
+    path.mkdir()
+    (path / "report.json").write_text("my only copy")
+    return path, "{}/report.json is not what mrss evaluate wrote"
+
+
+@pytest.mark.parametrize(
+    "make", [make_file, make_below_file, make_closed, make_taken, make_foreign]
+)
+def test_a_folder_that_cannot_be_written_into_is_refused_before_any_work(
+    tmp_path, monkeypatch, make
+):
+    out, says = make(tmp_path / "out")
+    if make is make_closed:
+        # Whoever runs the tests may be allowed everything.
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr(evaluate_command, "run", lambda *_, **__: pytest.fail("it has begun"))
+    before = sorted(tmp_path.rglob("*"))
+    result = mrss("evaluate", "--quick", "--out", out)
+    assert result.code == 1
+    assert result.err.startswith("error: " + says.format(out))
+    assert result.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_measured_is_told_before_a_full_disk_is(tmp_path, monkeypatch):
+    report = json.loads(KEPT.read_text(encoding="utf-8"))
+    monkeypatch.setattr(evaluate_command, "run", lambda *_, **__: report)
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate_command, "write_whole", full)
+    result = mrss("evaluate", "--out", tmp_path / "new/deep")
+    assert result.code == 1
+    assert "mixture-default" in result.out
+    assert "report.json cannot be written (No space left on device)" in result.err
+    assert "the answers are kept" in result.err
+
+
+def test_a_file_of_somebody_else_is_left_as_it_is(tmp_path):
+    path = tmp_path / "answers-0.jsonl"
+    path.write_text("my only copy, in one line")
+    with pytest.raises(FileFormatError, match="not what mrss evaluate writes"):
+        Journal(path, {"format": 1})
+    assert path.read_text() == "my only copy, in one line"
 
 
 def test_both_files_go_together():
