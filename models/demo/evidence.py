@@ -6,6 +6,9 @@
 The two bases go side by side: the bundled one is tuned on while the second one is trained. Every
 part is a command of its own that goes on where it stopped, and so does this one. What is finished
 when the time is over is in `--out`, in eight files: an archive a part, and what they said.
+
+The exit status is 0 if all parts have finished and what docs/evaluation.md claims holds of them, 1
+if a part has not, and 3 if a claim does not hold; of a rehearsal none is asked.
 """
 
 from __future__ import annotations
@@ -21,12 +24,17 @@ import tarfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.demo.evidence_claims import broken_claims
 from mrss_provider.config import DEMO_MODEL
 
 SEEDS = ("1", "2", "3")
+
+UNFINISHED = 1
+BROKEN = 3
 _STOP_S = 8.0
 """Before the end: to leave off, and to write the archives."""
 
@@ -49,6 +57,7 @@ class Show:
         ends: by the monotonic clock, in seconds.
         is_small: only to see that it runs.
         log: of all commands.
+        unfinished: titles of the parts that did not end well.
         lock: held while an archive or a line of the log is written.
     """
 
@@ -58,6 +67,7 @@ class Show:
     ends: float
     is_small: bool
     log: Path
+    unfinished: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, text: str) -> None:
@@ -105,23 +115,44 @@ class Show:
             partial.replace(self.out / f"{name}.tar.gz")
 
 
-def main() -> None:
-    """Parse the command line, run both tracks, keep what they made."""
-    args = _parser().parse_args()
+def main() -> int:
+    """Parse the command line, run both tracks, keep what they made; return the exit status."""
+    parser = _parser()
+    args = parser.parse_args()
     for folder in (args.work, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            parser.error(f"no folder can be made at {folder}: {exc.strerror}")
     ends = time.monotonic() + args.seconds - _STOP_S
     show = Show(args.work, args.out, args.device, ends, args.rehearse, args.out / "log.txt")
     second = args.work / "base-1"
-    tracks = [
-        threading.Thread(target=_measure, args=(show, 0, DEMO_MODEL)),
-        threading.Thread(target=_train_and_measure, args=(show, second, args.train_seconds)),
-    ]
-    for track in tracks:
-        track.start()
-    for track in tracks:
-        track.join()
-    show.tell("all parts have ended")
+    with ThreadPoolExecutor(2) as tracks:
+        ends_of = [
+            tracks.submit(_measure, show, 0, DEMO_MODEL),
+            tracks.submit(_train_and_measure, show, second, args.train_seconds),
+        ]
+    for end in ends_of:
+        end.result()
+    return _judge(show)
+
+
+def _judge(show: Show) -> int:
+    """Say what became of all parts, and of the claims; return the exit status."""
+    if show.unfinished:
+        titles = ", ".join(sorted(show.unfinished))
+        show.tell(f"not finished: {titles}; the same command goes on with them")
+        return UNFINISHED
+    if show.is_small:
+        show.tell("all parts have finished; a rehearsal bears out no claim")
+        return 0
+    broken = broken_claims(show.work, SEEDS)
+    for text in broken:
+        show.tell(f"a claim does not hold: {text}")
+    if broken:
+        return BROKEN
+    show.tell("all parts have finished, and every claim holds")
+    return 0
 
 
 def _train_and_measure(show: Show, model: Path, seconds: float) -> None:
@@ -129,6 +160,7 @@ def _train_and_measure(show: Show, model: Path, seconds: float) -> None:
         sizes = _SMALL_TRAINING if show.is_small else _TRAINING
         length = ("--seconds", f"{seconds:g}", "--seed", "1", "--device", show.device)
         if not show.run("base 1", "models.demo.train", "--out", model, *length, *sizes):
+            show.unfinished.append("base 1")
             return
     shutil.copy(DEMO_MODEL / "card.toml", model)
     show.keep("base-1", model)
@@ -147,12 +179,14 @@ def _measure(show: Show, number: int, model: Path) -> None:
 def _evaluate(show: Show, name: str, model: Path, pairs: Path, knowledge: str) -> None:
     size = ("--quick", "--samples", "1") if show.is_small else ("--samples", "4")
     found = show.work / name
-    show.run(
+    is_done = show.run(
         name,
         *("models.demo.evaluate_pairs", "--model", model, "--pairs", pairs, "--out", found),
         *("--device", show.device, "--max-rows", "384", "--jobs", str(len(SEEDS))),
         *("--knowledge", knowledge, "--seeds", *SEEDS, *size),
     )
+    if not is_done:
+        show.unfinished.append(name)
     if found.is_dir():
         show.keep(name, found)
 
@@ -165,10 +199,13 @@ def _tune(show: Show, number: int, model: Path, pairs: Path) -> None:
         *("--device", show.device, "--seeds", *SEEDS, *jobs, *sizes),
     )
     title = f"states {number}"
-    if not show.run(title, *command, spare=_EVALUATION_S) and show.device == "cuda":
+    is_done = show.run(title, *command, spare=_EVALUATION_S)
+    if not is_done and show.device == "cuda":
         # Without fla's kernels: slower, with more memory, and nothing that could fail in them.
         slow = ("--dtype", "fp32", "--jobs", "2")
-        show.run(f"{title}, fp32", *command, *slow, spare=_EVALUATION_S)
+        is_done = show.run(f"{title}, fp32", *command, *slow, spare=_EVALUATION_S)
+    if not is_done:
+        show.unfinished.append(title)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -192,4 +229,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
