@@ -6,7 +6,7 @@ late whenever something comes in between. `floor` tells what this one finds wher
 exact times.
 
 The process is this file, run by `Recorder`: it takes requests from stdin and reads their streams
-until stdin ends.
+until stdin ends. Nothing here waits for ever: where the other side stops, it ends with a sentence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Self
 
@@ -43,11 +43,13 @@ class Recorder:
     Args:
         path: the server's Unix socket.
         bodies: JSON of the requests; each answer is a stream of events with `num_tokens`.
+        wait_s: for all streams to begin, and for those that were read to be handed over.
     """
 
-    def __init__(self, path: Path, bodies: Sequence[str]) -> None:
+    def __init__(self, path: Path, bodies: Sequence[str], wait_s: float = WAIT_S) -> None:
+        self._wait_s = wait_s
         self._child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(path)],
+            [sys.executable, str(Path(__file__).resolve()), str(path), str(wait_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -70,7 +72,10 @@ class Recorder:
 
     def stop(self) -> Tape:
         """Close the streams; return what came on them."""
-        said, _ = self._child.communicate(timeout=WAIT_S)
+        try:
+            said, _ = self._child.communicate(timeout=self._wait_s)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"what came on the streams was not handed over within {self._wait_s:g} s")
         if self._child.returncode:
             sys.exit("a stream ended before it was stopped")
         return Tape.of(json.loads(said))
@@ -82,12 +87,15 @@ class Recorder:
 
 
 def first_token_s(path: Path, body: str, limit_s: float) -> float:
-    """Send a request and read its answer; return the seconds until its first token came."""
+    """Send a request and read its answer; return the seconds until its first token came.
+
+    Exits where the whole answer takes more than `limit_s`.
+    """
     request = _request(body)
     begun = time.monotonic()
     first: float | None = None
     came = b""
-    with socket.socket(socket.AF_UNIX) as connection:
+    with socket.socket(socket.AF_UNIX) as connection, _ending("the server", limit_s):
         connection.settimeout(limit_s)
         connection.connect(str(path))
         connection.sendall(request)
@@ -95,26 +103,46 @@ def first_token_s(path: Path, body: str, limit_s: float) -> float:
             came += data
             if first is None and _TOKENS.search(came):
                 first = time.monotonic()
+            # One that goes on and on is too late as well.
+            if time.monotonic() > begun + limit_s:
+                raise TimeoutError
     if first is None:
         sys.exit(f"the server sent no token: {came[:500]!r}")
     return first - begun
 
 
-def floor(num_streams: int, beat_s: float, seconds: float) -> Gaps:
-    """Return the gaps that a recorder finds where a server writes every `beat_s` seconds."""
+def floor(num_streams: int, beat_s: float, seconds: float, wait_s: float = WAIT_S) -> Gaps:
+    """Return the gaps that a recorder finds where a server writes every `beat_s` seconds.
+
+    Exits where the recorder stops reading for `wait_s` seconds, or ends.
+    """
     with tempfile.TemporaryDirectory(prefix="mrss") as folder:
         path = Path(folder) / "s"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen(num_streams)
-            with Recorder(path, ["{}"] * num_streams) as recorder, contextlib.ExitStack() as stack:
+            listener.settimeout(wait_s)
+            recorder = Recorder(path, ["{}"] * num_streams, wait_s)
+            with recorder, contextlib.ExitStack() as stack, _ending("the recorder", wait_s):
                 streams = [stack.enter_context(listener.accept()[0]) for _ in range(num_streams)]
                 for stream in streams:
+                    stream.settimeout(wait_s)
                     stream.sendall(_HEAD)
                 recorder.wait_running()
                 begun = write_in_time(streams, beat_s, max(2, int(seconds / beat_s)))
                 tape = recorder.stop()
     return Gaps.within(tape, begun, float("inf"))
+
+
+@contextlib.contextmanager
+def _ending(who: str, limit_s: float) -> Iterator[None]:
+    """Exit where a socket says that `who` is at its other end no more, or does nothing."""
+    try:
+        yield
+    except TimeoutError:
+        sys.exit(f"{who} was not done within {limit_s:g} s")
+    except OSError as exc:
+        sys.exit(f"{who} cannot be reached: {exc.strerror or exc}")
 
 
 def write_in_time(streams: Sequence[socket.socket], beat_s: float, num_beats: int) -> float:
@@ -131,25 +159,33 @@ def write_in_time(streams: Sequence[socket.socket], beat_s: float, num_beats: in
 
 
 def read_streams(
-    path: Path, bodies: Sequence[str], control: IO[str]
+    path: Path, bodies: Sequence[str], control: IO[str], wait_s: float
 ) -> list[list[tuple[float, bytes]]]:
     """Send requests, read their streams until `control` ends; return what came on each, and when.
 
-    Prints `running` once something has come on all.
+    Prints `running` once something has come on all; exits where that takes more than `wait_s`.
     """
+    deadline = time.monotonic() + wait_s
     arrivals: list[list[tuple[float, bytes]]] = [[] for _ in bodies]
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
         for number, body in enumerate(bodies):
             connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-            connection.connect(str(path))
-            connection.sendall(_request(body))
+            with _ending("the server", wait_s):
+                connection.settimeout(wait_s)
+                connection.connect(str(path))
+                connection.sendall(_request(body))
             connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ, (number, connection))
         selector.register(control, selectors.EVENT_READ)
         silent = set(range(len(bodies)))
         has_ended = False
         while not has_ended:
-            for key, _ in selector.select():
+            left_s = deadline - time.monotonic() if silent else None
+            if left_s is not None and left_s <= 0:
+                sys.exit(
+                    f"{len(silent)} of {len(bodies)} streams brought nothing within {wait_s:g} s"
+                )
+            for key, _ in selector.select(left_s):
                 if key.data is None:
                     has_ended = True
                     continue
@@ -184,11 +220,12 @@ def main() -> None:
     """Read streams until stdin ends; print what came as one line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("socket", type=Path)
+    parser.add_argument("wait_s", type=float, help="for all streams to begin")
     args = parser.parse_args()
     # A collection stops whoever notes when bytes come, for longer the more have come.
     gc.disable()
     bodies = json.loads(sys.stdin.readline())
-    arrivals = read_streams(args.socket, bodies, sys.stdin)
+    arrivals = read_streams(args.socket, bodies, sys.stdin, args.wait_s)
     print(json.dumps([count_tokens(stream) for stream in arrivals]), flush=True)
 
 
