@@ -17,7 +17,8 @@ def request_bytes(stream):
     body = json.dumps({**BODY, "max_tokens": 60 if stream else 8, "stream": stream}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        # Else the server would keep the connection, and reading on would wait.
+        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
