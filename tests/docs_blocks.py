@@ -251,6 +251,7 @@ def _numbers() -> list[list[str]]:
 # Whose script has another name than its lines.
 _SCRIPTS = {"serve": "serve_gpu", "quantize gpu decode": "quantize_gpu"}
 _USUAL: dict[str, object] = {"dtype": "fp16", "state_dtype": "fp32"}
+_CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 _RWKV_CPU = "RWKV-7 0.1B (random weights)"
 _STEPS = "{steps_per_s:.0f} steps/s (bytes alone allow {limit_per_s:.0f})"
 _MIXED = "{steps_per_s:.0f} steps/s, {of_one_state:.2f} of one state's"
@@ -259,10 +260,11 @@ _MIXED_MS = "{ms_per_step:.1f} ms a step, {ratio_to_1:.2f} x one row's"
 NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
     *(
         (
-            {"benchmark": "decode", "model": size, "rows": 1, **_USUAL},
+            {"benchmark": "decode", "model": size, "rows": 1, "card": card, **_USUAL},
             f"RWKV-7 {size} fp16, one row",
             _STEPS,
         )
+        for card in _CARDS
         for size in ("1.5b", "7.2b")
     ),
     *(
@@ -285,10 +287,11 @@ NUMBERS: Sequence[tuple[dict[str, object], str, str]] = (
     *(
         (
             {"benchmark": "mixture", "model": size, "states": 4, "requests": 1, "merge": merge}
-            | _USUAL,
+            | {"card": card, **_USUAL},
             f"{size}, a request of 4 states, `{merge}`: {{rows}} rows",
             _MIXED,
         )
+        for card in _CARDS
         for size in ("1.5b", "7.2b")
         for merge in ("linear", "delta")
     ),

@@ -28,24 +28,24 @@ LN_EPS = 1e-5
 
 
 @triton.jit
-def sum_pair(a, b, axis: tl.constexpr):
-    """Return the sums of a and b along an axis, in one exchange between warps."""
-    return tl.split(tl.sum(tl.join(a, b), axis))
+def _sum_both(a, b):
+    """Return the sums of two vectors, in one exchange between warps."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
 
 
 @triton.jit
 def row_statistics(x, mask, eps, C: tl.constexpr):
-    """Return mean and 1 / standard deviation of the C elements of x; it is 0 outside the mask.
+    """Return mean and 1 / standard deviation of the C elements of x, which is 0 outside the mask.
 
-    Both sums in one exchange between warps. A mean above the deviation, which would take bits from
-    their difference, costs a second one.
+    The variance is the mean square less the square of the mean. Where the mean is above the
+    deviation, that difference would lose bits: then what is left of x without its mean is added up.
     """
-    total, squares = sum_pair(x, x * x, 0)
+    total, squares = _sum_both(x, x * x)
     mean = total / C
     variance = squares / C - mean * mean
     if mean * mean > variance:
         centred = tl.where(mask, x - mean, 0.0)
-        total, squares = sum_pair(centred, centred * centred, 0)
+        total, squares = _sum_both(centred, centred * centred)
         mean += total / C
         variance = squares / C
     return mean, 1.0 / tl.sqrt(variance + eps)

@@ -142,7 +142,11 @@ def key_receptance(
             raise ValueError(f"{name} must be a positive multiple of {GROUP_LEN}, got {size}")
     if config is None:
         chosen = choose_config(
-            rows, size_r, size_k, splittable=False, shared_bytes=shared_bytes(x.device)
+            rows,
+            size_r,
+            size_k,
+            splittable=False,
+            shared_bytes=shared_bytes(x.device) if x.element_size() == 2 else 0,
         )
         config = chosen._replace(num_pieces=1)
     check_config(config, rows, size_k, grouped=True, activation="relu2")

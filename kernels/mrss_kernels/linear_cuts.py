@@ -1,7 +1,7 @@
-"""How products of few rows are cut, as measured on an H100 (kernels/README.md).
+"""How products of few rows are cut, as measured on an H100 and an H200 (kernels/README.md).
 
 A cut depends on rows, on the weight's shape and on what a program may have of shared memory, so
-that a row bucket always adds in the same order.
+that on one card a row bucket always adds in the same order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 NUM_MULTIPROCESSORS = 132
 """Of an H100 or H200, for which products are cut. Not asked from the device: the cut decides the
-order of sums, and equal inputs are to give equal bits on every card."""
+order of sums, and equal inputs are to give equal bits on cards that differ in this alone."""
 
 HOPPER_SHARED = 227 << 10
 """Bytes of shared memory that one program may have on an H100 or H200; other cards have 99 KB."""
@@ -54,8 +54,13 @@ def choose_config(
 ) -> LinearConfig:
     """Return the measured cut for `rows` rows with a weight [size_r, size_k].
 
-    Parts and their order depend on nothing else, so that a row bucket always adds in the same
-    order; `shared_bytes` of a multiprocessor say how much of a part is loaded at a time.
+    Args:
+        rows: of the inputs.
+        size_r: outputs.
+        size_k: what is summed over.
+        splittable: whether the reader adds parts up, so that K may be cut.
+        shared_bytes: what a program may have of shared memory, for blocks in 16 bits; 0 takes
+            short ones.
     """
     if rows == 1:
         if size_k % 1024:
@@ -77,8 +82,9 @@ def choose_config(
         num_splits *= 2
     part = size_k // num_splits
     programs = -(-size_r // 64) * num_splits
-    # Long blocks where they fit: fewer, longer pieces of a row of memory. But two programs side by
-    # side where all of them then run at once and one after the other would leave a gap.
+    # Long blocks where they fit: fewer, longer pieces of a row of memory. Short ones leave room for
+    # two programs a multiprocessor, where all of them run at once that way and a second wave would
+    # leave many multiprocessors without work.
     in_pairs = NUM_MULTIPROCESSORS < programs <= 2 * NUM_MULTIPROCESSORS
     long = part >= 512 and shared_bytes >= HOPPER_SHARED and not in_pairs
     block_k = _largest_block(part, 256 if long else 128)
@@ -102,7 +108,7 @@ def _cut_in_long_blocks(
     part = size_k // num_splits
     if 2 * programs < 100 or part < 2 * LONG_BLOCK or part % LONG_BLOCK:
         return None
-    if programs < 100 and size_r == size_k and shared_bytes >= HOPPER_SHARED:
+    if 2 * programs <= NUM_MULTIPROCESSORS and size_r == size_k and shared_bytes >= HOPPER_SHARED:
         # A small square one, after the time mixing, is better in more and shorter parts.
         return LinearConfig(64, 256, 2 * num_splits, 4, 3)
     fills_last_wave = programs % NUM_MULTIPROCESSORS >= 0.9 * NUM_MULTIPROCESSORS
@@ -113,9 +119,10 @@ def _cut_in_long_blocks(
         return LinearConfig(32, LONG_BLOCK, num_splits, 2, 3, num_pieces=4)
     if splittable and num_splits == 1 and programs >= 100 and all_start_at_once:
         # Few bytes each, and a norm in front: what is asked for early decides.
-        if rows > 4 and shared_bytes >= HOPPER_SHARED:
+        if rows <= 4:
+            return LinearConfig(32, LONG_BLOCK, 1, 2, 3, num_pieces=2, prefetch=256)
+        if shared_bytes >= HOPPER_SHARED:
             return LinearConfig(64, LONG_BLOCK, 1, 4, 3)
-        return LinearConfig(32, LONG_BLOCK, 1, 2, 3, num_pieces=2, prefetch=256)
     return LinearConfig(32, LONG_BLOCK, num_splits, 2, 3)
 
 

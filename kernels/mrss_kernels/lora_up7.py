@@ -2,6 +2,7 @@
 """The second halves of RWKV-7's four LoRAs in a launch of their own, for many decoding rows.
 
 What stands between the layer's first product and `time_mix7`; few rows compute them there.
+`sum_parts` and `load_up` are for other kernels of the layers, too.
 """
 
 from __future__ import annotations

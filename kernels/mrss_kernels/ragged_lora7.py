@@ -17,7 +17,7 @@ from mrss_kernels.lora_up7 import sum_parts
 
 
 class TimeCut(NamedTuple):
-    """How both kernels are cut: tokens a program, warps, blocks of 64 ranks ahead."""
+    """How these kernels are cut: tokens a program, warps, blocks of 64 ranks ahead."""
 
     block_m: int
     num_warps: int

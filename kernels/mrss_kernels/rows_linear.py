@@ -327,7 +327,8 @@ def check_config(
             f"block_k must be a multiple of 16 * num_pieces = {16 * config.num_pieces}, "
             f"got {config.block_k}"
         )
-    if config.prefetch % 64 or config.prefetch > min(config.block_k, part - config.block_k):
+    most = min(config.block_k, part - config.block_k)
+    if config.prefetch % 64 or not 0 <= config.prefetch <= most:
         raise ValueError(
             f"prefetch must be a multiple of 64 that a second block has, got {config.prefetch}"
         )

@@ -25,7 +25,7 @@ from mrss_kernels._checks import (
     expect_rows_of_slots,
     expect_shape,
 )
-from mrss_kernels._launch import dependent_launch
+from mrss_kernels._launch import dependent_launch, next_power_of_2
 from mrss_kernels.caching import KEEP
 from mrss_kernels.linear_cuts import NUM_MULTIPROCESSORS
 from mrss_kernels.lora_up7 import load_up, lora_up, rank_sizes, sum_parts
@@ -45,7 +45,7 @@ MAX_SINGLE_ROWS = 4
 
 SLIM_REGISTERS, MAX_SLIM_RANKS = 192, 640
 """A program of two rows does with so many registers a thread, which leave room for the next
-product's, up to this sum of ranks; with more it would spill."""
+product's, up to this sum of ranks, each rounded up to a power of two; with more it would spill."""
 
 GROUP_NORM_EPS = 64e-5
 
@@ -225,8 +225,8 @@ def time_mix7(
     flags |= dependent_launch(out.device)
     group = few_rows_group(rows, heads) if rows <= fuse_rows else 0
     if group and size == 64 and up.element_size() == 2:
-        if flags["PDL"] and group == 2 and sum(ranks) <= MAX_SLIM_RANKS:
-            flags["maxnreg"] = SLIM_REGISTERS
+        # Where the next product starts early; the option is CUDA's.
+        flags |= register_limit(group, ranks) if flags["PDL"] else {}
         time_mix7_few_kernel[(heads, -(-rows // group))](
             projected,
             low,
@@ -276,6 +276,17 @@ def few_rows_group(rows: int, heads: int) -> int:
     if rows > MAX_FUSED_ROWS or all_at_once:
         return 0
     return next((group for group in (1, 2) if heads * -(-rows // group) <= NUM_MULTIPROCESSORS), 4)
+
+
+def register_limit(group: int, ranks: Sequence[int]) -> dict[str, int]:
+    """Return the option that limits the registers of `time_mix7_few` where it spills none of them.
+
+    Args:
+        group: rows of a program.
+        ranks: of the LoRAs, whose weights lie in registers in blocks of powers of two.
+    """
+    num_columns = sum(next_power_of_2(rank) for rank in ranks if rank)
+    return {"maxnreg": SLIM_REGISTERS} if group == 2 and num_columns <= MAX_SLIM_RANKS else {}
 
 
 def _check_time_mix(

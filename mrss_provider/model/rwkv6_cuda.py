@@ -1,4 +1,4 @@
-"""RWKV-6's decode step on CUDA: eight launches a layer, from token ids to the last norm.
+"""RWKV-6's decode step on CUDA: eight or nine launches a layer, from token ids to the last norm.
 
 Built from the layers of `rwkv6`, whose weights it packs so that products of one moment are one
 matrix; the layers' own linears become views of it, so nothing is held twice. Same result as

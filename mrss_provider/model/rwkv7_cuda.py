@@ -1,4 +1,4 @@
-"""RWKV-7's decode step on CUDA: seven launches a layer, from token ids to the last norm.
+"""RWKV-7's decode step on CUDA: seven or eight launches a layer, from token ids to the last norm.
 
 Built from the layers of `rwkv7`, whose weights it packs so that r, k, v and the first halves of
 the LoRAs are one matrix; the layers' own linears become views of it, so nothing is held twice but

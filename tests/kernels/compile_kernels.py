@@ -65,6 +65,8 @@ WIDE_HEAD = {"H": 64, "N": 64, "R": 3 * 4096 + 896, **WIDE_RANKS}
 WIDE_HEAD |= {"B" + name: rank for name, rank in WIDE_RANKS.items()}
 FEW_ROWS = [("1.5b", HEAD | BLOCKS, group) for group in (2, 1, 4)]
 FEW_ROWS += [("7.2b", WIDE_HEAD, group) for group in (1, 2)]
+# A gate whose block of columns is a power of two above its rank.
+FEW_ROWS += [("2.9b", HEAD | BLOCKS | {"RG": 320, "BRG": 512}, 2)]
 GEMV = {"K": 2048, "BN": 4, "BK": 2048, "SPLITS": 1, "PDL": True}
 SKINNY = {"K": 2048, "BM": 16, "BN": 64, "SPLITS": 1, "PIECES": 1, "PREFETCH": 0}
 SKINNY |= {"PDL": True}
@@ -98,8 +100,7 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
             constants = head | flags | {"G": group, "WARPS": 8}
             label_full = f"time_mix7_few_kernel {name} {label} {group}"
             kernel = time_mix7_few.time_mix7_few_kernel
-            slim = group == 2 and sum(head[x] for x in RANKS) <= time_mix7.MAX_SLIM_RANKS
-            limit = {"maxnreg": time_mix7.SLIM_REGISTERS} if slim else {}
+            limit = time_mix7.register_limit(group, [head[name] for name in RANKS])
             found.append((label_full, kernel, types, constants, options | limit))
     pdl = {"num_warps": 4, "launch_pdl": True}
     for grouped, relu2 in ((True, False), (False, True)):
