@@ -40,6 +40,8 @@ export function startSettings(setup, onChange) {
       onChange(name === "trace");
     });
   }
+  // Until now there was no set-up that they could change.
+  /** @type {HTMLFieldSetElement} */ (find("fields")).disabled = false;
   // A phone has no room for them until they are asked for.
   if (matchMedia("(max-width: 640px)").matches) find("settings").removeAttribute("open");
 }

@@ -83,13 +83,31 @@ def test_a_prompt_is_answered_in_every_pane(new_page, expect):
 
 
 @slow
+def test_settings_wait_for_the_set_up_that_they_change(new_page, expect):
+    server, url = faked(FakeBackend([text("Ahoy")]))
+    with server:
+        page = new_page()
+        held = []
+        page.route("**/v1/models*", lambda route: held.append(route))
+        page.goto(url)
+        heat_map = page.get_by_label("Heat map")
+        expect(heat_map).to_be_disabled()
+        while held:
+            held.pop().continue_()
+        expect(heat_map).to_be_checked()
+        heat_map.set_checked(False)
+
+
+@slow
 def test_hostile_text_stays_text(new_page, expect):
     backend = FakeBackend([traced(HOSTILE), traced(f"\n{HOSTILE}", "base")])
     server, url = faked(backend)
     with server:
         page = new_page(url)
+        heat_map = page.get_by_label("Heat map")
+        expect(heat_map).to_be_enabled()
         for is_traced in (True, False):
-            page.get_by_label("Heat map").set_checked(is_traced)
+            heat_map.set_checked(is_traced)
             ask(page, expect, HOSTILE)
             assert answer_of(page, 1) == f"{HOSTILE}\n{HOSTILE}"
         pane(page, 1).locator(".token").first.hover()
