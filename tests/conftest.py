@@ -1,7 +1,9 @@
 """One place for what every test needs: no network, few threads, none of the user's settings."""
 
+import gc
 import os
 import signal
+from collections.abc import Generator
 
 import pytest
 
@@ -21,6 +23,24 @@ os.environ |= {
 # A shell ignores Ctrl-C in what it runs in the background, and so would commands under test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `release_memory` undoes a server's freeze, as it must; what the tests have loaded stays frozen.
+gc.unfreeze = lambda: None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Load the tests, in which is no garbage, and keep them out of what looks for garbage later.
+
+    Looking at every 700 new objects, as Python does by itself, takes a tenth of the suite's time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,8 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
 
 from mrss_provider.backend import (
     Backend,
@@ -226,6 +228,16 @@ def _complete(script: Script, n: int) -> list[Step]:
     return [*steps, *ends, *([] if has_usage else [Delta(usage=usage)])]
 
 
+class Impatient:
+    """asyncio for uvicorn, which looks every 0.1 s whether to go on: ten times as often."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s / 10)
+
+
 @contextlib.contextmanager
 def serving(backend: Backend, config: ServerConfig) -> Iterator[Callable[[float], None]]:
     """Serve `backend` in a thread; yields what ends the server from any thread (drain_s)."""
@@ -246,12 +258,13 @@ def serving(backend: Backend, config: ServerConfig) -> Iterator[Callable[[float]
             loop.call_soon_threadsafe(servers[0].end, drain_s)
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), name="fake-server")
-    thread.start()
-    try:
-        begun.wait()
-        yield end
-    finally:
-        end()
-        thread.join()
-        for listener in listeners:
-            listener.close()
+    with mock.patch("uvicorn.server.asyncio", Impatient()):
+        thread.start()
+        try:
+            begun.wait()
+            yield end
+        finally:
+            end()
+            thread.join()
+            for listener in listeners:
+                listener.close()

@@ -15,7 +15,7 @@ import pytest
 
 CHECKS = Path(__file__).parent / "interpreted"
 
-# Two processes, so that each one's time is bounded.
+# All of them, the slow ones too, in two processes, so that each one's time is bounded.
 PREFILL = ("check_ragged", "check_wkv6_chunk.py", "check_wkv_chunk.py", "check_fla.py")
 FILES = sorted(CHECKS.glob("check_*.py"))
 PARTS = {
@@ -24,14 +24,14 @@ PARTS = {
 }
 
 
-def run_checks(part: str, *, everything: bool, **variables: str) -> None:
+def run_checks(files: list[Path], *, everything: bool, **variables: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(CHECKS), str(CHECKS.parents[1]), env.get("PYTHONPATH")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
     options += ["-m", ""] if everything else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *map(str, PARTS[part])],
+        [sys.executable, "-m", "pytest", *options, *map(str, files)],
         env=env | variables,
         capture_output=True,
         text=True,
@@ -41,20 +41,19 @@ def run_checks(part: str, *, everything: bool, **variables: str) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("part", PARTS)
-def test_kernels_equal_their_reference_in_the_interpreter(part: str) -> None:
-    run_checks(part, everything=False, TRITON_INTERPRET="1")
+def test_kernels_equal_their_reference_in_the_interpreter() -> None:
+    run_checks(FILES, everything=False, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", PARTS)
 def test_every_check_passes_in_the_interpreter(part: str) -> None:
-    run_checks(part, everything=True, TRITON_INTERPRET="1")
+    run_checks(PARTS[part], everything=True, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_equal_their_reference_on_a_gpu(part: str) -> None:
-    run_checks(part, everything=True)
+    run_checks(PARTS[part], everything=True)

@@ -27,6 +27,7 @@ class Proxy:
         self.lines = []
         self._has_failed = False
         self._started = threading.Semaphore(0)
+        self._has_ended = threading.Event()
         command = [
             str(LITELLM),
             # A port that was free now may be another's when LiteLLM has been imported.
@@ -57,10 +58,10 @@ class Proxy:
 
     def stop(self):
         self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        # Python takes 2 s to leave after LiteLLM's last word.
+        self._has_ended.wait(10)
+        self.process.kill()
+        self.process.wait()
         self._reader.join(5)
         self.process.stdout.close()
 
@@ -73,9 +74,12 @@ class Proxy:
                 self.url = listens[1]
             if listens or "Application startup " in line:
                 self._started.release()
+            if re.search(rf"(Finished|Stopping)\D+\[{self.process.pid}\]", line):
+                self._has_ended.set()
         # A proxy that has ended starts no more.
         self._has_failed = True
         self._started.release()
+        self._has_ended.set()
 
 
 def shipped_config():

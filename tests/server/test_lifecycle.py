@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from fakes import FakeBackend, Wait, text
@@ -245,5 +246,29 @@ def test_a_connection_rests_longer_than_clients_keep_it(tmp_path):
         connection[1].close()
         server.end()
         await serving
+
+    run(main)
+
+
+def test_what_is_written_does_not_wait_for_an_acknowledgement():
+    """It would for 40 ms in every answer but a connection's first."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    async def main():
+        accepted = asyncio.get_running_loop().create_future()
+        (listener,) = listen_on(ServerConfig(port=port))
+        server = await asyncio.start_server(
+            lambda _, writer: accepted.set_result(writer), sock=listener.socket
+        )
+        _, theirs = await asyncio.open_connection("127.0.0.1", port)
+        ours = await accepted
+        option = (socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert ours.get_extra_info("socket").getsockopt(*option)
+        for writer in (theirs, ours):
+            writer.close()
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
 
     run(main)

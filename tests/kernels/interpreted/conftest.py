@@ -1,4 +1,4 @@
-"""Poison fresh memory: an element that a kernel forgets to write must show."""
+"""Poison fresh memory: an element that a kernel forgets to write must show. Quicken Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import INTERPRETED
+
+if INTERPRETED:
+    import quick_interpreter
+
+    quick_interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)
