@@ -160,7 +160,11 @@ def _decode(config: EngineConfig) -> Finding:
     import torch
 
     from mrss_provider.cli.states import read_config
-    from mrss_provider.model.fused_support import check_quantizable, fused_obstacle
+    from mrss_provider.model.fused_support import (
+        check_quantizable,
+        fused_obstacle,
+        persistent_rows,
+    )
     from mrss_provider.model.int8 import pick_int8_form
     from mrss_provider.model.linear import pick_backend, pick_dtype
     from mrss_provider.model.model import check_quantize
@@ -183,7 +187,10 @@ def _decode(config: EngineConfig) -> Finding:
     check_quantizable(shape, device)
     obstacle = fused_obstacle(shape, device)
     if obstacle is None:
-        return Finding("ok", "decode", f"fused kernels in CUDA graphs, {held}")
+        rows = persistent_rows(shape, device)
+        found = "fused kernels in CUDA graphs"
+        found += f", all layers in one for up to {rows} rows" if rows else ""
+        return Finding("ok", "decode", f"{found}, {held}")
     found = f"layer by layer, right but slow, {held}: {obstacle}"
     is_wide = dtype == "fp32" and torch.version.hip is None
     return Finding("warn", "decode", found, "choose --dtype bf16 or fp16" if is_wide else "")

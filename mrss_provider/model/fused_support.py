@@ -1,11 +1,12 @@
 """Whether a model decodes through the fused kernels and CUDA graphs, and if not, why.
 
-Knows no kernels, so that it can be asked on any machine.
+Knows no kernels but their limits, so that it can be asked on any machine.
 """
 
 from __future__ import annotations
 
 import torch
+from mrss_kernels import persistent7
 
 from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import ModelConfig
@@ -75,3 +76,18 @@ def fused_obstacle(config: ModelConfig, device: torch.device) -> str | None:
         sizes = ", ".join(map(str, _HEAD_SIZES))
         return f"heads have {config.head_size} channels, the fused kernels take {sizes}"
     return None
+
+
+def persistent_rows(config: ModelConfig, device: torch.device) -> int:
+    """Return up to how many rows a step on CUDA runs all layers in one kernel; 0 is never.
+
+    As far as the config says, which knows no LoRAs: `FusedDecoder.persistent_rows` has the last
+    word.
+    """
+    if config.version != 7 or config.quantize != "none":
+        return 0
+    if config.ffn_size != persistent7.FFN_FACTOR * config.hidden_size:
+        return 0
+    shape = (config.num_layers, config.hidden_size, config.head_size)
+    obstacle = persistent7.persistent_obstacle(device, *shape)
+    return 0 if obstacle else persistent7.MAX_ROWS

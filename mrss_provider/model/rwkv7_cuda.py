@@ -1,4 +1,7 @@
-"""RWKV-7's decode step on CUDA: seven or eight launches a layer, from token ids to the last norm.
+"""RWKV-7's decode step on CUDA, from token ids to the last norm.
+
+Seven or eight launches a layer; on a card and for a model that `persistent7` takes, all layers in
+one launch, up to 8 rows.
 
 Built from the layers of `rwkv7`, whose weights it packs so that r, k, v and the first halves of
 the LoRAs are one matrix; the layers' own linears become views of it, so nothing is held twice but
@@ -14,6 +17,7 @@ from typing import cast
 
 import torch
 from mrss_kernels import add_norm_mix as norm_ops
+from mrss_kernels import persistent7 as persistent_ops
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import sparse_linear as sparse_ops
 from mrss_kernels import time_mix7 as time_ops
@@ -37,6 +41,7 @@ from mrss_provider.model.products import (
     weight_of,
 )
 from mrss_provider.model.rwkv7 import Layer7
+from mrss_provider.model.stacked7 import stack_layers, stacking_obstacle
 from mrss_provider.model.state import StatePool
 
 Norm = tuple[Tensor, Tensor]
@@ -86,6 +91,9 @@ class FusedDecoder:
 
     Attributes:
         sparse_rows: steps of up to so many rows skip what the ffn multiplies by zero.
+        persistent_rows: other steps of up to so many rows run all layers in one launch; 0 is
+            never.
+        persistent_obstacle: why they cannot, or None.
     """
 
     def __init__(
@@ -111,6 +119,12 @@ class FusedDecoder:
         """
         self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
+        self._persistent: persistent_ops.PersistentLayers7 | None = None
+        self.persistent_obstacle = stacking_obstacle(self._layers, layers[0].r_k.shape[-1])
+        if self.persistent_obstacle is None:
+            self._layers, stacked = stack_layers(layers, self._layers)
+            self._persistent = persistent_ops.PersistentLayers7(stacked)
+        self.persistent_rows = persistent_ops.MAX_ROWS if self._persistent else 0
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out
@@ -136,6 +150,8 @@ class FusedDecoder:
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
         sparse = rows <= self.sparse_rows
+        if not sparse and 0 < rows <= self.persistent_rows and not pool.has_offsets:
+            return self._decode_persistently(token_ids, slots, pool)
         x, parts = self._embedding, None
         for i, layer in enumerate(self._layers):
             shift = pool.shift_att[i]
@@ -160,6 +176,25 @@ class FusedDecoder:
                 parts = sparse_ops.sparse_linear(squared[0], layer.ffn_value_t)
             else:
                 parts = product(squared, layer.ffn_value)
+        return norm_ops.add_norm(x, parts, *self._ln_out)
+
+    def _decode_persistently(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        assert self._persistent is not None
+        layer = self._layers[0]
+        x, mixed = norm_ops.add_norm_mix(
+            self._embedding,
+            None,
+            *layer.ln1,
+            pool.shift_att[0],
+            slots,
+            layer.mix,
+            dtype=self._embedding.dtype,
+            tokens=token_ids,
+            norm0=self._ln0,
+        )
+        x, parts = self._persistent.advance(
+            x, mixed, pool.shift_att, pool.shift_ffn, pool.wkv, slots
+        )
         return norm_ops.add_norm(x, parts, *self._ln_out)
 
     def head(self, hidden: Tensor) -> Tensor:

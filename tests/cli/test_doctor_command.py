@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from command import mrss
+from mrss_kernels.persistent7 import CARDS
 from tiny_model import write_model_folder, write_state
 
 from mrss_provider.cli import doctor, proxy_config
@@ -170,6 +171,22 @@ def test_the_decode_step_that_a_model_gets_is_told_with_the_reason(
     assert "compute capability 7.5, the fused kernels need 8.0" in old.found
     cpu = card.findings(device="cpu", dtype="fp32")["decode"]
     assert cpu.line().startswith("ok    decode: layer by layer on the CPU (")
+
+
+def test_a_model_whose_layers_run_in_one_kernel_is_told(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MRSS_DECODE", raising=False)
+    monkeypatch.setattr("mrss_kernels.persistent7.WIDTHS", (128,))
+    monkeypatch.setattr("mrss_kernels.persistent7.FFN_FACTOR", 2)
+    card.set(
+        get_device_capability=lambda device=None: (9, 0),
+        get_device_name=lambda device=None: CARDS[0],
+    )
+    found = card.findings(dtype="fp16")["decode"].found
+    assert found.startswith("fused kernels in CUDA graphs, all layers in one for up to 8 rows")
+    quantised = card.findings(dtype="fp16", quantize="fp8")["decode"].found
+    assert quantised.startswith("fused kernels in CUDA graphs, fp16 weights")
 
 
 @pytest.mark.usefixtures("_litellm_unimported")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fused6_cases
+import persistent_cases
 import quantized_cases
 import ragged6_cases
 import ragged_cases
@@ -34,6 +35,7 @@ from mrss_kernels import (
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 HALF = "*fp16"
 LINEAR = {
@@ -142,7 +144,7 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, An
     kernel = sparse_linear.sparse_linear_kernel
     found.append(("sparse_linear_kernel", kernel, types, constants, options))
     found += wkv_chunk_cases.cases() + train_cases.cases()
-    found += quantized_cases.cases() + ragged6_cases.cases()
+    found += quantized_cases.cases() + ragged6_cases.cases() + persistent_cases.cases()
     return found + ragged_cases.cases() + fused6_cases.cases() + tail_cases.cases()
 
 
@@ -151,7 +153,8 @@ def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], o
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.startswith("p_")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    form = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = form(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

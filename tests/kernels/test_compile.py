@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mrss_kernels
 import pytest
+from mrss_kernels.linear_cuts import HOPPER_SHARED
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
@@ -48,6 +49,12 @@ def test_every_kernel_compiles_for_sm_90(compiled: list[dict[str, object]]) -> N
 
 def test_no_kernel_spills_registers(compiled: list[dict[str, object]]) -> None:
     assert [line["kernel"] for line in compiled if line["stack"] != 0] == []
+
+
+def test_every_kernel_fits_the_shared_memory_of_a_program(
+    compiled: list[dict[str, object]],
+) -> None:
+    assert all(0 <= int(str(line["shared"])) <= HOPPER_SHARED for line in compiled)
 
 
 @pytest.mark.slow

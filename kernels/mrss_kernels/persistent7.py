@@ -1,0 +1,376 @@
+"""All layers of RWKV-7's decode step in one launch: its weights, its buffers, and when it may run.
+
+What it computes is what `add_norm_mix`, `rows_linear` and `time_mix7` compute launch by launch,
+with other cuts of the sums. Derivation and measurements: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from mrss_kernels._checks import (
+    expect_contiguous,
+    expect_device,
+    expect_dtype,
+    expect_rows_of_slots,
+    expect_shape,
+)
+from mrss_kernels._launch import dependent_launch, shared_bytes
+
+MAX_ROWS = 8
+"""Rows that the kernel takes: what a product is padded to."""
+
+WIDTHS = (1024, 2048)
+"""C for which it was found to be faster than launch by launch (kernels/README.md)."""
+
+FFN_FACTOR = 4
+"""F / C of every RWKV-7."""
+
+HEAD_SIZE = 64
+"""N of every RWKV-7 so far."""
+
+CAPABILITY = (9, 0)
+"""Of the only cards that have `wgmma`."""
+
+CARDS = ("NVIDIA H100 80GB HBM3",)
+"""Cards on which it was found to be faster."""
+
+BLOCK_BYTES = 64 * 256 * 2
+"""Of a block of weights: 64 outputs, 256 columns."""
+
+NUM_AHEAD = 1
+"""Blocks that a program asks for at once. Two keep memory busier and every wait longer: slower."""
+
+SLICE_LEN = 256
+"""Columns of a row that one unit of a norm writes."""
+
+# Beside the ring and the inputs: barriers, and what reductions take.
+_OTHER_SHARED = 1536
+
+
+@dataclass(frozen=True)
+class StackedLayers7:
+    """The weights of L layers, one below the other.
+
+    Attributes:
+        project: as `PackedLayer.project`, layer 0 filled up with zeros: [L (3C + sum(ranks)), C].
+        up: second halves of the LoRAs, likewise: [L C, sum(ranks)].
+        output: [L C, C].
+        ffn_key: [L 4C, C].
+        ffn_value: [L C, 4C].
+        groups: which of the six mixed inputs each 64 rows of a layer's `project` read, int32.
+        norm1: weight and bias of the layer norms before time mixing [L, 2, C] fp32.
+        norm2: of those before the FFN.
+        mix: [L, 6, C] fp32.
+        ffn_mix: [L, C] fp32.
+        vectors: [L, 8, C] fp32, rows as `mrss_kernels.time_mix7.VECTORS`.
+        ranks: of the LoRAs of w, a, g, v, multiples of 64, those of layer 1 and above.
+    """
+
+    project: Tensor
+    up: Tensor
+    output: Tensor
+    ffn_key: Tensor
+    ffn_value: Tensor
+    groups: Tensor
+    norm1: Tensor
+    norm2: Tensor
+    mix: Tensor
+    ffn_mix: Tensor
+    vectors: Tensor
+    ranks: tuple[int, int, int, int]
+
+
+def decode_choice() -> str:
+    """Return what `MRSS_DECODE` chooses: "auto", "persistent" or "launches".
+
+    Raises:
+        ValueError: it says something else.
+    """
+    choice = os.environ.get("MRSS_DECODE", "auto")
+    if choice not in ("auto", "persistent", "launches"):
+        raise ValueError(f"MRSS_DECODE must be auto, persistent or launches, got {choice!r}")
+    return choice
+
+
+def persistent_obstacle(
+    device: torch.device,
+    num_layers: int,
+    channels: int,
+    head_size: int,
+    ranks: Sequence[int] = (),
+) -> str | None:
+    """Return why the kernel cannot or should not run a model's layers, None where it should.
+
+    `MRSS_DECODE` decides for a card that is none of `CARDS`.
+
+    Args:
+        device: of the weights.
+        num_layers: L.
+        channels: C, with an FFN of 4C.
+        head_size: N.
+        ranks: of the LoRAs of w, a, g, v, multiples of 64; none where they are not known.
+
+    Raises:
+        ValueError: `MRSS_DECODE` is no choice, or "persistent" where the kernel cannot run.
+    """
+    choice = decode_choice()
+    found = _obstacle(device, num_layers, channels, head_size, ranks)
+    if choice == "persistent" and found is not None:
+        raise ValueError(f"MRSS_DECODE is persistent, but {found}")
+    if choice == "launches":
+        return "MRSS_DECODE is launches"
+    if choice == "auto" and found is None:
+        name = torch.cuda.get_device_name(device)
+        return None if name in CARDS else f"it was not found to be faster on this card, {name}"
+    return found
+
+
+def _obstacle(
+    device: torch.device, num_layers: int, channels: int, head_size: int, ranks: Sequence[int]
+) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the device is no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        return "the card has compute capability {}.{}, not 9.0".format(*capability)
+    if channels not in WIDTHS:
+        return f"the width {channels} is none of {', '.join(map(str, WIDTHS))}"
+    if head_size != HEAD_SIZE:
+        return f"heads have {head_size} channels, not {HEAD_SIZE}"
+    if num_layers % 2 or num_layers < 2:
+        return f"{num_layers} layers are not an even number of them"
+    if not all(ranks) or sum(ranks) > channels:
+        return f"LoRAs of ranks {list(ranks)} do not fit"
+    return None
+
+
+def num_parts(size_k: int, num_tiles: int, num_programs: int) -> int:
+    """Return in how many parts of 256 columns or more K is cut so that units fill the programs."""
+    parts = 1
+    while num_tiles * parts * 2 <= num_programs and size_k % (parts * 512) == 0:
+        parts *= 2
+    return parts
+
+
+def buffer_sizes(
+    rows: int, channels: int, rank_sum: int, parts: tuple[int, int]
+) -> tuple[int, int]:
+    """Return how many numbers in fp32 and in 16 bits one layer's buffers hold.
+
+    In fp32: r, k, v and first halves [B, 3C + sum(ranks)], the parts of the two products that have
+    them [P, B, C], the residual stream before the layer and before its FFN [B, C]. In 16 bits: six
+    mixed inputs [6, B, C], Wo's input and the FFN's [B, C], the FFN's inner activations [B, 4C].
+    """
+    floats = rows * (3 * channels + rank_sum + (sum(parts) + 2) * channels)
+    return floats, rows * (8 + FFN_FACTOR) * channels
+
+
+def num_stages(shared: int, channels: int, value_parts: int) -> int:
+    """Return how many blocks of weights the ring holds in so many bytes of shared memory."""
+    longest = max(channels, FFN_FACTOR * channels // value_parts)
+    # Inputs of a product: 8 rows of 16 bits.
+    return (shared - _OTHER_SHARED - longest * 16) // BLOCK_BYTES
+
+
+class PersistentLayers7:
+    """The layers of a decode step of up to `MAX_ROWS` rows.
+
+    Steps must follow one another on one stream: they share their buffers, whose numbers all read
+    as not written between two steps.
+    """
+
+    def __init__(self, layers: StackedLayers7) -> None:
+        """Allocate the buffers; weights are kept, not copied.
+
+        Raises:
+            ValueError: weights whose shapes, dtypes or devices do not fit together.
+        """
+        # Here and not above: Triton on a machine without CUDA may lack Gluon.
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        num_layers, _, channels = layers.norm1.shape
+        _check_layers(layers, num_layers, channels)
+        device = layers.project.device
+        self._layers = layers
+        self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
+        tiles = channels // 64
+        self._parts = (
+            num_parts(channels, tiles, self._num_programs),
+            num_parts(FFN_FACTOR * channels, tiles, self._num_programs),
+        )
+        layout = gl.NVMMASharedLayout(128, 16)
+        matrices = (layers.project, layers.up, layers.output, layers.ffn_key, layers.ffn_value)
+        self._descriptors = [
+            TensorDescriptor(each, list(each.shape), list(each.stride()), [64, 256], layout)
+            for each in matrices
+        ]
+        self._num_stages = num_stages(shared_bytes(device), channels, self._parts[1])
+        self._buffers = [self._blank_buffers(rows) for rows in range(1, MAX_ROWS + 1)]
+
+    def _blank_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        layers = self._layers
+        channels = layers.norm1.shape[-1]
+        floats, halves = buffer_sizes(rows, channels, sum(layers.ranks), self._parts)
+        make = layers.groups.new_full
+        in_fp32 = make((2, floats), -1).view(torch.float32)
+        return in_fp32, make((2, halves), -1, dtype=torch.int16).view(layers.project.dtype)
+
+    def advance(
+        self,
+        x: Tensor,
+        mixed: Tensor,
+        shift_att: Tensor,
+        shift_ffn: Tensor,
+        pool: Tensor,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run all layers behind the first norm.
+
+        Args:
+            x: residual stream [B, C] fp32, of up to `MAX_ROWS` rows.
+            mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights.
+            shift_att: normalised last tokens by layer and slot [L, S', C] fp32, *modified* but for
+                layer 0's, which whoever made `mixed` has written.
+            shift_ffn: likewise, *modified*.
+            pool: states [L, S, H, 64, 64] fp32 or fp16, *modified*.
+            slots: int64 [B], no slot twice; -1 is a padding row.
+
+        Returns:
+            The residual stream [B, C] before the last FFN's product, and the parts [P, B, C] of
+            that product. Both are the buffers' own and hold until the next step.
+
+        Raises:
+            ValueError: a shape, dtype, stride or device that the kernel cannot take.
+        """
+        from mrss_kernels.persistent7_kernel import NUM_COMPUTING_WARPS, persistent7_kernel
+
+        layers = self._layers
+        rows, channels = x.shape
+        self._check(x, mixed, shift_att, shift_ffn, pool, slots)
+        if not rows:
+            return x, x.new_empty((1, 0, channels))
+        floats, halves = self._buffers[rows - 1]
+        heads = channels // 64
+        rank_w, rank_a, rank_g, rank_v = layers.ranks
+        persistent7_kernel[(self._num_programs,)](
+            *self._descriptors,
+            layers.groups,
+            layers.norm1,
+            layers.norm2,
+            layers.mix,
+            layers.ffn_mix,
+            layers.vectors,
+            pool,
+            shift_att,
+            shift_ffn,
+            slots,
+            x,
+            mixed,
+            torch.empty_like(x),
+            floats,
+            halves,
+            pool.shape[0],
+            self._num_programs,
+            pool.stride(0),
+            shift_att.stride(0),
+            B=rows,
+            C=channels,
+            F=FFN_FACTOR * channels,
+            G=1 if rows * heads <= self._num_programs else 2,
+            RW=rank_w,
+            RA=rank_a,
+            RG=rank_g,
+            RV=rank_v,
+            OUTPUT_PARTS=self._parts[0],
+            VALUE_PARTS=self._parts[1],
+            STAGES=self._num_stages,
+            AHEAD=min(NUM_AHEAD, self._num_stages),
+            SLICE=SLICE_LEN,
+            num_warps=NUM_COMPUTING_WARPS,
+            launch_cooperative_grid=True,
+            **dependent_launch(x.device),
+        )
+        # The last layer is an odd one.
+        parts, (residual_at, parts_at) = self._parts[1], self._offsets(rows)
+        last = floats[1]
+        residual = last[residual_at : residual_at + rows * channels].view(rows, channels)
+        end = parts_at + parts * rows * channels
+        return residual, last[parts_at:end].view(parts, rows, channels)
+
+    def _offsets(self, rows: int) -> tuple[int, int]:
+        """Return where the residual stream before the FFN and the FFN's parts begin."""
+        channels = self._layers.norm1.shape[-1]
+        projected = 3 * channels + sum(self._layers.ranks)
+        parts_at = rows * (projected + self._parts[0] * channels)
+        return parts_at + rows * (self._parts[1] + 1) * channels, parts_at
+
+    def _check(
+        self,
+        x: Tensor,
+        mixed: Tensor,
+        shift_att: Tensor,
+        shift_ffn: Tensor,
+        pool: Tensor,
+        slots: Tensor,
+    ) -> None:
+        num_layers, _, channels = self._layers.norm1.shape
+        rows = x.shape[0]
+        if rows > MAX_ROWS:
+            raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
+        shift_shape = (num_layers, *shift_att.shape[1:2], channels)
+        expect_shape("x", x, (rows, channels))
+        expect_shape("mixed", mixed, (6, rows, channels))
+        expect_shape("shift_att", shift_att, shift_shape)
+        expect_shape("shift_ffn", shift_ffn, shift_shape)
+        expect_shape("pool", pool, (num_layers, *pool.shape[1:2], channels // 64, 64, 64))
+        for name, tensor in (("x", x), ("shift_att", shift_att), ("shift_ffn", shift_ffn)):
+            expect_dtype(name, tensor, (torch.float32,))
+        expect_dtype("mixed", mixed, (self._layers.project.dtype,))
+        expect_dtype("pool", pool, (torch.float32, torch.float16))
+        expect_rows_of_slots(slots, rows, x.device)
+        named = [("x", x), ("mixed", mixed), ("shift_att", shift_att), ("shift_ffn", shift_ffn)]
+        for name, tensor in [*named, ("pool", pool)]:
+            expect_contiguous(name, tensor)
+            expect_device(name, tensor, self._layers.project.device)
+
+
+def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> None:
+    obstacle = _obstacle(layers.project.device, num_layers, channels, HEAD_SIZE, layers.ranks)
+    if obstacle is not None:
+        raise ValueError(f"layers must be ones that the kernel takes: {obstacle}")
+    total, inner = sum(layers.ranks), FFN_FACTOR * channels
+    projected = 3 * channels + total
+    shapes = {
+        "project": (num_layers * projected, channels),
+        "up": (num_layers * channels, total),
+        "output": (num_layers * channels, channels),
+        "ffn_key": (num_layers * inner, channels),
+        "ffn_value": (num_layers * channels, inner),
+        "groups": (projected // 64,),
+        "norm1": (num_layers, 2, channels),
+        "norm2": (num_layers, 2, channels),
+        "mix": (num_layers, 6, channels),
+        "ffn_mix": (num_layers, channels),
+        "vectors": (num_layers, 8, channels),
+    }
+    for field in fields(layers):
+        if field.name == "ranks":
+            continue
+        tensor = getattr(layers, field.name)
+        expect_shape(field.name, tensor, shapes[field.name])
+        expect_contiguous(field.name, tensor)
+        expect_device(field.name, tensor, layers.project.device)
+        if field.name == "groups":
+            expect_dtype(field.name, tensor, (torch.int32,))
+        elif len(shapes[field.name]) == 2 and field.name != "ffn_mix":
+            expect_dtype(field.name, tensor, (layers.project.dtype,))
+        else:
+            expect_dtype(field.name, tensor, (torch.float32,))
+    expect_dtype("project", layers.project, (torch.float16, torch.bfloat16))

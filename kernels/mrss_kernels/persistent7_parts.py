@@ -1,0 +1,253 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
+# mypy: disable-error-code="assignment, misc"
+"""What `persistent7_kernel` is made of: waiting for numbers, the ring of weights, products, norms.
+
+Gluon, as Triton has no way to say how much of a weight is asked for and when. A number that is not
+there yet is BLANK, all bits 1: a NaN that no instruction makes. Whoever needs it reads it until it
+is something else, so that a number is one store and one load away from the program that wants it.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mrss_kernels.caching import KEEP
+
+NUM_OUTPUTS = gl.constexpr(64)
+"""Outputs of a unit of work: the rows of a tile that `wgmma` takes."""
+
+NUM_ROWS = gl.constexpr(8)
+"""Rows of inputs that a product is padded to: the smallest number of columns that it has."""
+
+BLOCK_LEN = gl.constexpr(256)
+"""Columns of a block of weights."""
+
+MAX_POLLS = gl.constexpr(1 << 22)
+"""Reads of a number that is not there, some seconds, after which the kernel traps."""
+
+LN_EPS = gl.constexpr(1e-5)
+
+gdc_wait = tl.extra.cuda.gdc_wait
+# Triton 3.7 renamed it.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def is_blank(x):
+    """Return 1 where an element of x fp32 has not been written, else 0."""
+    return (x.to(gl.int32, bitcast=True) == -1).to(gl.int32)
+
+
+@gluon.jit
+def is_half_blank(words):
+    """Return 1 where a half of a word of 32 bits has not been written, else 0."""
+    written = words ^ -1
+    return (((written - 0x00010001) & words & -2147450880) != 0).to(gl.int32)
+
+
+@gluon.jit
+def blank(p):
+    """Return what marks an element that p points to as not written."""
+    dtype: gl.constexpr = p.dtype.element_ty
+    if dtype == gl.float32:
+        return gl.to_tensor(-1).to(gl.float32, bitcast=True)
+    else:  # noqa: RET505 (Gluon compiles what follows a return)
+        return gl.to_tensor(-1).to(gl.int16).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def count(polls):
+    """Return polls + 1; at MAX_POLLS trap: what never comes is an error, and no endless wait."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ge.s32 p, $1, $2; @p trap; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [polls, gl.to_tensor(MAX_POLLS)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    return polls + 1
+
+
+@gluon.jit
+def fence():
+    """Let all programs see what this one has written before what it will write."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.u32 $0, 0;",
+        "=r,r",
+        [gl.to_tensor(0)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def push(weight, ring, full, empty, block, row, column, STAGES: gl.constexpr, AHEAD: gl.constexpr):
+    """Ask for a block of weights as soon as its slot is empty and the one AHEAD blocks before here.
+
+    More under way would delay what all programs wait for, as it stands behind it in the L2.
+    """
+    slot = block % STAGES
+    mbarrier.wait(empty.index(slot), ((block // STAGES) & 1) ^ 1)
+    before = gl.maximum(block - AHEAD, 0)
+    mbarrier.wait(full.index(before % STAGES), (before // STAGES) & 1, pred=block >= AHEAD)
+    mbarrier.expect(full.index(slot), NUM_OUTPUTS * BLOCK_LEN * 2)
+    tma.async_copy_global_to_shared(weight, [row, column], full.index(slot), ring.index(slot))
+    return block + 1
+
+
+@gluon.jit
+def multiply(ring, full, empty, inputs, block, BLOCKS: gl.constexpr, STAGES: gl.constexpr):
+    """Return the next BLOCKS blocks of weights times the inputs [64, 8] fp32, and the block after.
+
+    A block's slot is given back when the product of the next one is under way.
+    """
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    acc = gl.zeros([NUM_OUTPUTS, NUM_ROWS], gl.float32, LAYOUT)
+    for k in range(BLOCKS):
+        slot = block % STAGES
+        mbarrier.wait(full.index(slot), (block // STAGES) & 1)
+        columns = inputs.index(k).permute((1, 0))
+        acc = warpgroup_mma(ring.index(slot), columns, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        # All warps have read it.
+        thread_barrier()
+        mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        block += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    thread_barrier()
+    mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1)
+    return acc, block
+
+
+@gluon.jit
+def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.constexpr):
+    """Put B rows of K columns of 16 bits into shared memory, once they are there if POLL."""
+    # Rows lie in registers, so that those from B on cost no instructions.
+    WIDE: gl.constexpr = 4 if K >= 1024 else K // 256
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4 // WIDE, WIDE], [1, 0])
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32)
+    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(1, LAYOUT))
+    o_k = gl.arange(0, K // 2, gl.SliceLayout(0, LAYOUT))
+    o_k = gl.max_contiguous(gl.multiple_of(o_k, 4), 4)
+    p_words = p_x.to(gl.pointer_type(gl.int32), bitcast=True)
+    p_words += (o_b * (stride // 2))[:, None] + o_k[None, :]
+    mask = (o_b < B)[:, None] & (o_k >= 0)[None, :]
+    words = gl.load(p_words, mask=mask, other=0, volatile=True)
+    if POLL:
+        polls = gl.to_tensor(0)
+        while gl.sum(gl.sum(is_half_blank(words), 1), 0) > 0:
+            polls = count(polls)
+            words = gl.load(p_words, mask=mask, other=0, volatile=True)
+    inputs._reinterpret(gl.int32, [NUM_ROWS, K // 2], WORDS).store(words)
+    fence_async_shared()
+    thread_barrier()
+
+
+@gluon.jit
+def put(p_y, p_next, acc, stride, B: gl.constexpr):
+    """Store a unit's outputs [64, B] to p_y, and mark those of the next layer as not written."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    o_n = gl.arange(0, NUM_OUTPUTS, gl.SliceLayout(1, LAYOUT))
+    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(0, LAYOUT))
+    at = (o_b * stride)[None, :] + o_n[:, None]
+    mask = (o_b < B)[None, :] & (o_n >= 0)[:, None]
+    gl.store(p_y + at, acc.to(p_y.dtype.element_ty), mask=mask, eviction_policy=KEEP)
+    gl.store(p_next + at, blank(p_y), mask=mask, eviction_policy=KEEP)
+
+
+@gluon.jit
+def _add_each(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@gluon.jit
+def norm_unit(
+    unit,
+    scratch,
+    p_x,
+    p_parts,
+    p_sum,
+    p_next_sum,
+    p_norm,
+    p_shift,
+    p_slots,
+    p_mix,
+    p_out,
+    p_next_out,
+    B: gl.constexpr,
+    C: gl.constexpr,
+    PARTS: gl.constexpr,
+    MIXES: gl.constexpr,
+    SLICE: gl.constexpr,
+):
+    """Add parts to a row of the residual stream, normalise it, and write a slice of what follows.
+
+    As `add_norm_mix`. What a step does not write is read before the parts are waited for.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    OWN: gl.constexpr = gl.BlockedLayout([1, SLICE // 128], [1, 32], [1, 4], [1, 0])
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    i_b = unit // (C // SLICE)
+    i_s = unit % (C // SLICE)
+    o_c = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))[None, :]
+    o_s = i_s * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, OWN))[None, :]
+    weight = gl.load(p_norm + o_s)
+    bias = gl.load(p_norm + C + o_s)
+    slot = gl.load(p_slots + i_b)
+    live = (o_s * 0 + slot) >= 0
+    previous = gl.load(p_shift + slot * C + o_s, mask=live, other=0.0)
+    mixes = ()
+    for i in gl.static_range(MIXES):
+        mixes = mixes + (gl.load(p_mix + i * C + o_s),)  # noqa: RUF005 (no * in Gluon)
+    total = gl.to_tensor(0.0)
+    squares = gl.to_tensor(0.0)
+    missing = gl.to_tensor(1)
+    polls = gl.to_tensor(0)
+    while missing > 0:
+        polls = count(polls)
+        x = gl.load(p_x + i_b * C + o_c, volatile=True)
+        parts = ()
+        for i in gl.static_range(PARTS):
+            p_part = p_parts + (i * B + i_b) * C + o_c
+            parts = parts + (gl.load(p_part, volatile=True),)  # noqa: RUF005
+        lacks = is_blank(x)
+        for i in gl.static_range(PARTS):
+            lacks |= is_blank(parts[i])
+            x += parts[i]
+        scratch._reinterpret(gl.float32, [1, C], LINEAR).store(x)
+        total, squares, missing = gl.reduce((x, x * x, lacks), 1, _add_each)
+        total = gl.sum(total, 0)
+        squares = gl.sum(squares, 0)
+        missing = gl.sum(missing, 0)
+    thread_barrier()
+    x = scratch._reinterpret(gl.float32, [C // SLICE, 1, SLICE], LINEAR).index(i_s).load(OWN)
+    mean = total / C
+    variance = squares / C - mean * mean
+    if mean * mean > variance:
+        # The difference would lose bits.
+        rest = scratch._reinterpret(gl.float32, [1, C], LINEAR).load(LAYOUT) - mean
+        mean += gl.sum(gl.sum(rest, 1), 0) / C
+        variance = gl.sum(gl.sum(rest * rest, 1), 0) / C
+    h = (x - mean) / gl.sqrt(variance + LN_EPS) * weight + bias
+    for i in gl.static_range(MIXES):
+        mixed = h + (previous - h) * mixes[i]
+        at = (i * B + i_b) * C + o_s
+        gl.store(p_out + at, mixed.to(p_out.dtype.element_ty), eviction_policy=KEEP)
+    gl.store(p_sum + i_b * C + o_s, x, eviction_policy=KEEP)
+    gl.store(p_shift + slot * C + o_s, h, mask=live)
+    gl.store(p_next_sum + i_b * C + o_s, blank(p_sum), eviction_policy=KEEP)
+    for i in gl.static_range(MIXES):
+        at = (i * B + i_b) * C + o_s
+        gl.store(p_next_out + at, blank(p_out), eviction_policy=KEEP)
+    thread_barrier()

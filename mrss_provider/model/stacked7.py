@@ -1,0 +1,107 @@
+"""Weights of RWKV-7's layers one below the other, as the persistent decode step reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from mrss_kernels.persistent7 import (
+    FFN_FACTOR,
+    StackedLayers7,
+    persistent_obstacle,
+)
+from torch import Tensor
+
+from mrss_provider.model.linear import PlainLinear
+from mrss_provider.model.rwkv7 import Layer7
+
+if TYPE_CHECKING:
+    from mrss_provider.model.rwkv7_cuda import PackedLayer
+
+
+def stacking_obstacle(layers: Sequence[PackedLayer], head_size: int) -> str | None:
+    """Return why a model's layers cannot, or should not, run in one launch, else None."""
+    last = layers[-1]
+    weights = [(each.project, each.output, each.ffn_key, each.ffn_value) for each in layers]
+    if not all(isinstance(weight, Tensor) for each in weights for weight in each):
+        return "its weights are quantised"
+    project = cast(Tensor, last.project)
+    channels = project.shape[1]
+    if any(each.ranks[:3] != last.ranks[:3] for each in layers) or any(
+        each.ranks != last.ranks for each in layers[1:]
+    ):
+        return "its layers have LoRAs of different ranks"
+    if cast(Tensor, last.ffn_key).shape[0] != FFN_FACTOR * channels:
+        return f"its FFN is not {FFN_FACTOR} times as wide as its layers"
+    return persistent_obstacle(project.device, len(layers), channels, head_size, last.ranks)
+
+
+def stack_layers(
+    layers: Sequence[Layer7], packed: Sequence[PackedLayer]
+) -> tuple[list[PackedLayer], StackedLayers7]:
+    """Stack packed layers' weights; a weight is held twice only while its kind is stacked.
+
+    Args:
+        layers: whose linears' weights are views of the packed ones; *modified* to views of the
+            stack.
+        packed: of layers that `stacking_obstacle` has nothing against.
+
+    Returns:
+        The packed layers, with views of the stack, and the stack.
+    """
+    project = _stack(packed, "project")
+    output = _stack(packed, "output")
+    key = _stack(packed, "ffn_key")
+    value = _stack(packed, "ffn_value")
+    moved = []
+    for i, (layer, old) in enumerate(zip(layers, packed, strict=True)):
+        new = replace(
+            old,
+            project=project[i][: len(old.project)],
+            output=output[i],
+            ffn_key=key[i],
+            ffn_value=value[i],
+        )
+        downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
+        for linear in (layer.receptance, layer.key, layer.value, *downs):
+            _move(cast(PlainLinear, linear), cast(Tensor, old.project), cast(Tensor, new.project))
+        for linear, weight in (
+            (layer.output, new.output),
+            (layer.ffn_key, new.ffn_key),
+            (layer.ffn_value, new.ffn_value),
+        ):
+            cast(PlainLinear, linear).weight = cast(Tensor, weight)
+        moved.append(new)
+    last = packed[-1]
+    stacked = StackedLayers7(
+        project=project.flatten(0, 1),
+        up=_stack(packed, "up", dim=1).flatten(0, 1),
+        output=output.flatten(0, 1),
+        ffn_key=key.flatten(0, 1),
+        ffn_value=value.flatten(0, 1),
+        groups=last.groups,
+        norm1=torch.stack([torch.stack(each.ln1) for each in packed]).float(),
+        norm2=torch.stack([torch.stack(each.ln2) for each in packed]).float(),
+        mix=torch.stack([each.mix for each in packed]).float(),
+        ffn_mix=torch.cat([each.ffn_mix for each in packed]).float(),
+        vectors=torch.stack([each.vectors for each in packed]),
+        ranks=last.ranks,
+    )
+    return moved, stacked
+
+
+def _stack(packed: Sequence[PackedLayer], name: str, *, dim: int = 0) -> Tensor:
+    """Return a weight of all layers [L, R, K], filled up with zeros along `dim` in layer 0."""
+    weights: list[Tensor] = [getattr(each, name) for each in packed]
+    stack = weights[-1].new_zeros((len(weights), *weights[-1].shape))
+    for target, weight in zip(stack, weights, strict=True):
+        target.narrow(dim, 0, weight.shape[dim]).copy_(weight)
+    return stack
+
+
+def _move(linear: PlainLinear, old: Tensor, new: Tensor) -> None:
+    """Let a linear whose weight is rows of `old` have the same rows of `new`."""
+    first = (linear.weight.data_ptr() - old.data_ptr()) // (old.stride(0) * old.element_size())
+    linear.weight = new[first : first + len(linear.weight)]
