@@ -37,6 +37,9 @@ HEAD_SIZE = 64
 CAPABILITY = (9, 0)
 """Of the only cards that have `wgmma`."""
 
+MIN_PROGRAMS = 128
+"""Multiprocessors: with fewer, programs that mark numbers as not written may pass no fence."""
+
 CARDS = ("NVIDIA H100 80GB HBM3",)
 """Cards on which it was found to be faster."""
 
@@ -117,12 +120,10 @@ def persistent_obstacle(
         ranks: of the LoRAs of w, a, g, v, multiples of 64; none where they are not known.
 
     Raises:
-        ValueError: `MRSS_DECODE` is no choice, or "persistent" where the kernel cannot run.
+        ValueError: `MRSS_DECODE` is no choice.
     """
     choice = decode_choice()
     found = _obstacle(device, num_layers, channels, head_size, ranks)
-    if choice == "persistent" and found is not None:
-        raise ValueError(f"MRSS_DECODE is persistent, but {found}")
     if choice == "launches":
         return "MRSS_DECODE is launches"
     if choice == "auto" and found is None:
@@ -139,6 +140,9 @@ def _obstacle(
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return "the card has compute capability {}.{}, not 9.0".format(*capability)
+    num_programs = torch.cuda.get_device_properties(device).multi_processor_count
+    if num_programs < MIN_PROGRAMS:
+        return f"the card has {num_programs} multiprocessors, not {MIN_PROGRAMS} or more"
     if channels not in WIDTHS:
         return f"the width {channels} is none of {', '.join(map(str, WIDTHS))}"
     if head_size != HEAD_SIZE:
@@ -181,8 +185,8 @@ def num_stages(shared: int, channels: int, value_parts: int) -> int:
 class PersistentLayers7:
     """The layers of a decode step of up to `MAX_ROWS` rows.
 
-    Steps must follow one another on one stream: they share their buffers, whose numbers all read
-    as not written between two steps.
+    Steps must follow one another on one stream: they share their buffers. Between two steps the
+    even layers' numbers all read as not written; a step's first layer sees to the odd ones'.
     """
 
     def __init__(self, layers: StackedLayers7) -> None:

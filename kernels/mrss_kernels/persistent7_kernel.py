@@ -19,6 +19,7 @@ from mrss_kernels.persistent7_parts import (
     blank,
     fence,
     gdc_wait,
+    mark,
     multiply,
     norm_unit,
     push,
@@ -123,6 +124,7 @@ def compute(
     """Compute this program's units of every layer, each as soon as its inputs are there."""
     R: gl.constexpr = 3 * C + RW + RA + RG + RV
     NORM_UNITS: gl.constexpr = B * (C // SLICE)
+    VALUE_UNITS: gl.constexpr = C // NUM_OUTPUTS * VALUE_PARTS
     # A layer's buffers, in elements: see `buffer_sizes`.
     ATT_PARTS: gl.constexpr = B * R
     FFN_PARTS: gl.constexpr = ATT_PARTS + OUTPUT_PARTS * B * C
@@ -154,9 +156,10 @@ def compute(
                 stage_rows(inputs, p_mixed + at, C, B, C, False)
             else:
                 stage_rows(inputs, halves + at, C, B, C, True)
-            acc, block = multiply(ring, full, empty, inputs, block, C // BLOCK_LEN, STAGES)
             at = unit * NUM_OUTPUTS
-            put(floats + at, next_floats + at, acc, R, B)
+            mark(next_floats + at, R, B)
+            acc, block = multiply(ring, full, empty, inputs, block, C // BLOCK_LEN, STAGES)
+            put(floats + at, acc, R, B)
         for unit in range(pid, MIX_UNITS, num_programs):
             block = time_mix_unit(
                 unit, i == 0, ring, full, empty, inputs, block, floats, p_vectors + i * 8 * C,
@@ -167,9 +170,10 @@ def compute(
             PART: gl.constexpr = C // OUTPUT_PARTS
             part = unit % OUTPUT_PARTS
             stage_rows(inputs, halves + ATT + part * PART, C, B, PART, True)
-            acc, block = multiply(ring, full, empty, inputs, block, PART // BLOCK_LEN, STAGES)
             at = ATT_PARTS + part * B * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
-            put(floats + at, next_floats + at, acc, C, B)
+            mark(next_floats + at, C, B)
+            acc, block = multiply(ring, full, empty, inputs, block, PART // BLOCK_LEN, STAGES)
+            put(floats + at, acc, C, B)
         for unit in range(pid, NORM_UNITS, num_programs):
             norm_unit(
                 unit, inputs, p_residual, floats + ATT_PARTS, floats + BETWEEN,
@@ -179,19 +183,21 @@ def compute(
             )  # fmt: skip
         for unit in range(pid, F // NUM_OUTPUTS, num_programs):
             stage_rows(inputs, halves + FFN_IN, C, B, C, True)
+            at = SQUARED + unit * NUM_OUTPUTS
+            mark(next_halves + at, F, B)
             acc, block = multiply(ring, full, empty, inputs, block, C // BLOCK_LEN, STAGES)
             acc = gl.maximum(acc, 0.0)
-            at = SQUARED + unit * NUM_OUTPUTS
-            put(halves + at, next_halves + at, acc * acc, F, B)
-        for unit in range(pid, C // NUM_OUTPUTS * VALUE_PARTS, num_programs):
+            put(halves + at, acc * acc, F, B)
+        for unit in range(pid, VALUE_UNITS, num_programs):
             LONG: gl.constexpr = F // VALUE_PARTS
             part = unit % VALUE_PARTS
             stage_rows(inputs, halves + SQUARED + part * LONG, F, B, LONG, True)
             # What this program has emptied is empty for all before anybody fills it again.
             fence()
-            acc, block = multiply(ring, full, empty, inputs, block, LONG // BLOCK_LEN, STAGES)
             at = FFN_PARTS + part * B * C + unit // VALUE_PARTS * NUM_OUTPUTS
-            put(floats + at, next_floats + at, acc, C, B)
+            mark(next_floats + at, C, B)
+            acc, block = multiply(ring, full, empty, inputs, block, LONG // BLOCK_LEN, STAGES)
+            put(floats + at, acc, C, B)
         if i < num_layers - 1:
             n = i + 1
             for unit in range(pid, NORM_UNITS, num_programs):
@@ -201,11 +207,13 @@ def compute(
                     p_slots, p_mix + n * 6 * C, next_halves, halves,
                     B, C, VALUE_PARTS, 6, SLICE,
                 )  # fmt: skip
-        else:
+        elif pid < VALUE_UNITS:
+            # Whoever had no part of the last product may be here before others have read these.
+            step = gl.minimum(num_programs, VALUE_UNITS)
             o = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-            for unit in range(pid, B * C // 128, num_programs):
+            for unit in range(pid, B * C // 128, step):
                 gl.store(floats + BEFORE + unit * 128 + o, blank(floats))
-            for unit in range(pid, 6 * B * C // 128, num_programs):
+            for unit in range(pid, 6 * B * C // 128, step):
                 gl.store(halves + unit * 128 + o, blank(halves))
 
 

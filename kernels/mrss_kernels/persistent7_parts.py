@@ -22,6 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mrss_kernels.caching import KEEP
 
+BLANK = gl.constexpr(0xFFFFFFFF)
+"""The bits of a number in fp32 that has not been written."""
+
 NUM_OUTPUTS = gl.constexpr(64)
 """Outputs of a unit of work: the rows of a tile that `wgmma` takes."""
 
@@ -42,16 +45,20 @@ thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def is_blank(x):
-    """Return 1 where an element of x fp32 has not been written, else 0."""
-    return (x.to(gl.int32, bitcast=True) == -1).to(gl.int32)
+def bits(x):
+    """Return the bits of x fp32: the largest of all numbers, BLANK, where one is not written."""
+    return x.to(gl.uint32, bitcast=True)
 
 
 @gluon.jit
-def is_half_blank(words):
-    """Return 1 where a half of a word of 32 bits has not been written, else 0."""
-    written = words ^ -1
-    return (((written - 0x00010001) & words & -2147450880) != 0).to(gl.int32)
+def blank_halves(words):
+    """Return words that are not 0 where a half of 16 bits has not been written."""
+    return ((words ^ -1) - 0x00010001) & words & -2147450880
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
 
 
 @gluon.jit
@@ -146,7 +153,7 @@ def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.c
     words = gl.load(p_words, mask=mask, other=0, volatile=True)
     if POLL:
         polls = gl.to_tensor(0)
-        while gl.sum(gl.sum(is_half_blank(words), 1), 0) > 0:
+        while gl.reduce(gl.reduce(blank_halves(words), 1, _either), 0, _either) != 0:
             polls = count(polls)
             words = gl.load(p_words, mask=mask, other=0, volatile=True)
     inputs._reinterpret(gl.int32, [NUM_ROWS, K // 2], WORDS).store(words)
@@ -155,20 +162,33 @@ def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.c
 
 
 @gluon.jit
-def put(p_y, p_next, acc, stride, B: gl.constexpr):
-    """Store a unit's outputs [64, B] to p_y, and mark those of the next layer as not written."""
+def mark(p_next, stride, B: gl.constexpr):
+    """Mark a unit's outputs [64, B] of the next layer as not written.
+
+    Before this layer's are stored: who has seen these may look for the next ones at once.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(1, LAYOUT))
+    o_n = gl.arange(0, NUM_OUTPUTS, gl.SliceLayout(0, LAYOUT))
+    at = (o_b * stride)[:, None] + o_n[None, :]
+    mask = (o_b < B)[:, None] & (o_n >= 0)[None, :]
+    gl.store(p_next + at, blank(p_next), mask=mask, eviction_policy=KEEP)
+
+
+@gluon.jit
+def put(p_y, acc, stride, B: gl.constexpr):
+    """Store a unit's outputs [64, B] to p_y."""
     LAYOUT: gl.constexpr = acc.type.layout
     o_n = gl.arange(0, NUM_OUTPUTS, gl.SliceLayout(1, LAYOUT))
     o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(0, LAYOUT))
     at = (o_b * stride)[None, :] + o_n[:, None]
     mask = (o_b < B)[None, :] & (o_n >= 0)[:, None]
     gl.store(p_y + at, acc.to(p_y.dtype.element_ty), mask=mask, eviction_policy=KEEP)
-    gl.store(p_next + at, blank(p_y), mask=mask, eviction_policy=KEEP)
 
 
 @gluon.jit
-def _add_each(a, b, c, d, e, f):
-    return a + d, b + e, c + f
+def _sums_and_largest(a, b, c, d, e, f):
+    return a + d, b + e, gl.maximum(c, f)
 
 
 @gluon.jit
@@ -193,7 +213,8 @@ def norm_unit(
 ):
     """Add parts to a row of the residual stream, normalise it, and write a slice of what follows.
 
-    As `add_norm_mix`. What a step does not write is read before the parts are waited for.
+    As `add_norm_mix`. What a step does not write is read before the parts are waited for. By then
+    all have read what is marked here: this program has had inputs that depend on it.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     OWN: gl.constexpr = gl.BlockedLayout([1, SLICE // 128], [1, 32], [1, 4], [1, 0])
@@ -210,26 +231,30 @@ def norm_unit(
     mixes = ()
     for i in gl.static_range(MIXES):
         mixes = mixes + (gl.load(p_mix + i * C + o_s),)  # noqa: RUF005 (no * in Gluon)
+    gl.store(p_next_sum + i_b * C + o_s, blank(p_sum), eviction_policy=KEEP)
+    for i in gl.static_range(MIXES):
+        at = (i * B + i_b) * C + o_s
+        gl.store(p_next_out + at, blank(p_out), eviction_policy=KEEP)
     total = gl.to_tensor(0.0)
     squares = gl.to_tensor(0.0)
-    missing = gl.to_tensor(1)
+    largest = gl.to_tensor(BLANK)
     polls = gl.to_tensor(0)
-    while missing > 0:
+    while largest == BLANK:
         polls = count(polls)
         x = gl.load(p_x + i_b * C + o_c, volatile=True)
         parts = ()
         for i in gl.static_range(PARTS):
             p_part = p_parts + (i * B + i_b) * C + o_c
             parts = parts + (gl.load(p_part, volatile=True),)  # noqa: RUF005
-        lacks = is_blank(x)
+        seen = bits(x)
         for i in gl.static_range(PARTS):
-            lacks |= is_blank(parts[i])
+            seen = gl.maximum(seen, bits(parts[i]))
             x += parts[i]
         scratch._reinterpret(gl.float32, [1, C], LINEAR).store(x)
-        total, squares, missing = gl.reduce((x, x * x, lacks), 1, _add_each)
+        total, squares, largest = gl.reduce((x, x * x, seen), 1, _sums_and_largest)
         total = gl.sum(total, 0)
         squares = gl.sum(squares, 0)
-        missing = gl.sum(missing, 0)
+        largest = gl.max(largest, 0)
     thread_barrier()
     x = scratch._reinterpret(gl.float32, [C // SLICE, 1, SLICE], LINEAR).index(i_s).load(OWN)
     mean = total / C
@@ -246,8 +271,4 @@ def norm_unit(
         gl.store(p_out + at, mixed.to(p_out.dtype.element_ty), eviction_policy=KEEP)
     gl.store(p_sum + i_b * C + o_s, x, eviction_policy=KEEP)
     gl.store(p_shift + slot * C + o_s, h, mask=live)
-    gl.store(p_next_sum + i_b * C + o_s, blank(p_sum), eviction_policy=KEEP)
-    for i in gl.static_range(MIXES):
-        at = (i * B + i_b) * C + o_s
-        gl.store(p_next_out + at, blank(p_out), eviction_policy=KEEP)
     thread_barrier()

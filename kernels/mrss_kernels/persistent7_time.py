@@ -15,11 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from mrss_kernels.caching import KEEP
 from mrss_kernels.persistent7_parts import (
+    BLANK,
     BLOCK_LEN,
     NUM_ROWS,
+    bits,
     blank,
     count,
-    is_blank,
     multiply,
     thread_barrier,
 )
@@ -45,18 +46,18 @@ def _activate(z, o_r, RW: gl.constexpr, RA: gl.constexpr, RG: gl.constexpr):
 
 @gluon.jit
 def _load_row(p_row, o_c, o_r, here, C: gl.constexpr, SUM: gl.constexpr, BLOCKS: gl.constexpr):
-    """Return a row's r, k, v of the head, the first halves of its LoRAs, and what is not there."""
+    """Return a row's r, k, v of the head, the first halves of its LoRAs, and the largest bits."""
     r = gl.load(p_row + o_c, mask=here, other=0.0, volatile=True)
     k = gl.load(p_row + C + o_c, mask=here, other=0.0, volatile=True)
     v = gl.load(p_row + 2 * C + o_c, mask=here, other=0.0, volatile=True)
-    lacks = is_blank(r) | is_blank(k) | is_blank(v) | (o_r * 0)
+    seen = gl.maximum(gl.maximum(bits(r), bits(k)), bits(v)) | (o_r * 0).to(gl.uint32)
     low = ()
     for i in gl.static_range(BLOCKS):
         at = i * BLOCK_LEN + o_r
         z = gl.load(p_row + 3 * C + at, mask=here & (at < SUM), other=0.0, volatile=True)
-        lacks |= is_blank(z)
+        seen = gl.maximum(seen, bits(z))
         low = low + (z,)  # noqa: RUF005 (no * in Gluon)
-    return r, k, v, low, lacks
+    return r, k, v, low, seen
 
 
 @gluon.jit
@@ -111,7 +112,6 @@ def _advance_row(
     handed,
     p_first,
     p_out,
-    p_next_out,
     o_c,
     is_first,
     ROW: gl.constexpr,
@@ -150,7 +150,6 @@ def _advance_row(
     deviation = gl.sqrt(gl.sum(y * y, 1, keep_dims=True) / 64 + GROUP_NORM_EPS)
     y = (y / deviation * norm_weight + norm_bias + bonus) * gate
     gl.store(p_out + o_c, y.to(p_out.dtype.element_ty), eviction_policy=KEEP)
-    gl.store(p_next_out + o_c, blank(p_out), eviction_policy=KEEP)
     gl.store(p_s, s.to(p_s.dtype.element_ty), mask=live)
 
 
@@ -220,20 +219,25 @@ def time_mix_unit(
     if G > 1:
         first1 = gl.load(p_first + C + o_c, mask=here & two & (is_first ^ True), other=0.0)
     p_row = p_projected + i_b * R
-    r0, k0, v0, low0, lacks = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
+    r0, k0, v0, low0, seen = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
     r1, k1, v1, low1 = r0, k0, v0, low0
     if G > 1:
-        r1, k1, v1, low1, lacks1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
-        lacks |= lacks1
+        r1, k1, v1, low1, seen1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
+        seen = gl.maximum(seen, seen1)
     polls = gl.to_tensor(0)
-    # Warps read the same r, k and v, each for itself: only a sum over warps is one for all.
-    while gl.sum(gl.sum(lacks, 1), 0) > 0:
+    # Warps read the same r, k and v, each for itself: only what crosses warps is one for all.
+    while gl.max(gl.max(seen, 1), 0) == BLANK:
         polls = count(polls)
-        r0, k0, v0, low0, lacks = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
+        r0, k0, v0, low0, seen = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
         if G > 1:
-            r1, k1, v1, low1, lacks1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
-            lacks |= lacks1
+            r1, k1, v1, low1, seen1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
+            seen = gl.maximum(seen, seen1)
     _stage_low(inputs, low0, low1, o_r, G, RW, RA, RG, BLOCKS)
+    at = i_b * C
+    # As `mark`, before this layer's are stored.
+    gl.store(p_next_out + at + o_c, blank(p_out), eviction_policy=KEEP)
+    if G > 1:
+        gl.store(p_next_out + at + C + o_c, blank(p_out), mask=here & two, eviction_policy=KEEP)
     kk0 = _unit_norm(k0, vectors[3])
     kk1 = _unit_norm(k1, vectors[3]) if G > 1 else kk0
     acc, block = multiply(ring, full, empty, inputs, block, BLOCKS, STAGES)
@@ -241,16 +245,15 @@ def time_mix_unit(
     inputs._reinterpret(gl.float32, [NUM_ROWS, 64], LINEAR).permute((1, 0)).store(acc)
     handed = inputs._reinterpret(gl.float32, [NUM_HANDED, 1, 64], LINEAR)
     thread_barrier()
-    at = i_b * C
     _advance_row(
         state0, p_s0, live0, r0, k0, v0, first0, kk0, vectors, handed,
-        p_first, p_out + at, p_next_out + at, o_c, is_first, 0, G,
+        p_first, p_out + at, o_c, is_first, 0, G,
     )  # fmt: skip
     if G > 1:  # noqa: SIM102 (a constant, and not one)
         if two:
             _advance_row(
                 state1, p_s1, live1, r1, k1, v1, first1, kk1, vectors, handed,
-                p_first + C, p_out + at + C, p_next_out + at + C, o_c, is_first, 1, G,
+                p_first + C, p_out + at + C, o_c, is_first, 1, G,
             )  # fmt: skip
     thread_barrier()
     return block

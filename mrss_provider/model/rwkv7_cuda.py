@@ -116,11 +116,16 @@ class FusedDecoder:
             head: [V, C], in the weights' dtype or quantised.
             sparse_ffn: keep a transposed copy of each ffn's value, and read of it what is not
                 multiplied by zero, for up to `SPARSE_ROWS` rows; not of quantised ones.
+
+        Raises:
+            ValueError: `MRSS_DECODE` asks for what cannot be had.
         """
         self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
         self._persistent: persistent_ops.PersistentLayers7 | None = None
         self.persistent_obstacle = stacking_obstacle(self._layers, layers[0].r_k.shape[-1])
+        if self.persistent_obstacle and persistent_ops.decode_choice() == "persistent":
+            raise ValueError(f"MRSS_DECODE is persistent, but {self.persistent_obstacle}")
         if self.persistent_obstacle is None:
             self._layers, stacked = stack_layers(layers, self._layers)
             self._persistent = persistent_ops.PersistentLayers7(stacked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from mrss_kernels.persistent7 import (
@@ -39,48 +39,46 @@ def stacking_obstacle(layers: Sequence[PackedLayer], head_size: int) -> str | No
 
 
 def stack_layers(
-    layers: Sequence[Layer7], packed: Sequence[PackedLayer]
+    layers: Sequence[Layer7], packed: list[PackedLayer]
 ) -> tuple[list[PackedLayer], StackedLayers7]:
     """Stack packed layers' weights; a weight is held twice only while its kind is stacked.
 
     Args:
         layers: whose linears' weights are views of the packed ones; *modified* to views of the
             stack.
-        packed: of layers that `stacking_obstacle` has nothing against.
+        packed: of layers that `stacking_obstacle` has nothing against; *modified* likewise, as
+            whoever kept the old ones would hold all weights twice.
 
     Returns:
-        The packed layers, with views of the stack, and the stack.
+        `packed`, and the stack.
     """
     project = _stack(packed, "project")
-    output = _stack(packed, "output")
-    key = _stack(packed, "ffn_key")
-    value = _stack(packed, "ffn_value")
-    moved = []
-    for i, (layer, old) in enumerate(zip(layers, packed, strict=True)):
-        new = replace(
-            old,
-            project=project[i][: len(old.project)],
-            output=output[i],
-            ffn_key=key[i],
-            ffn_value=value[i],
-        )
+    for i, layer in enumerate(layers):
+        old = cast(Tensor, packed[i].project)
+        packed[i] = replace(packed[i], project=project[i][: len(old)])
         downs = [layer.w1, layer.a1, layer.g1] + ([layer.v1] if layer.index else [])
         for linear in (layer.receptance, layer.key, layer.value, *downs):
-            _move(cast(PlainLinear, linear), cast(Tensor, old.project), cast(Tensor, new.project))
-        for linear, weight in (
-            (layer.output, new.output),
-            (layer.ffn_key, new.ffn_key),
-            (layer.ffn_value, new.ffn_value),
-        ):
-            cast(PlainLinear, linear).weight = cast(Tensor, weight)
-        moved.append(new)
+            _move(cast(PlainLinear, linear), old, project[i])
+    stacks: dict[str, Tensor] = {}
+    for name in ("output", "ffn_key", "ffn_value"):
+        # Many pieces that are free are no room for a stack.
+        torch.cuda.empty_cache()
+        stack = stacks[name] = _stack(packed, name)
+        for i, layer in enumerate(layers):
+            cast(PlainLinear, getattr(layer, name)).weight = stack[i]
+            change: dict[str, Any] = {name: stack[i]}
+            packed[i] = replace(packed[i], **change)
+    up = _stack(packed, "up", dim=1)
+    # Layer 0's rows are shorter than the stack's.
+    packed[1:] = [replace(each, up=new) for each, new in zip(packed[1:], up[1:], strict=True)]
+    torch.cuda.empty_cache()
     last = packed[-1]
     stacked = StackedLayers7(
         project=project.flatten(0, 1),
-        up=_stack(packed, "up", dim=1).flatten(0, 1),
-        output=output.flatten(0, 1),
-        ffn_key=key.flatten(0, 1),
-        ffn_value=value.flatten(0, 1),
+        up=up.flatten(0, 1),
+        output=stacks["output"].flatten(0, 1),
+        ffn_key=stacks["ffn_key"].flatten(0, 1),
+        ffn_value=stacks["ffn_value"].flatten(0, 1),
         groups=last.groups,
         norm1=torch.stack([torch.stack(each.ln1) for each in packed]).float(),
         norm2=torch.stack([torch.stack(each.ln2) for each in packed]).float(),
@@ -89,7 +87,7 @@ def stack_layers(
         vectors=torch.stack([each.vectors for each in packed]),
         ranks=last.ranks,
     )
-    return moved, stacked
+    return packed, stacked
 
 
 def _stack(packed: Sequence[PackedLayer], name: str, *, dim: int = 0) -> Tensor:

@@ -114,6 +114,7 @@ class Card:
         self.set(is_available=lambda: True, device_count=lambda: 1)
         self.set(get_device_capability=lambda device=None: (9, 0))
         about = SimpleNamespace(name="Card", major=9, minor=0, total_memory=80 << 30)
+        about.multi_processor_count = 132
         self.set(get_device_properties=lambda index: about)
 
     def set(self, **functions: object) -> None:

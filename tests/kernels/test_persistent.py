@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mrss_kernels import persistent7
@@ -63,6 +65,8 @@ def card(monkeypatch: pytest.MonkeyPatch, name: str = persistent7.CARDS[0]) -> N
     monkeypatch.delenv("MRSS_DECODE", raising=False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: name)
+    about = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: about)
 
 
 def test_cards_that_the_kernel_does_not_run_on_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +76,11 @@ def test_cards_that_the_kernel_does_not_run_on_are_named(monkeypatch: pytest.Mon
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (12, 0))
     found = persistent7.persistent_obstacle(CUDA, *shape)
     assert found == "the card has compute capability 12.0, not 9.0"
+    card(monkeypatch)
+    about = SimpleNamespace(multi_processor_count=114)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: about)
+    found = persistent7.persistent_obstacle(CUDA, *shape)
+    assert found == "the card has 114 multiprocessors, not 128 or more"
     monkeypatch.setattr("torch.version.hip", "6.4")
     assert "no CUDA" in (persistent7.persistent_obstacle(CUDA, *shape) or "")
 
@@ -83,8 +92,8 @@ def test_a_card_that_was_not_measured_needs_to_be_told(monkeypatch: pytest.Monke
     assert found == "it was not found to be faster on this card, Other"
     monkeypatch.setenv("MRSS_DECODE", "persistent")
     assert persistent7.persistent_obstacle(CUDA, *shape) is None
-    with pytest.raises(ValueError, match="MRSS_DECODE is persistent, but the width 768 is none"):
-        persistent7.persistent_obstacle(CUDA, 24, 768, 64)
+    found = persistent7.persistent_obstacle(CUDA, 24, 768, 64)
+    assert found == "the width 768 is none of 1024, 2048"
     monkeypatch.setenv("MRSS_DECODE", "launches")
     assert persistent7.persistent_obstacle(CUDA, *shape) == "MRSS_DECODE is launches"
     monkeypatch.setenv("MRSS_DECODE", "fast")

@@ -140,6 +140,19 @@ def test_steps_of_all_row_counts_in_turn_do_not_disturb_each_other(build) -> Non
         assert torch.equal(twin.decode(ids, ids, pool), alone[rows - 1])
 
 
+@pytest.mark.parametrize("width", RANKS)
+def test_after_a_step_what_the_next_one_waits_for_reads_as_not_written(build, width) -> None:
+    _, twin, fused = build(width)
+    for rows in range(1, 9):
+        ids = torch.arange(rows, device="cuda")
+        twin.decode(ids, ids, filled_pool(twin))
+        floats, halves = fused._persistent._buffers[rows - 1]
+        assert (floats[0].view(torch.int32) == -1).all()
+        assert (halves[0].view(torch.int16) == -1).all()
+        # Of odd layers, what the one before writes; the next step sees to the rest.
+        assert (halves[1, : 6 * rows * width].view(torch.int16) == -1).all()
+
+
 def test_a_row_without_a_number_ends_its_step_and_leaves_the_others_as_they_were(build) -> None:
     _, twin, _ = build(2048)
     ids = torch.arange(4, device="cuda")

@@ -27,7 +27,7 @@ def packed_model(path: Path) -> tuple[list[PackedLayer], list[object], list[obje
 
 def test_linears_and_packed_layers_are_views_of_the_stack(tmp_path: Path) -> None:
     packed, layers, others = packed_model(tmp_path / "model.safetensors")
-    moved, stack = stack_layers(layers, packed)  # type: ignore[arg-type]
+    moved, stack = stack_layers(layers, list(packed))  # type: ignore[arg-type]
     matrices = (stack.project, stack.output, stack.ffn_key, stack.ffn_value)
     storages = {each.untyped_storage().data_ptr() for each in matrices}
     assert len(storages) == 4
@@ -46,7 +46,7 @@ def test_linears_and_packed_layers_are_views_of_the_stack(tmp_path: Path) -> Non
 
 def test_layer_0_is_filled_up_with_zeros(tmp_path: Path) -> None:
     packed, layers, _ = packed_model(tmp_path / "model.safetensors")
-    _, stack = stack_layers(layers, packed)  # type: ignore[arg-type]
+    _, stack = stack_layers(layers, list(packed))  # type: ignore[arg-type]
     project = stack.project.view(4, -1, 128)
     up = stack.up.view(4, 128, -1)
     for i, layer in enumerate(packed):
