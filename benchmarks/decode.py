@@ -115,7 +115,7 @@ def measure(
         sys.exit("the recurrent state is not finite")
     fields = decode_fields(name, rows, times.median_ms, dtype, state_dtype, on)
     fields |= {"p99_ms": round(times.p99_ms, 4), "engine": "mrss", "scope": SCOPE}
-    fields["in_one_launch"] = rows <= getattr(fused, "persistent_rows", 0)
+    fields["in_one_launch"] = rows in getattr(fused, "persistent_rows", ())
     write_line("decode", fields, on, out)
 
 
@@ -137,7 +137,7 @@ def profile(model: Model, rows: int) -> None:
     print(f"profile: {rows} rows, ten steps")
     table = run.key_averages().table(sort_by="self_cuda_time_total", max_name_column_width=40)
     print(table)
-    if rows <= getattr(fused, "persistent_rows", 0):
+    if rows in getattr(fused, "persistent_rows", ()):
         # All layers are one kernel.
         return
     by_place = layer_times([event for event in run.events() if event.device_type.name == "CUDA"])

@@ -25,8 +25,8 @@ from mrss_kernels._launch import dependent_launch, shared_bytes
 MAX_ROWS = 8
 """Rows that the kernel takes: what a product is padded to."""
 
-WIDTHS = (1024, 2048)
-"""C for which it was found to be faster than launch by launch (kernels/README.md)."""
+WIDTHS = {1024: 2, 2048: 1}
+"""The rows by C from which it was found to be faster than launch by launch (kernels/README.md)."""
 
 FFN_FACTOR = 4
 """F / C of every RWKV-7."""

@@ -91,8 +91,7 @@ class FusedDecoder:
 
     Attributes:
         sparse_rows: steps of up to so many rows skip what the ffn multiplies by zero.
-        persistent_rows: other steps of up to so many rows run all layers in one launch; 0 is
-            never.
+        persistent_rows: numbers of rows with which other steps run all layers in one launch.
         persistent_obstacle: why they cannot, or None.
     """
 
@@ -129,7 +128,10 @@ class FusedDecoder:
         if self.persistent_obstacle is None:
             self._layers, stacked = stack_layers(layers, self._layers)
             self._persistent = persistent_ops.PersistentLayers7(stacked)
-        self.persistent_rows = persistent_ops.MAX_ROWS if self._persistent else 0
+        self.persistent_rows = range(0)
+        if self._persistent is not None:
+            first = persistent_ops.WIDTHS[embedding.shape[1]]
+            self.persistent_rows = range(first, persistent_ops.MAX_ROWS + 1)
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out
@@ -155,7 +157,7 @@ class FusedDecoder:
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
         sparse = rows <= self.sparse_rows
-        if not sparse and 0 < rows <= self.persistent_rows and not pool.has_offsets:
+        if not sparse and rows in self.persistent_rows and not pool.has_offsets:
             return self._decode_persistently(token_ids, slots, pool)
         x, parts = self._embedding, None
         for i, layer in enumerate(self._layers):
