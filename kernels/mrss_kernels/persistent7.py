@@ -22,11 +22,11 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
 
-MAX_ROWS = 8
-"""Rows that the kernel takes: what a product is padded to."""
+MAX_ROWS = 16
+"""Rows that the kernel takes: what a product is padded to, or 8."""
 
-WIDTHS = {1024: 2, 2048: 1}
-"""The rows by C from which it was found to be faster than launch by launch (kernels/README.md)."""
+WIDTHS = {1024: range(2, 17), 2048: range(1, 17)}
+"""By C, with how many rows it was found to be faster than launch by launch (kernels/README.md)."""
 
 FFN_FACTOR = 4
 """F / C of every RWKV-7."""
@@ -175,11 +175,11 @@ def buffer_sizes(
     return floats, rows * (8 + FFN_FACTOR) * channels
 
 
-def num_stages(shared: int, channels: int, value_parts: int) -> int:
+def num_stages(shared: int, channels: int, value_parts: int, rows: int) -> int:
     """Return how many blocks of weights the ring holds in so many bytes of shared memory."""
     longest = max(channels, FFN_FACTOR * channels // value_parts)
-    # Inputs of a product: 8 rows of 16 bits.
-    return (shared - _OTHER_SHARED - longest * 16) // BLOCK_BYTES
+    inputs = longest * (8 if rows <= 8 else 16) * 2
+    return (shared - _OTHER_SHARED - inputs) // BLOCK_BYTES
 
 
 class PersistentLayers7:
@@ -215,7 +215,6 @@ class PersistentLayers7:
             TensorDescriptor(each, list(each.shape), list(each.stride()), [64, 256], layout)
             for each in matrices
         ]
-        self._num_stages = num_stages(shared_bytes(device), channels, self._parts[1])
         self._buffers = [self._blank_buffers(rows) for rows in range(1, MAX_ROWS + 1)]
 
     def _blank_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
@@ -287,15 +286,15 @@ class PersistentLayers7:
             B=rows,
             C=channels,
             F=FFN_FACTOR * channels,
-            G=1 if rows * heads <= self._num_programs else 2,
+            G=-(-rows * heads // self._num_programs),
             RW=rank_w,
             RA=rank_a,
             RG=rank_g,
             RV=rank_v,
             OUTPUT_PARTS=self._parts[0],
             VALUE_PARTS=self._parts[1],
-            STAGES=self._num_stages,
-            AHEAD=min(NUM_AHEAD, self._num_stages),
+            STAGES=num_stages(shared_bytes(x.device), channels, self._parts[1], rows),
+            AHEAD=NUM_AHEAD,
             SLICE=SLICE_LEN,
             num_warps=NUM_COMPUTING_WARPS,
             launch_cooperative_grid=True,

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
-"""All layers of RWKV-7's decode step in one launch, for up to 8 rows.
+"""All layers of RWKV-7's decode step in one launch, for up to 16 rows.
 
 A program a multiprocessor. One warp asks for the blocks of weights that its program will need, in
 that order, through a ring in shared memory, from layer to layer without waiting for anybody; four
@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mrss_kernels.persistent7_parts import (
     BLOCK_LEN,
     NUM_OUTPUTS,
-    NUM_ROWS,
     blank,
     fence,
     gdc_wait,
@@ -265,7 +264,7 @@ def persistent7_kernel(
     dtype: gl.constexpr = w_key.dtype
     ring = gl.allocate_shared_memory(dtype, [STAGES, NUM_OUTPUTS, BLOCK_LEN], w_key.layout)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    shape: gl.constexpr = [LONGEST // BLOCK_LEN, NUM_ROWS, BLOCK_LEN]
+    shape: gl.constexpr = [LONGEST // BLOCK_LEN, 8 if B <= 8 else 16, BLOCK_LEN]
     inputs = gl.allocate_shared_memory(dtype, shape, rows_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

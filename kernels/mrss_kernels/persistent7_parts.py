@@ -28,9 +28,6 @@ BLANK = gl.constexpr(0xFFFFFFFF)
 NUM_OUTPUTS = gl.constexpr(64)
 """Outputs of a unit of work: the rows of a tile that `wgmma` takes."""
 
-NUM_ROWS = gl.constexpr(8)
-"""Rows of inputs that a product is padded to: the smallest number of columns that it has."""
-
 BLOCK_LEN = gl.constexpr(256)
 """Columns of a block of weights."""
 
@@ -115,12 +112,15 @@ def push(weight, ring, full, empty, block, row, column, STAGES: gl.constexpr, AH
 
 @gluon.jit
 def multiply(ring, full, empty, inputs, block, BLOCKS: gl.constexpr, STAGES: gl.constexpr):
-    """Return the next BLOCKS blocks of weights times the inputs [64, 8] fp32, and the block after.
+    """Return the next BLOCKS blocks of weights times the rows of inputs [64, 8 or 16] fp32.
+
+    And the block after them.
 
     A block's slot is given back when the product of the next one is under way.
     """
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    acc = gl.zeros([NUM_OUTPUTS, NUM_ROWS], gl.float32, LAYOUT)
+    ROWS: gl.constexpr = inputs.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    acc = gl.zeros([NUM_OUTPUTS, ROWS], gl.float32, LAYOUT)
     for k in range(BLOCKS):
         slot = block % STAGES
         mbarrier.wait(full.index(slot), (block // STAGES) & 1)
@@ -144,7 +144,8 @@ def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.c
     WIDE: gl.constexpr = 4 if K >= 1024 else K // 256
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4 // WIDE, WIDE], [1, 0])
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32)
-    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(1, LAYOUT))
+    ROWS: gl.constexpr = inputs.shape[1]
+    o_b = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     o_k = gl.arange(0, K // 2, gl.SliceLayout(0, LAYOUT))
     o_k = gl.max_contiguous(gl.multiple_of(o_k, 4), 4)
     p_words = p_x.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -156,7 +157,7 @@ def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.c
         while gl.reduce(gl.reduce(blank_halves(words), 1, _either), 0, _either) != 0:
             polls = count(polls)
             words = gl.load(p_words, mask=mask, other=0, volatile=True)
-    inputs._reinterpret(gl.int32, [NUM_ROWS, K // 2], WORDS).store(words)
+    inputs._reinterpret(gl.int32, [ROWS, K // 2], WORDS).store(words)
     fence_async_shared()
     thread_barrier()
 
@@ -168,7 +169,7 @@ def mark(p_next, stride, B: gl.constexpr):
     Before this layer's are stored: who has seen these may look for the next ones at once.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(1, LAYOUT))
+    o_b = gl.arange(0, 8 if B <= 8 else 16, gl.SliceLayout(1, LAYOUT))
     o_n = gl.arange(0, NUM_OUTPUTS, gl.SliceLayout(0, LAYOUT))
     at = (o_b * stride)[:, None] + o_n[None, :]
     mask = (o_b < B)[:, None] & (o_n >= 0)[None, :]
@@ -180,7 +181,7 @@ def put(p_y, acc, stride, B: gl.constexpr):
     """Store a unit's outputs [64, B] to p_y."""
     LAYOUT: gl.constexpr = acc.type.layout
     o_n = gl.arange(0, NUM_OUTPUTS, gl.SliceLayout(1, LAYOUT))
-    o_b = gl.arange(0, NUM_ROWS, gl.SliceLayout(0, LAYOUT))
+    o_b = gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
     at = (o_b * stride)[None, :] + o_n[:, None]
     mask = (o_b < B)[None, :] & (o_n >= 0)[:, None]
     gl.store(p_y + at, acc.to(p_y.dtype.element_ty), mask=mask, eviction_policy=KEEP)

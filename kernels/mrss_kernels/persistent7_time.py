@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="assignment, misc"
-"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one or two rows.
+"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to four rows.
 
 As `time_mix7`. A LoRA's second half multiplies all rows' columns at once: each LoRA of each row has
-a column of its own among the eight, zeros where the others' ranks are. Vectors of a head have two
+a column of its own among the 8 or 16, zeros where the others' ranks are. Vectors of a head have two
 elements a thread, the same in every warp; the state, and what meets it, eight columns a thread.
 """
 
@@ -17,16 +17,12 @@ from mrss_kernels.caching import KEEP
 from mrss_kernels.persistent7_parts import (
     BLANK,
     BLOCK_LEN,
-    NUM_ROWS,
     bits,
     blank,
     count,
     multiply,
     thread_barrier,
 )
-
-NUM_HANDED = gl.constexpr(24)
-"""Vectors of 64 fp32 that threads hand to each other: four LoRAs of two rows, then seven a row."""
 
 GROUP_NORM_EPS = gl.constexpr(64e-5)
 
@@ -45,26 +41,45 @@ def _activate(z, o_r, RW: gl.constexpr, RA: gl.constexpr, RG: gl.constexpr):
 
 
 @gluon.jit
-def _load_row(p_row, o_c, o_r, here, C: gl.constexpr, SUM: gl.constexpr, BLOCKS: gl.constexpr):
-    """Return a row's r, k, v of the head, the first halves of its LoRAs, and the largest bits."""
-    r = gl.load(p_row + o_c, mask=here, other=0.0, volatile=True)
-    k = gl.load(p_row + C + o_c, mask=here, other=0.0, volatile=True)
-    v = gl.load(p_row + 2 * C + o_c, mask=here, other=0.0, volatile=True)
-    seen = gl.maximum(gl.maximum(bits(r), bits(k)), bits(v)) | (o_r * 0).to(gl.uint32)
-    low = ()
-    for i in gl.static_range(BLOCKS):
-        at = i * BLOCK_LEN + o_r
-        z = gl.load(p_row + 3 * C + at, mask=here & (at < SUM), other=0.0, volatile=True)
-        seen = gl.maximum(seen, bits(z))
-        low = low + (z,)  # noqa: RUF005 (no * in Gluon)
-    return r, k, v, low, seen
+def _load_rows(
+    p_rows,
+    i_b,
+    o_c,
+    o_r,
+    B: gl.constexpr,
+    C: gl.constexpr,
+    G: gl.constexpr,
+    SUM: gl.constexpr,
+    BLOCKS: gl.constexpr,
+):
+    """Return r, k, v of the head, first halves of LoRAs, of G rows, and the largest bits of all."""
+    rs = ()
+    ks = ()
+    vs = ()
+    lows = ()
+    seen = (o_r * 0 + o_c * 0).to(gl.uint32)
+    for j in gl.static_range(G):
+        here = (o_c >= 0) & (i_b + j < B)
+        p_row = p_rows + (i_b + j) * (3 * C + SUM)
+        r = gl.load(p_row + o_c, mask=here, other=0.0, volatile=True)
+        k = gl.load(p_row + C + o_c, mask=here, other=0.0, volatile=True)
+        v = gl.load(p_row + 2 * C + o_c, mask=here, other=0.0, volatile=True)
+        seen = gl.maximum(seen, gl.maximum(gl.maximum(bits(r), bits(k)), bits(v)))
+        rs = rs + (r,)  # noqa: RUF005 (no * in Gluon)
+        ks = ks + (k,)  # noqa: RUF005
+        vs = vs + (v,)  # noqa: RUF005
+        for i in gl.static_range(BLOCKS):
+            at = i * BLOCK_LEN + o_r
+            low = gl.load(p_row + 3 * C + at, mask=here & (at < SUM), other=0.0, volatile=True)
+            seen = gl.maximum(seen, bits(low))
+            lows = lows + (low,)  # noqa: RUF005
+    return rs, ks, vs, lows, seen
 
 
 @gluon.jit
 def _stage_low(
     inputs,
-    low0,
-    low1,
+    lows,
     o_r,
     G: gl.constexpr,
     RW: gl.constexpr,
@@ -74,19 +89,17 @@ def _stage_low(
 ):
     """Put activated first halves into shared memory: column `lora * G + row` holds a LoRA's."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    o_n = gl.arange(0, NUM_ROWS, gl.SliceLayout(1, LAYOUT))
+    o_n = gl.arange(0, inputs.shape[1], gl.SliceLayout(1, LAYOUT))
     o_j = gl.arange(0, BLOCK_LEN, gl.SliceLayout(0, LAYOUT))
     for i in gl.static_range(BLOCKS):
         at = i * BLOCK_LEN + o_j
         lora = gl.where(at < RW, 0, gl.where(at < RW + RA, 1, 2))
         lora = gl.where(at < RW + RA + RG, lora, 3)
-        z = gl.reshape(_activate(low0[i], i * BLOCK_LEN + o_r, RW, RA, RG), [BLOCK_LEN])
-        z = gl.convert_layout(z, gl.SliceLayout(0, LAYOUT))
-        tile = gl.where(o_n[:, None] == (lora * G)[None, :], z[None, :], 0.0)
-        if G > 1:
-            z = gl.reshape(_activate(low1[i], i * BLOCK_LEN + o_r, RW, RA, RG), [BLOCK_LEN])
-            z = gl.convert_layout(z, gl.SliceLayout(0, LAYOUT))
-            tile = gl.where(o_n[:, None] == (lora * G + 1)[None, :], z[None, :], tile)
+        tile = (o_n[:, None] + o_j[None, :]).to(gl.float32) * 0
+        for j in gl.static_range(G):
+            z = _activate(lows[j * BLOCKS + i], i * BLOCK_LEN + o_r, RW, RA, RG)
+            z = gl.convert_layout(gl.reshape(z, [BLOCK_LEN]), gl.SliceLayout(0, LAYOUT))
+            tile = gl.where(o_n[:, None] == (lora * G + j)[None, :], z[None, :], tile)
         inputs.index(i).store(tile.to(inputs.dtype))
     fence_async_shared()
     thread_barrier()
@@ -100,9 +113,7 @@ def _unit_norm(k, k_k):
 
 @gluon.jit
 def _advance_row(
-    state,
-    p_s,
-    live,
+    loaded,
     r,
     k,
     v,
@@ -118,9 +129,11 @@ def _advance_row(
     G: gl.constexpr,
 ):
     """Advance one row's state of the head and write its part of Wo's input."""
+    state, p_s, live = loaded
     TILE: gl.constexpr = state.type.layout
     VECTOR: gl.constexpr = r.type.layout
-    AT: gl.constexpr = 8 + 8 * ROW
+    # Behind the LoRAs' columns.
+    AT: gl.constexpr = 4 * G + 8 * ROW
     w0, a0, v0, _, k_a, r_k, norm_weight, norm_bias = vectors
     w = -0.6065306597126334 * _sigmoid(w0 + handed.index(ROW).load(VECTOR))
     a = _sigmoid(a0 + handed.index(G + ROW).load(VECTOR))
@@ -197,63 +210,51 @@ def time_mix_unit(
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     H: gl.constexpr = C // 64
     SUM: gl.constexpr = RW + RA + RG + RV
-    R: gl.constexpr = 3 * C + SUM
     BLOCKS: gl.constexpr = (SUM + BLOCK_LEN - 1) // BLOCK_LEN
     i_h = unit % H
     i_b = unit // H * G
-    two = i_b + 1 < B
-    state0, p_s0, live0 = _load_state(p_pool, gl.load(p_slots + i_b), i_h, H)
-    if G > 1:
-        slot1 = gl.load(p_slots + i_b + 1, mask=two, other=-1)
-        state1, p_s1, live1 = _load_state(p_pool, slot1, i_h, H)
     o_n = gl.arange(0, 64, gl.SliceLayout(0, VECTOR))[None, :]
     # The warps' parts of a block of ranks.
     o_r = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))[:, None] * 64 + o_n
     o_c = i_h * 64 + o_n
-    here = o_n >= 0
+    states = ()
+    firsts = ()
+    for j in gl.static_range(G):
+        slot = gl.load(p_slots + i_b + j, mask=i_b + j < B, other=-1)
+        states = states + (_load_state(p_pool, slot, i_h, H),)  # noqa: RUF005 (no * in Gluon)
+        here = (o_c >= 0) & (i_b + j < B) & (is_first ^ True)
+        first = gl.load(p_first + (i_b + j) * C + o_c, mask=here, other=0.0)
+        firsts = firsts + (first,)  # noqa: RUF005
     vectors = ()
     for i in gl.static_range(8):
-        vectors = vectors + (gl.load(p_vectors + i * C + o_c),)  # noqa: RUF005 (no * in Gluon)
-    p_first += i_b * C
-    first0 = gl.load(p_first + o_c, mask=here & (is_first ^ True), other=0.0)
-    if G > 1:
-        first1 = gl.load(p_first + C + o_c, mask=here & two & (is_first ^ True), other=0.0)
-    p_row = p_projected + i_b * R
-    r0, k0, v0, low0, seen = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
-    r1, k1, v1, low1 = r0, k0, v0, low0
-    if G > 1:
-        r1, k1, v1, low1, seen1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
-        seen = gl.maximum(seen, seen1)
+        vectors = vectors + (gl.load(p_vectors + i * C + o_c),)  # noqa: RUF005
+    rs, ks, vs, lows, seen = _load_rows(p_projected, i_b, o_c, o_r, B, C, G, SUM, BLOCKS)
     polls = gl.to_tensor(0)
     # Warps read the same r, k and v, each for itself: only what crosses warps is one for all.
     while gl.max(gl.max(seen, 1), 0) == BLANK:
         polls = count(polls)
-        r0, k0, v0, low0, seen = _load_row(p_row, o_c, o_r, here, C, SUM, BLOCKS)
-        if G > 1:
-            r1, k1, v1, low1, seen1 = _load_row(p_row + R, o_c, o_r, here & two, C, SUM, BLOCKS)
-            seen = gl.maximum(seen, seen1)
-    _stage_low(inputs, low0, low1, o_r, G, RW, RA, RG, BLOCKS)
-    at = i_b * C
-    # As `mark`, before this layer's are stored.
-    gl.store(p_next_out + at + o_c, blank(p_out), eviction_policy=KEEP)
-    if G > 1:
-        gl.store(p_next_out + at + C + o_c, blank(p_out), mask=here & two, eviction_policy=KEEP)
-    kk0 = _unit_norm(k0, vectors[3])
-    kk1 = _unit_norm(k1, vectors[3]) if G > 1 else kk0
+        rs, ks, vs, lows, seen = _load_rows(p_projected, i_b, o_c, o_r, B, C, G, SUM, BLOCKS)
+    _stage_low(inputs, lows, o_r, G, RW, RA, RG, BLOCKS)
+    kks = ()
+    for j in gl.static_range(G):
+        kks = kks + (_unit_norm(ks[j], vectors[3]),)  # noqa: RUF005
+        # As `mark`, before this layer's are stored.
+        here = (o_c >= 0) & (i_b + j < B)
+        p_mark = p_next_out + (i_b + j) * C + o_c
+        gl.store(p_mark, blank(p_out), mask=here, eviction_policy=KEEP)
     acc, block = multiply(ring, full, empty, inputs, block, BLOCKS, STAGES)
     # The inputs are read: their place takes what threads hand to each other.
-    inputs._reinterpret(gl.float32, [NUM_ROWS, 64], LINEAR).permute((1, 0)).store(acc)
+    ROWS: gl.constexpr = acc.shape[1]
+    inputs._reinterpret(gl.float32, [ROWS, 64], LINEAR).permute((1, 0)).store(acc)
+    NUM_HANDED: gl.constexpr = ROWS + 8 * G
     handed = inputs._reinterpret(gl.float32, [NUM_HANDED, 1, 64], LINEAR)
     thread_barrier()
-    _advance_row(
-        state0, p_s0, live0, r0, k0, v0, first0, kk0, vectors, handed,
-        p_first, p_out + at, o_c, is_first, 0, G,
-    )  # fmt: skip
-    if G > 1:  # noqa: SIM102 (a constant, and not one)
-        if two:
+    for j in gl.static_range(G):
+        if i_b + j < B:
+            at = (i_b + j) * C
             _advance_row(
-                state1, p_s1, live1, r1, k1, v1, first1, kk1, vectors, handed,
-                p_first + C, p_out + at + C, o_c, is_first, 1, G,
+                states[j], rs[j], ks[j], vs[j], firsts[j], kks[j], vectors, handed,
+                p_first + at, p_out + at, o_c, is_first, j, G,
             )  # fmt: skip
     thread_barrier()
     return block

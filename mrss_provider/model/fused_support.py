@@ -79,7 +79,7 @@ def fused_obstacle(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def persistent_rows(config: ModelConfig, device: torch.device) -> int:
-    """Return up to how many rows a step on CUDA runs all layers in one kernel; 0 is never.
+    """Return with up to how many rows a step on CUDA runs all layers in one kernel; 0 is never.
 
     As far as the config says, which knows no LoRAs: `FusedDecoder.persistent_rows` has the last
     word.
@@ -90,4 +90,4 @@ def persistent_rows(config: ModelConfig, device: torch.device) -> int:
         return 0
     shape = (config.num_layers, config.hidden_size, config.head_size)
     obstacle = persistent7.persistent_obstacle(device, *shape)
-    return 0 if obstacle else persistent7.MAX_ROWS
+    return 0 if obstacle else persistent7.WIDTHS[config.hidden_size][-1]

@@ -1,7 +1,7 @@
 """RWKV-7's decode step on CUDA, from token ids to the last norm.
 
 Seven or eight launches a layer; on a card and for a model that `persistent7` takes, all layers in
-one launch, up to 8 rows.
+one launch, for few rows.
 
 Built from the layers of `rwkv7`, whose weights it packs so that r, k, v and the first halves of
 the LoRAs are one matrix; the layers' own linears become views of it, so nothing is held twice but
@@ -130,8 +130,7 @@ class FusedDecoder:
             self._persistent = persistent_ops.PersistentLayers7(stacked)
         self.persistent_rows = range(0)
         if self._persistent is not None:
-            first = persistent_ops.WIDTHS[embedding.shape[1]]
-            self.persistent_rows = range(first, persistent_ops.MAX_ROWS + 1)
+            self.persistent_rows = persistent_ops.WIDTHS[embedding.shape[1]]
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out

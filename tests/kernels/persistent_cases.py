@@ -10,7 +10,12 @@ from mrss_kernels.persistent7_kernel import NUM_COMPUTING_WARPS, persistent7_ker
 from triton.experimental.gluon import language as gl
 
 RANKS = {1024: (64, 64, 128, 64), 2048: (128, 128, 256, 64)}
-FORMS = [(2048, "fp16", "fp32", 8), (2048, "fp16", "fp16", 4), (1024, "bf16", "fp32", 1)]
+FORMS = [
+    (2048, "fp16", "fp32", 8),
+    (2048, "fp16", "fp16", 4),
+    (2048, "fp16", "fp32", 12),
+    (1024, "bf16", "fp32", 1),
+]
 
 
 def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -33,13 +38,13 @@ def _case(
     tiles = width // 64
     parts = [num_parts(size, tiles, NUM_MULTIPROCESSORS) for size in (width, 4 * width)]
     constants = {"B": rows, "C": width, "F": 4 * width, "PDL": True, "AHEAD": NUM_AHEAD}
-    constants |= {"G": 1 if rows * tiles <= NUM_MULTIPROCESSORS else 2, "SLICE": SLICE_LEN}
+    constants |= {"G": -(-rows * tiles // NUM_MULTIPROCESSORS), "SLICE": SLICE_LEN}
     constants |= dict(zip(("RW", "RA", "RG", "RV"), RANKS[width], strict=True))
     constants |= {"OUTPUT_PARTS": parts[0], "VALUE_PARTS": parts[1]}
-    constants |= {"STAGES": num_stages(HOPPER_SHARED, width, parts[1])}
+    constants |= {"STAGES": num_stages(HOPPER_SHARED, width, parts[1], rows)}
     options = {"num_warps": NUM_COMPUTING_WARPS, "launch_pdl": True}
     return (
-        f"persistent7_kernel {width} {dtype} {pool}",
+        f"persistent7_kernel {width} {dtype} {pool} {rows}",
         persistent7_kernel,
         types,
         constants,

@@ -26,10 +26,11 @@ def test_parts_fill_the_programs_once_in_whole_blocks(width: int, num_programs: 
 @pytest.mark.parametrize("width", persistent7.WIDTHS)
 def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
     parts = persistent7.num_parts(4 * width, width // 64, 132)
-    stages = persistent7.num_stages(HOPPER_SHARED, width, parts)
-    inputs = 8 * 2 * max(width, 4 * width // parts)
-    assert stages >= 4
-    assert stages * 64 * 256 * 2 + inputs + 2 * 8 * stages < HOPPER_SHARED
+    for rows, padded in ((1, 8), (8, 8), (9, 16), (16, 16)):
+        stages = persistent7.num_stages(HOPPER_SHARED, width, parts, rows)
+        inputs = padded * 2 * max(width, 4 * width // parts)
+        assert stages >= 4
+        assert stages * 64 * 256 * 2 + inputs + 2 * 8 * stages < HOPPER_SHARED
 
 
 def test_a_layers_buffers_hold_what_the_docstring_counts() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mrss_kernels.persistent7 import MAX_ROWS
 from safetensors.torch import save_file
 from tiny_model import Shape, checkpoint
 
@@ -15,9 +16,10 @@ from mrss_provider.model.rwkv7_cuda import FusedDecoder
 
 pytestmark = pytest.mark.gpu
 
+ALL_ROWS = range(1, MAX_ROWS + 1)
 RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256)}
 TOLERANCE = {"fp16": 2e-2, "bf16": 1.5e-1}
-NUM_SLOTS = 10
+NUM_SLOTS = 18
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def build(tmp_path_factory):
         fused = twin.fused
         assert isinstance(fused, FusedDecoder)
         if fused.persistent_obstacle is None:
-            fused.persistent_rows = range(1, 9)
+            fused.persistent_rows = ALL_ROWS
         return plain, twin, fused
 
     return make
@@ -85,7 +87,8 @@ def test_a_step_equals_the_layer_by_layer_one(build, width, dtype, state_dtype) 
     plain, twin, fused = build(width, dtype, state_dtype)
     assert fused.persistent_obstacle is None
     for slots in ([3], [4, 0], [7, -1, 2], [9, 8, 7, 6], [0, 2, 4, 6, 8], [5, 1, -1, 0, 3, 2],
-                  [1, 2, 3, 4, 5, 6, 7], [9, 0, 8, -1, 7, 2, 6, 3]):  # fmt: skip
+                  [1, 2, 3, 4, 5, 6, 7], [9, 0, 8, -1, 7, 2, 6, 3], [*range(8), 17],
+                  [-1, *range(8, 16), 2], [*range(5, 17)], [*range(16)]):  # fmt: skip
         pools = [filled_pool(model) for model in (plain, twin)]
         ids = torch.tensor(slots, device="cuda")
         live = ids >= 0
@@ -104,7 +107,7 @@ def test_a_step_equals_the_layer_by_layer_one(build, width, dtype, state_dtype) 
 def test_it_is_as_exact_as_launch_by_launch(build) -> None:
     exact, twin, fused = build(2048, exact=True)
     errors = []
-    for rows in (range(1, 9), range(0)):
+    for rows in (ALL_ROWS, range(0)):
         pools = [filled_pool(model) for model in (exact, twin)]
         fused.persistent_rows = rows
         tokens, ids = torch.arange(6, device="cuda"), torch.arange(6, device="cuda")
@@ -132,11 +135,11 @@ def test_a_thousand_replays_give_equal_bits_twice(build) -> None:
 def test_steps_of_all_row_counts_in_turn_do_not_disturb_each_other(build) -> None:
     _, twin, _ = build(1024)
     alone = []
-    for rows in range(1, 9):
+    for rows in ALL_ROWS:
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         alone.append(twin.decode(ids, ids, pool))
-    for rows in (8, 1, 5, 2, 7, 3, 6, 4):
+    for rows in (8, 16, 1, 5, 12, 2, 7, 3, 6, 10, 4):
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         assert torch.equal(twin.decode(ids, ids, pool), alone[rows - 1])
@@ -145,9 +148,9 @@ def test_steps_of_all_row_counts_in_turn_do_not_disturb_each_other(build) -> Non
 @pytest.mark.parametrize("width", RANKS)
 def test_after_a_step_what_the_next_one_waits_for_reads_as_not_written(build, width) -> None:
     _, twin, fused = build(width)
-    for rows in range(1, 9):
+    for rows in ALL_ROWS:
         ids = torch.arange(rows, device="cuda")
-        twin.decode(ids, ids, filled_pool(twin))
+        fused.decode(ids, ids, filled_pool(twin))
         floats, halves = fused._persistent._buffers[rows - 1]
         assert (floats[0].view(torch.int32) == -1).all()
         assert (halves[0].view(torch.int16) == -1).all()
