@@ -22,10 +22,10 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
 
-MAX_ROWS = 16
-"""Rows that the kernel takes: what a product is padded to, or 8."""
+MAX_ROWS = 12
+"""Rows that the kernel takes. Products are padded to 8 or 16; more than three of a head spill."""
 
-WIDTHS = {1024: range(2, 17), 2048: range(1, 17)}
+WIDTHS = {1024: range(2, 9), 2048: range(1, 13)}
 """By C, with how many rows it was found to be faster than launch by launch (kernels/README.md)."""
 
 FFN_FACTOR = 4

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="assignment, misc"
-"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to four rows.
+"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to three rows.
 
 As `time_mix7`. A LoRA's second half multiplies all rows' columns at once: each LoRA of each row has
 a column of its own among the 8 or 16, zeros where the others' ranks are. Vectors of a head have two

@@ -26,7 +26,7 @@ def test_parts_fill_the_programs_once_in_whole_blocks(width: int, num_programs: 
 @pytest.mark.parametrize("width", persistent7.WIDTHS)
 def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
     parts = persistent7.num_parts(4 * width, width // 64, 132)
-    for rows, padded in ((1, 8), (8, 8), (9, 16), (16, 16)):
+    for rows, padded in ((1, 8), (8, 8), (9, 16), (12, 16)):
         stages = persistent7.num_stages(HOPPER_SHARED, width, parts, rows)
         inputs = padded * 2 * max(width, 4 * width // parts)
         assert stages >= 4

@@ -88,7 +88,7 @@ def test_a_step_equals_the_layer_by_layer_one(build, width, dtype, state_dtype) 
     assert fused.persistent_obstacle is None
     for slots in ([3], [4, 0], [7, -1, 2], [9, 8, 7, 6], [0, 2, 4, 6, 8], [5, 1, -1, 0, 3, 2],
                   [1, 2, 3, 4, 5, 6, 7], [9, 0, 8, -1, 7, 2, 6, 3], [*range(8), 17],
-                  [-1, *range(8, 16), 2], [*range(5, 17)], [*range(16)]):  # fmt: skip
+                  [-1, *range(8, 16), 2], [*range(5, 17)], [*range(11)]):  # fmt: skip
         pools = [filled_pool(model) for model in (plain, twin)]
         ids = torch.tensor(slots, device="cuda")
         live = ids >= 0
@@ -139,7 +139,7 @@ def test_steps_of_all_row_counts_in_turn_do_not_disturb_each_other(build) -> Non
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         alone.append(twin.decode(ids, ids, pool))
-    for rows in (8, 16, 1, 5, 12, 2, 7, 3, 6, 10, 4):
+    for rows in (8, 11, 1, 5, 12, 2, 7, 3, 6, 10, 4):
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         assert torch.equal(twin.decode(ids, ids, pool), alone[rows - 1])
