@@ -78,12 +78,28 @@ def fused_obstacle(config: ModelConfig, device: torch.device) -> str | None:
     return None
 
 
+def decode_choice() -> str:
+    """Return what `MRSS_DECODE` chooses: "auto", "persistent" or "launches".
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    try:
+        return persistent7.decode_choice()
+    except ValueError as error:
+        raise ConfigError(str(error), param="MRSS_DECODE") from error
+
+
 def persistent_rows(config: ModelConfig, device: torch.device) -> int:
     """Return with up to how many rows a step on CUDA runs all layers in one kernel; 0 is never.
 
     As far as the config says, which knows no LoRAs: `FusedDecoder.persistent_rows` has the last
     word.
+
+    Raises:
+        ConfigError: `MRSS_DECODE` is no choice.
     """
+    decode_choice()
     if config.version != 7 or config.quantize != "none":
         return 0
     if config.ffn_size != persistent7.FFN_FACTOR * config.hidden_size:

@@ -24,8 +24,9 @@ from mrss_kernels import time_mix7 as time_ops
 from torch import Tensor
 from torch.nn import functional as F
 
+from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import ModelConfig
-from mrss_provider.model.fused_support import fused_obstacle
+from mrss_provider.model.fused_support import decode_choice, fused_obstacle
 from mrss_provider.model.linear import Linear
 from mrss_provider.model.products import (
     Weight,
@@ -117,14 +118,17 @@ class FusedDecoder:
                 multiplied by zero, for up to `SPARSE_ROWS` rows; not of quantised ones.
 
         Raises:
-            ValueError: `MRSS_DECODE` asks for what cannot be had.
+            ConfigError: `MRSS_DECODE` asks for what cannot be had.
         """
         self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
         self._persistent: persistent_ops.PersistentLayers7 | None = None
+        choice = decode_choice()
         self.persistent_obstacle = stacking_obstacle(self._layers, layers[0].r_k.shape[-1])
-        if self.persistent_obstacle and persistent_ops.decode_choice() == "persistent":
-            raise ValueError(f"MRSS_DECODE is persistent, but {self.persistent_obstacle}")
+        if self.persistent_obstacle and choice == "persistent":
+            raise ConfigError(
+                f"MRSS_DECODE is persistent, but {self.persistent_obstacle}", param="MRSS_DECODE"
+            )
         if self.persistent_obstacle is None:
             self._layers, stacked = stack_layers(layers, self._layers)
             self._persistent = persistent_ops.PersistentLayers7(stacked)

@@ -188,6 +188,10 @@ def test_a_model_whose_layers_run_in_one_kernel_is_told(
     assert found.startswith("fused kernels in CUDA graphs, all layers in one for up to 8 rows")
     quantised = card.findings(dtype="fp16", quantize="fp8")["decode"].found
     assert quantised.startswith("fused kernels in CUDA graphs, fp16 weights")
+    monkeypatch.setenv("MRSS_DECODE", "fast")
+    refused = card.findings(dtype="fp16")["decode"]
+    assert refused.verdict == "FAIL"
+    assert "MRSS_DECODE must be auto, persistent or launches, got 'fast'" in refused.found
 
 
 @pytest.mark.usefixtures("_litellm_unimported")

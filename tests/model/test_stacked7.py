@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import Shape, checkpoint
 
+from mrss_provider.errors import ConfigError
 from mrss_provider.model import load_model
-from mrss_provider.model.rwkv7_cuda import PackedLayer, pack_layer
+from mrss_provider.model.rwkv7_cuda import FusedDecoder, PackedLayer, pack_layer
 from mrss_provider.model.stacked7 import stack_layers, stacking_obstacle
 
 SHAPE = Shape(num_layers=4, hidden_size=128, ffn_size=512, ranks=(16, 80, 8, 24))
@@ -73,3 +74,17 @@ def test_what_cannot_be_stacked_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert "different ranks" in (stacking_obstacle([*packed, packed[0]], 64) or "")
     monkeypatch.setattr("mrss_provider.model.stacked7.FFN_FACTOR", 3)
     assert "not 3 times as wide" in (stacking_obstacle(packed, 64) or "")
+
+
+def test_one_launch_that_was_asked_for_and_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(checkpoint(7, SHAPE), path)
+    model = load_model(path, device="cpu", dtype="fp32", packed=False)
+    parts = (model._layers, model._embedding, model._ln0, model._ln_out, model._head.weight)  # type: ignore[attr-defined]
+    monkeypatch.setenv("MRSS_DECODE", "persistent")
+    with pytest.raises(ConfigError, match="is persistent, but the device is no CUDA device"):
+        FusedDecoder(*parts)  # type: ignore[arg-type]
+    monkeypatch.setenv("MRSS_DECODE", "auto")
+    assert not FusedDecoder(*parts).persistent_rows  # type: ignore[arg-type]
