@@ -87,11 +87,16 @@ def test_settings_wait_for_the_set_up_that_they_change(new_page, expect):
     server, url = faked(FakeBackend([text("Ahoy")]))
     with server:
         page = new_page()
-        held = []
-        page.route("**/v1/models*", lambda route: held.append(route))
-        page.goto(url)
+        held, released = [], []
+        page.route(
+            "**/v1/models*", lambda route: route.continue_() if released else held.append(route)
+        )
+        # Else the settings could be looked at before there is a request to hold.
+        with page.expect_request("**/v1/models*"):
+            page.goto(url)
         heat_map = page.get_by_label("Heat map")
         expect(heat_map).to_be_disabled()
+        released.append(True)
         while held:
             held.pop().continue_()
         expect(heat_map).to_be_checked()
