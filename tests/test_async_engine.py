@@ -370,6 +370,30 @@ def test_a_failing_step_ends_what_runs_and_not_the_engine(caplog):
     assert "oops" in caplog.text
 
 
+def test_a_thread_that_fails_loses_the_engine_and_leaves_nobody_waiting(caplog):
+    class Fragile(ScriptEngine):
+        """A device that is lost may be met first where an answer is dropped."""
+
+        def abort(self, request_id, index=None):
+            raise RuntimeError("an illegal memory access")
+
+    async def main():
+        front = engine_of(Fragile(lambda request, _: IDS("Hello") * 10**6))
+        await front.start()
+        dropped, other = await front.open(ask()), await front.open(ask())
+        await dropped.aclose()
+        with pytest.raises(EngineUnavailableError, match="illegal memory access"):
+            async for _ in other:
+                pass
+        assert isinstance(await front.until_lost(), EngineUnavailableError)
+        with pytest.raises(EngineUnavailableError, match="started again"):
+            await front.open(ask())
+        await front.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert "the engine's thread failed" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["check_error", "add_error"])
 @pytest.mark.parametrize("error", [QueueFullError("full"), ContextLengthError("too long")])
 def test_what_the_engine_refuses_is_raised_on_admission(where, error):

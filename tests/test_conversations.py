@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,15 @@ from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.backend import GenerateRequest, KeepsSessions, Message, Tool, ToolCall
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.session import Session
+from mrss_provider.engine.session_store import SessionStore
 from mrss_provider.errors import (
+    ConfigError,
     ConflictError,
     InvalidRequestError,
     MRSSError,
     NotFoundError,
     PayloadTooLargeError,
+    RequestTimeoutError,
     StateFileError,
     StorageError,
 )
@@ -323,6 +327,13 @@ def test_sessions_are_bounded_for_each_owner(config):
     run(replace(config, session_bytes=size // 2), tiny)
 
 
+def test_a_folder_that_cannot_be_used_is_told_at_the_start(config, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    engine = AsyncEngine(replace(config, sessions_dir=tmp_path / "file/sessions"))
+    with pytest.raises(ConfigError, match=r"sessions_dir .* cannot be used"):
+        asyncio.run(engine.start())
+
+
 def test_sessions_in_a_folder_outlive_the_engine(config, tmp_path):
     config = replace(config, sessions_dir=tmp_path / "sessions")
     request = ask("", seed=4, temperature=1.0, owner="k1")
@@ -393,6 +404,67 @@ def test_only_one_answer_at_a_time_is_saved_to_a_session(config):
         with pytest.raises(MRSSError):
             await engine.open(replace(saving, model="nobody"))
         await answer(engine, saving)
+
+    run(config, scenario)
+
+
+async def given_up(engine, request, step, monkeypatch, leave):
+    """Let `leave` happen while the thread of `request` is in `step` of the store."""
+    begun, may_end = threading.Event(), threading.Event()
+    whole = getattr(SessionStore, step)
+
+    def slow(self, *args, **options):
+        begun.set()
+        assert may_end.wait(10)
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(SessionStore, step, slow)
+    asking = asyncio.create_task(answer(engine, request))
+    assert await asyncio.to_thread(begun.wait, 10)
+    monkeypatch.undo()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await leave()
+    may_end.set()
+
+
+def test_who_gives_up_while_a_session_is_read_does_not_hold_it(config, monkeypatch):
+    async def scenario(engine):
+        created = await engine.create_session(ask(PROMPT, seed=1))
+        saving = ask("", session=created.id, save=True, seed=1)
+
+        async def leave():
+            await answer(engine, saving)
+
+        await given_up(engine, saving, "get", monkeypatch, leave)
+
+    run(config, scenario)
+
+
+def test_who_leaves_while_a_session_is_written_holds_it_until_it_is(config, monkeypatch):
+    async def scenario(engine):
+        created = await engine.create_session(ask(PROMPT, seed=1))
+        saving = ask("", session=created.id, save=True, seed=1)
+
+        async def leave():
+            with pytest.raises(ConflictError):
+                await engine.open(saving)
+
+        await given_up(engine, saving, "put", monkeypatch, leave)
+        async with asyncio.timeout(10):
+            while (await engine.session(created.id, "")).num_tokens == created.num_tokens:
+                await asyncio.sleep(0.01)
+        await answer(engine, saving)
+
+    run(config, scenario)
+
+
+def test_a_session_is_made_within_the_time_that_its_request_has(config):
+    async def scenario(engine):
+        with pytest.raises(RequestTimeoutError, match="1e-06 s"):
+            await engine.create_session(replace(ask(PROMPT), timeout_s=1e-6))
+        assert await engine.sessions("") == []
 
     run(config, scenario)
 

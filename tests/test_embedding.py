@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 
 import pytest
 from tiny_model import write_model_folder, write_state
@@ -14,6 +15,7 @@ from mrss_provider.errors import (
     EngineUnavailableError,
     QueueFullError,
     RequestTimeoutError,
+    StateFileError,
 )
 from mrss_provider.sampling_params import SamplingParams
 
@@ -128,5 +130,24 @@ def test_closing_the_engine_ends_it(config):
         await engine.aclose()
         with pytest.raises(EngineUnavailableError):
             await task
+
+    asyncio.run(main())
+
+
+def test_inputs_wait_for_the_model_no_longer_than_they_may():
+    may_end = threading.Event()
+
+    def load(config):
+        may_end.wait(10)
+        raise StateFileError("never mind")
+
+    async def main():
+        engine = AsyncEngine(EngineConfig(), loader=load)
+        try:
+            with pytest.raises(RequestTimeoutError, match=r"within 0\.01 s"):
+                await engine.embed(EmbedRequest("base", ("x",), timeout_s=0.01))
+        finally:
+            may_end.set()
+            await engine.aclose()
 
     asyncio.run(main())

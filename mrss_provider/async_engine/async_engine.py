@@ -15,6 +15,7 @@ from mrss_provider.async_engine.best_of import BestOf, widened
 from mrss_provider.async_engine.cards import model_cards
 from mrss_provider.async_engine.constraints import constraint_for
 from mrss_provider.async_engine.conversations import Conversations
+from mrss_provider.async_engine.deadlines import within
 from mrss_provider.async_engine.embedding import Embedder
 from mrss_provider.async_engine.evidence import user_turn
 from mrss_provider.async_engine.lengths import check_lengths, room_for
@@ -49,7 +50,7 @@ from mrss_provider.backend import (
 )
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.request import EngineRequest, ResolvedMixture, resolve_sampling
-from mrss_provider.errors import MRSSError, RequestTimeoutError
+from mrss_provider.errors import MRSSError
 
 
 class AsyncEngine:
@@ -91,8 +92,12 @@ class AsyncEngine:
         """Load the model; returns at once when it is loaded.
 
         Raises:
-            MRSSError: it cannot be loaded, or the engine is closed.
+            MRSSError: it cannot be loaded, a folder of the settings cannot be used, or the engine
+                is closed.
         """
+        if self._slot.config.sessions_dir is not None:
+            # Before the model, which takes long: a bad folder is told at once, and leaves nothing.
+            await self._conversations.store()
         await self._slot.start()
 
     async def until_lost(self) -> MRSSError:
@@ -108,13 +113,8 @@ class AsyncEngine:
         if request.best_of is not None:
             return BestOf(await self.open(widened(request)), request)
         started = time.monotonic()
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                return await self._open(request, started)
-        except TimeoutError as exc:
-            raise RequestTimeoutError(
-                f"the engine did not take the request within {request.timeout_s:g} s"
-            ) from exc
+        async with within(request.timeout_s, "the engine did not take the request"):
+            return await self._open(request, started)
 
     async def models(self) -> list[ModelCard]:
         """Return the names that are served, `base` first.
@@ -183,13 +183,14 @@ class AsyncEngine:
             MRSSError: as `KeepsSessions.create_session`.
         """
         check_opening(request)
-        mixture, loaded, thread = await self._resolved(request)
-        if request.messages is None:
-            engine_request = await self._engine_request(request, loaded, mixture)
-        else:
-            engine_request = await self._opening(request, loaded, mixture)
-        loaded.engine.check(engine_request)
-        return await self._conversations.create(request, engine_request, thread)
+        async with within(request.timeout_s, "the session was not made"):
+            mixture, loaded, thread = await self._resolved(request)
+            if request.messages is None:
+                engine_request = await self._engine_request(request, loaded, mixture)
+            else:
+                engine_request = await self._opening(request, loaded, mixture)
+            loaded.engine.check(engine_request)
+            return await self._conversations.create(request, engine_request, thread)
 
     async def session(self, session_id: str, owner: str) -> SessionInfo:
         """Return one of the owner's sessions; `NotFoundError` if it is not."""

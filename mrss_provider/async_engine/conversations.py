@@ -27,6 +27,7 @@ from mrss_provider.errors import (
 )
 
 if TYPE_CHECKING:
+    from mrss_provider.engine.continuation import Capture
     from mrss_provider.engine.session import Session
     from mrss_provider.engine.session_store import SessionStore
     from mrss_provider.model import StateSnapshot
@@ -118,8 +119,21 @@ class Conversations:
             ConflictError: an answer that is saved to it is under way.
             InvalidRequestError: another mixture, or a chat that goes on with a text.
         """
+        from mrss_provider.engine.continuation import Capture
+
         _check_not_given(request)
-        return await asyncio.to_thread(self._resume, request, mixture, loaded)
+        assert request.session is not None
+        store = await self.store()
+        info = store.info(request.session, request.owner)
+        capture = Capture() if request.session_save else None
+        if capture is not None:
+            store.hold(info.id, capture)
+        try:
+            return await asyncio.to_thread(self._resume, info, request, mixture, loaded, capture)
+        except BaseException:
+            # Not in the thread, which goes on reading when whoever waits for it gives up.
+            store.release(info.id, capture)
+            raise
 
     def stream(
         self, inner: TextStream, resumption: Resumption, request: EngineRequest, loaded: Loaded
@@ -146,13 +160,13 @@ class Conversations:
 
     def release(self, resumption: Resumption) -> None:
         """Let others save to a session that `resume` holds; idempotent."""
-        if resumption.capture is not None and self._store is not None:
-            self._store.release(resumption.session.info.id)
+        if self._store is not None:
+            self._store.release(resumption.session.info.id, resumption.capture)
 
     async def fork(self, session_id: str, owner: str) -> SessionInfo:
         """Save a session once more, under another id."""
         loaded = await self._loaded()
-        data = await asyncio.to_thread(self._get_store().get, session_id, owner)
+        data = await asyncio.to_thread((await self.store()).get, session_id, owner)
         return await asyncio.to_thread(self._import, data, owner, loaded)
 
     async def export(self, session_id: str, owner: str) -> bytes:
@@ -195,11 +209,12 @@ class Conversations:
 
         return Session.from_bytes(data, loaded.engine.model_config, loaded.engine.state_dtype)
 
-    def _put(self, session: Session, loaded: Loaded) -> SessionInfo:
+    def _put(self, session: Session, loaded: Loaded, *, is_new: bool = True) -> SessionInfo:
         session = replace(session, rows=tuple([row.to_host() for row in session.rows]))
         if not all(row.is_finite for row in session.rows):
             raise EngineError("the states of the session are not finite, so it is not saved")
-        return self._get_store().put(session.info, session.to_bytes(loaded.engine.model_config))
+        data = session.to_bytes(loaded.engine.model_config)
+        return self._get_store().put(session.info, data, is_new=is_new)
 
     def _import(self, data: bytes, owner: str, loaded: Loaded) -> SessionInfo:
         from mrss_provider.engine.session import new_info
@@ -209,30 +224,23 @@ class Conversations:
         return self._put(replace(session, info=info), loaded)
 
     def _resume(
-        self, request: GenerateRequest, mixture: ResolvedMixture, loaded: Loaded
+        self,
+        info: SessionInfo,
+        request: GenerateRequest,
+        mixture: ResolvedMixture,
+        loaded: Loaded,
+        capture: Capture | None,
     ) -> Resumption:
-        from mrss_provider.engine.continuation import Capture
         from mrss_provider.engine.session import states_of
 
-        assert request.session is not None
-        store = self._get_store()
-        info = store.info(request.session, request.owner)
-        if request.session_save:
-            store.hold(info.id)
-        try:
-            session = self._read(store.get(info.id, request.owner), loaded)
-            if session.states != states_of(mixture):
-                raise InvalidRequestError(
-                    f"the session {info.id} has the states of {session.info.mixture!r}, so it "
-                    f"cannot go on as {mixture.canonical!r}",
-                    param="model",
-                )
-            capture = Capture() if request.session_save else None
-            return resumption_of(session, request, loaded, capture)
-        except BaseException:
-            if request.session_save:
-                store.release(info.id)
-            raise
+        session = self._read(self._get_store().get(info.id, request.owner), loaded)
+        if session.states != states_of(mixture):
+            raise InvalidRequestError(
+                f"the session {info.id} has the states of {session.info.mixture!r}, so it "
+                f"cannot go on as {mixture.canonical!r}",
+                param="model",
+            )
+        return resumption_of(session, request, loaded, capture)
 
     def _save(
         self,
@@ -251,10 +259,8 @@ class Conversations:
             text,
             reason,
         )
-        store = self._get_store()
         # Deleted meanwhile: it does not come back.
-        store.info(session.info.id, session.info.owner)
-        self._put(session, loaded)
+        self._put(session, loaded, is_new=False)
 
 
 def _check_not_given(request: GenerateRequest) -> None:

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
+from mrss_provider.async_engine.deadlines import within
 from mrss_provider.async_engine.loading import Loaded
 from mrss_provider.async_engine.model_slot import ModelSlot
+from mrss_provider.async_engine.prompting import MAX_INLINE_CHARS
 from mrss_provider.async_engine.thread import EngineThread
 from mrss_provider.backend import Embeddings, EmbedRequest, MixtureOptions
 from mrss_provider.engine.request import (
@@ -27,15 +29,12 @@ from mrss_provider.errors import (
     InvalidRequestError,
     MRSSError,
     QueueFullError,
-    RequestTimeoutError,
 )
 from mrss_provider.sampling_params import SamplingParams
 
 # Inputs of one request that go to the engine at a time: enough to fill a pass over the weights, and
 # rows are left for others.
 _MOST_AT_ONCE = 16
-# Characters that are tokenised on the event loop.
-_MAX_INLINE_CHARS = 20_000
 
 
 class Embedder:
@@ -56,7 +55,10 @@ class Embedder:
         Raises:
             MRSSError: as `Embeds.embed`.
         """
-        started = time.monotonic()
+        async with within(request.timeout_s, "the inputs were not read"):
+            return await self._embed(request, time.monotonic())
+
+    async def _embed(self, request: EmbedRequest, started: float) -> Embeddings:
         loaded, thread = await self._slot.parts()
         # What is embedded is one turn.
         mixture = loaded.library.resolve(request.model, MixtureOptions(reinject="never"))
@@ -64,13 +66,7 @@ class Embedder:
         inputs = await _encode(request, loaded)
         requests = [self._engine_request(request, ids, mixture) for ids in inputs]
         _check(requests, loaded, request)
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                vectors = await _read(requests, thread, request.timeout_s, started)
-        except TimeoutError as exc:
-            raise RequestTimeoutError(
-                f"the inputs were not read within {request.timeout_s:g} s"
-            ) from exc
+        vectors = await _read(requests, thread, request.timeout_s, started)
         return Embeddings(
             mixture.canonical, mixture.fingerprint, tuple(vectors), sum(map(len, inputs))
         )
@@ -227,5 +223,5 @@ async def _encode(request: EmbedRequest, loaded: Loaded) -> list[Sequence[int]]:
     def encode_all() -> list[Sequence[int]]:
         return [encode(text) if isinstance(text, str) else text for text in request.inputs]
 
-    is_short = sum(map(len, request.inputs)) <= _MAX_INLINE_CHARS
+    is_short = sum(map(len, request.inputs)) <= MAX_INLINE_CHARS
     return encode_all() if is_short else await asyncio.to_thread(encode_all)

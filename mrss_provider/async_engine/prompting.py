@@ -22,8 +22,8 @@ from mrss_provider.chat import (
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import InvalidRequestError
 
-# Above it tokenising takes milliseconds and leaves the event loop.
-_MAX_INLINE_CHARS = 20_000
+MAX_INLINE_CHARS = 20_000
+"""Of a text that is worked on where the event loop is: above it that takes milliseconds."""
 
 
 def prepared(request: GenerateRequest, template: ChatTemplate) -> GenerateRequest:
@@ -47,11 +47,24 @@ def check_opening(request: GenerateRequest) -> None:
         InvalidRequestError: it has what only an answer could honour.
     """
     check_session(request)
-    if request.thinking:
+    if request.session is not None:
         raise InvalidRequestError(
-            "a session is made of a prompt; ask for reasoning_effort when it goes on",
-            param="reasoning_effort",
+            "a session is made of a prompt, not of another one; POST /v1/sessions/{id}/fork keeps "
+            "one once more",
+            param="mrss.session",
         )
+    of_answers = {
+        "n": request.n > 1,
+        "best_of": request.best_of is not None,
+        "echo": request.echo,
+        "reasoning_effort": request.thinking,
+    }
+    for param, is_asked_for in of_answers.items():
+        if is_asked_for:
+            raise InvalidRequestError(
+                f"a session is made of a prompt, and has no answer yet; leave {param} out",
+                param=param,
+            )
 
 
 def check_session(request: GenerateRequest) -> None:
@@ -157,7 +170,7 @@ async def prompt_of(
 async def encode(text: str, loaded: Loaded) -> tuple[int, ...]:
     """Return the tokens of a text, whatever its length without holding up the event loop."""
     to_ids = loaded.tokenizer.encode
-    is_short = len(text) <= _MAX_INLINE_CHARS
+    is_short = len(text) <= MAX_INLINE_CHARS
     return tuple(to_ids(text) if is_short else await asyncio.to_thread(to_ids, text))
 
 
@@ -172,7 +185,7 @@ async def evidence_of(
     if not reads_prompt(mixture):
         return ()
     arguments = (request, text, prompt, loaded.template, loaded.tokenizer)
-    if text is None or len(text.text) <= _MAX_INLINE_CHARS:
+    if text is None or len(text.text) <= MAX_INLINE_CHARS:
         return find_evidence(*arguments)
     return await asyncio.to_thread(find_evidence, *arguments)
 

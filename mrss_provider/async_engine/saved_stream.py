@@ -17,7 +17,7 @@ class SavedStream:
     Args:
         inner: the answer.
         save: takes the answer as the model wrote it, and why it ended.
-        release: called once it is over.
+        release: called when it is over, perhaps more than once.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class SavedStream:
         self._release = release
         self._texts: list[str] = []
         self._reason = ""
+        self._saving: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> DeltaStream:
         return self
@@ -41,11 +42,12 @@ class SavedStream:
         self._texts.append(delta.text)
         self._reason = delta.finish_reason or self._reason
         if delta.usage is not None:
-            try:
-                said = self._inner.said
-                await self._save("".join(self._texts) if said is None else said, self._reason)
-            finally:
-                self._release()
+            said = self._inner.said
+            text = "".join(self._texts) if said is None else said
+            self._saving = asyncio.ensure_future(self._save(text, self._reason))
+            self._saving.add_done_callback(lambda _: self._release())
+            # Whoever leaves now leaves a thread that writes: nobody else may save before it has.
+            await asyncio.shield(self._saving)
         return delta
 
     def ready(self) -> bool:
@@ -55,7 +57,8 @@ class SavedStream:
     async def aclose(self) -> None:
         """Abort what still runs, and save nothing of it; idempotent."""
         await self._inner.aclose()
-        self._release()
+        if self._saving is None:
+            self._release()
 
 
 class Reader:

@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import Sequence
 
 from mrss_provider.async_engine.loading import Loaded
+from mrss_provider.async_engine.prompting import MAX_INLINE_CHARS
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.chat import ChatTemplate, PromptText, told_tools, turn_starts, user_spans
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.tokenizer import Tokenizer
-
-# Above it the template and the tokens are laid over each other off the event loop.
-_MAX_INLINE_CHARS = 20_000
 
 
 async def reinjections_of(
@@ -56,7 +54,7 @@ async def reinjections_of(
         return mixture, ()
     arguments = (request, text, prompt, loaded.template, loaded.tokenizer)
     try:
-        if len(text.text) <= _MAX_INLINE_CHARS:
+        if len(text.text) <= MAX_INLINE_CHARS:
             return mixture, find_turns(*arguments)
         return mixture, await asyncio.to_thread(find_turns, *arguments)
     except InvalidRequestError as exc:

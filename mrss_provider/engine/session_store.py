@@ -49,7 +49,7 @@ class SessionStore:
         self._lock = threading.Lock()
         self._infos: dict[str, SessionInfo] = {}
         self._data: dict[str, bytes] = {}
-        self._held: set[str] = set()
+        self._holders: dict[str, object] = {}
         if folder is not None:
             self._read_folder(folder)
 
@@ -62,8 +62,7 @@ class SessionStore:
         with self._lock:
             found = self._infos.get(session_id)
         if found is None or found.owner != owner:
-            # The id may be anything that somebody typed.
-            raise NotFoundError(f"there is no session {session_id[:64]!r}", param="session")
+            raise _not_found(session_id)
         return found
 
     def infos(self, owner: str) -> list[SessionInfo]:
@@ -82,32 +81,47 @@ class SessionStore:
         info = self.info(session_id, owner)
         if self._folder is None:
             with self._lock:
-                return self._data[info.id]
+                data = self._data.get(info.id)
+            if data is None:
+                raise _not_found(session_id)
+            return data
         try:
             return self._path(info.id).read_bytes()
         except OSError as exc:
             raise StorageError(f"the session {info.id} cannot be read: {exc}") from exc
 
-    def put(self, info: SessionInfo, data: bytes) -> SessionInfo:
-        """Store a session, in place of one of that id; return what there is to know of it.
+    def put(self, info: SessionInfo, data: bytes, *, is_new: bool = True) -> SessionInfo:
+        """Store a session; return what there is to know of it.
+
+        Args:
+            info: whose `num_bytes` is not looked at.
+            data: all of it.
+            is_new: nothing has its id; else it takes the place of what has.
 
         Raises:
+            NotFoundError: it is not new, and was deleted before it was stored.
             PayloadTooLargeError: it is larger than all that one owner may save.
             StorageError: the owner has too many or too large ones, or the disk is full.
         """
         info = replace(info, num_bytes=len(data))
         with self._lock:
-            self._check_room(info)
             before = self._infos.get(info.id)
+            if before is None and not is_new:
+                raise _not_found(info.id)
+            self._check_room(info)
             self._infos[info.id] = info
         try:
             self._write(info.id, data)
         except OSError as exc:
             with self._lock:
-                self._infos.pop(info.id)
-                if before is not None:
+                if self._infos.pop(info.id, None) is not None and before is not None:
                     self._infos[info.id] = before
             raise StorageError(f"the session cannot be saved: {exc}") from exc
+        with self._lock:
+            is_there = info.id in self._infos
+        if not is_there:
+            self._remove(info.id)
+            raise _not_found(info.id)
         return info
 
     def delete(self, session_id: str, owner: str) -> None:
@@ -115,13 +129,18 @@ class SessionStore:
 
         Raises:
             NotFoundError: as `info`.
+            StorageError: its file cannot be deleted; it stays.
         """
         info = self.info(session_id, owner)
+        # First: whoever is writing it looks whether it is still there when all is written.
         with self._lock:
             self._infos.pop(info.id, None)
-            self._data.pop(info.id, None)
-        if self._folder is not None:
-            self._path(info.id).unlink(missing_ok=True)
+        try:
+            self._remove(info.id)
+        except OSError as exc:
+            with self._lock:
+                self._infos[info.id] = info
+            raise StorageError(f"the session {info.id} cannot be deleted: {exc}") from exc
 
     def check_size(self, num_bytes: int) -> None:
         """Refuse what no owner may save.
@@ -134,25 +153,26 @@ class SessionStore:
                 f"a session may take {self._max_bytes} bytes (session_bytes), got {num_bytes}"
             )
 
-    def hold(self, session_id: str) -> None:
-        """Keep a session for one answer that will be saved to it, until `release`.
+    def hold(self, session_id: str, holder: object) -> None:
+        """Keep a session for one answer that will be saved to it, until `holder` lets go.
 
         Raises:
             ConflictError: another one is under way.
         """
         with self._lock:
-            if session_id in self._held:
+            if session_id in self._holders:
                 raise ConflictError(
                     f"an answer that is saved to the session {session_id} is under way; wait for "
                     f"it, or fork the session",
                     param="mrss.session",
                 )
-            self._held.add(session_id)
+            self._holders[session_id] = holder
 
-    def release(self, session_id: str) -> None:
-        """Let others save to a session."""
+    def release(self, session_id: str, holder: object) -> None:
+        """Let others save to a session; nothing happens where `holder` does not hold it."""
         with self._lock:
-            self._held.discard(session_id)
+            if session_id in self._holders and self._holders[session_id] is holder:
+                del self._holders[session_id]
 
     def _check_room(self, info: SessionInfo) -> None:
         self.check_size(info.num_bytes)
@@ -188,6 +208,12 @@ class SessionStore:
         finally:
             partial.unlink(missing_ok=True)
 
+    def _remove(self, session_id: str) -> None:
+        with self._lock:
+            self._data.pop(session_id, None)
+        if self._folder is not None:
+            self._path(session_id).unlink(missing_ok=True)
+
     def _path(self, session_id: str) -> Path:
         assert self._folder is not None
         assert _ID.fullmatch(session_id)
@@ -212,6 +238,11 @@ class SessionStore:
                 log.warning("the session file %s is left alone: %s", path.name, exc)
             else:
                 self._infos[info.id] = info
+
+
+def _not_found(session_id: str) -> NotFoundError:
+    # The id may be anything that somebody typed.
+    return NotFoundError(f"there is no session {session_id[:64]!r}", param="session")
 
 
 def _head_len(file: BinaryIO) -> int:

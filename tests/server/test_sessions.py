@@ -57,6 +57,23 @@ def test_going_on_is_as_if_nothing_had_been_put_away(client):
     assert client.get(f"/v1/sessions/{made['id']}").json() == made
 
 
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": 2, "best_of": 3}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"mrss": {"session": "ses_0"}}, "mrss.session"),
+    ],
+)
+def test_what_only_an_answer_has_makes_no_session(client, said, param):
+    refused = client.post("/v1/sessions", json={**PROMPT, **said})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
+    assert client.get("/v1/sessions").json()["data"] == []
+
+
 def test_a_chat_is_saved(client):
     body = {"model": "tone", "messages": [{"role": "user", "content": "Hello"}]}
     made = client.post("/v1/sessions", json=body)
