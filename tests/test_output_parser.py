@@ -279,6 +279,18 @@ def test_an_answer_that_called_ends_so_unless_its_tool_was_named():
     assert AnswerReader(parser_of("content")).reason("stop") == "stop"
 
 
+@pytest.mark.parametrize("first", ["", call_text() + "\n"])
+@pytest.mark.parametrize("size", range(1, len(call_text()) + 1))
+def test_an_answer_that_a_stop_string_cut_within_a_call_has_not_called(first, size):
+    text = first + call_text()[:size]
+    ways = {"is_constrained": True, "must_call": True}
+    calls = parse([text], "content", **ways)[2]
+    reader = AnswerReader(parser_of("content", **ways))
+    reader.read(text, is_last=True)
+    is_whole = [arguments == '{"a": 1}' for _, arguments in calls]
+    assert reader.reason("stop") == ("tool_calls" if calls and all(is_whole) else "stop")
+
+
 def test_ids_are_such_as_openais():
     ids = {new_call_id() for _ in range(100)}
     assert len(ids) == 100

@@ -89,6 +89,8 @@ class AnswerReader:
     def reason(self, ended_by: FinishReason) -> FinishReason:
         """Return why the answer ended, as it is told."""
         has_called = self._parser.num_calls > 0 and not self._is_named
+        # Who is told of calls runs them: a stop string may have left half a one.
+        has_called &= not self._parser.is_in_arguments
         return "tool_calls" if has_called and ended_by == "stop" else ended_by
 
     def _tell(self, pieces: Iterable[Piece], news: News) -> None:

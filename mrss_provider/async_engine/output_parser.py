@@ -127,6 +127,11 @@ class OutputParser:
         """Whether the answer is in the middle of a thought."""
         return self._state in ("thought", "opened")
 
+    @property
+    def is_in_arguments(self) -> bool:
+        """Whether a call that has come out lacks the end of its arguments."""
+        return self._state == "arguments"
+
     def push(self, text: str) -> list[Piece]:
         """Take a piece of text; return what is understood now."""
         self._held += text

@@ -66,7 +66,7 @@ class EngineThread:
 
     Args:
         load: makes the engine.
-        on_lost: called on this thread when the engine is lost with its device.
+        on_lost: called on this thread when the engine is lost, with its device or by a defect.
     """
 
     def __init__(
@@ -144,6 +144,14 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._load_and_step()
+        except Exception as exc:
+            # What is aborted is copied on the device, which may be the first to tell of its loss.
+            logger.exception("the engine's thread failed")
+            error = EngineUnavailableError(
+                f"the engine failed and has to be started again ({type(exc).__name__}: {exc})"
+            )
+            self._on_lost(error)
+            self._close(error)
         finally:
             self.ended.set_result(None)
 
@@ -172,10 +180,10 @@ class EngineThread:
         with self._lock:
             self._closed_by = error
         self._set_loaded(error)
+        engine, self._engine = self._engine, None
         while not self._inbox.empty():
             self._inbox.get()()
         self._fail_all(error)
-        engine, self._engine = self._engine, None
         if engine is not None:
             try:
                 engine.close()

@@ -76,7 +76,8 @@ def state_file(folder: Path, name: str) -> Path | None:
     """Return the file of a state: one that the server wrote, or one that somebody put there."""
     for place in (folder / ADDED_FOLDER, folder):
         for suffix in STATE_SUFFIXES:
-            if (path := place / f"{name}{suffix}").is_file():
+            # Not `Path.is_file`, which raises at a name that is too long for a file.
+            if os.path.isfile(path := place / f"{name}{suffix}"):
                 return path
     return None
 

@@ -35,6 +35,7 @@ from mrss_provider.engine.typed_options import (
     chosen_method,
     chosen_template,
     named_mixture,
+    of_heard,
     sampling_of,
     weighted,
 )
@@ -211,7 +212,7 @@ class StateLibrary:
         merge = chosen_method("merge", typed.merge, options.merge)
         gate = chosen_method("gate", typed.gate, options.gate)
         merge = merge or (named and named.merge) or DEFAULT_MERGE
-        gate = gate or (named and named.gate) or DEFAULT_GATE
+        gate = of_heard(gate or (named and named.gate) or DEFAULT_GATE, terms)
         where = "mrss.weights" if options.gating_weights is None else "mrss_gatingweight"
         check_signs(terms, merge, "model" if terms == typed.terms else where)
         cut = chosen_cut(merge, len(terms), options.cut, named)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mrss_provider.backend import MixtureOptions
@@ -20,6 +21,7 @@ from mrss_provider.mixture import (
     Method,
     Mixture,
     Term,
+    canonical_weights,
     check_terms,
     check_weight,
     parse_method,
@@ -81,6 +83,23 @@ def chosen_method(kind: Kind, typed: Method | None, option: str | None) -> Metho
             param=f"mrss.{kind}",
         )
     return chosen
+
+
+def of_heard(gate: Method, terms: Sequence[Term]) -> Method:
+    """Return `gate` without what it says of terms that weigh nothing, as the rows are without them.
+
+    That is a schedule's points; one that has none left is `fixed`.
+    """
+    points = gate.parameters.get("points")
+    if not isinstance(points, tuple):
+        return gate
+    silent = {term.name for term in terms} - canonical_weights(terms).keys()
+    kept = tuple((name, curve) for name, curve in points if name not in silent)
+    if not kept:
+        return Method("fixed")
+    return replace(
+        gate, values=tuple((key, kept if key == "points" else v) for key, v in gate.values)
+    )
 
 
 def chosen_template(mixture: ResolvedMixture, named: NamedMixture | None) -> str | None:

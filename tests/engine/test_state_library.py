@@ -231,6 +231,24 @@ def test_options_of_a_request(
     assert library.resolve(text, options).canonical == canonical
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "alike"),
+    [
+        ("base+knowledge+tone:0~linear~schedule:tone=0@0,1@8", None, "base+knowledge~linear~fixed"),
+        (
+            "base+knowledge+tone~linear~schedule:knowledge=1@0,0@4+tone=0@0,1@8,turns",
+            MixtureOptions(weights={"tone": 0.0}),
+            "base+knowledge~linear~schedule:knowledge=1@0,0@4,turns",
+        ),
+        ("timed", MixtureOptions(weights={"tone": 0.0}), "knowledge"),
+    ],
+)
+def test_what_a_schedule_says_of_a_term_without_weight_goes_with_the_term(
+    library: StateLibrary, text: str, options: MixtureOptions | None, alike: str
+) -> None:
+    assert library.resolve(text, options) == library.resolve(alike)
+
+
 def test_reinject_comes_from_the_request_then_the_mixture_and_is_never_by_itself(
     library: StateLibrary,
 ) -> None:
