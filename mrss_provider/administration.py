@@ -70,10 +70,9 @@ class ModelOrder:
     Attributes:
         path: of the checkpoint, inside the folder of models.
         display_name: what people call it; empty takes the model's own name.
-        dtype: of the weights; None keeps the engine's setting.
-        quantize: as the engine's option: "none", "int8", "int4" or "fp8"; None keeps the engine's.
-            setting.
-        template: chat template by name; None takes the model's.
+        dtype: of the weights; None takes the setting that the engine was started with.
+        quantize: as the engine's option: "none", "int8", "int4" or "fp8"; None as for `dtype`.
+        template: chat template by name; None as for `dtype`, and without one the model's.
         stop: what ends a chat's answer; None takes the template's.
         defaults: of sampling; None takes the model's card.
         sampling_order: for requests that say none.

@@ -179,7 +179,7 @@ def test_the_next_model_may_be_quantised_and_the_one_after_it_not(config):
             precisions.append(engine._slot.loaded.library.model_config.precision)
         return precisions
 
-    assert run(config, main) == ["fp32+int8", "fp32+int8", "fp32"]
+    assert run(config, main) == ["fp32+int8", "fp32", "fp32"]
 
 
 @pytest.mark.slow
@@ -277,6 +277,22 @@ def test_an_order_says_more_than_a_path(config):
     assert (request.mixture.canonical, request.sampling.temperature) == ("tone", 0.5)
     assert request.sampling.sampling_order == "rwkv"
     assert ids == ["My Model", "My Model knowledge", "My Model tone"]
+
+
+def test_an_order_says_nothing_of_the_next_one(config):
+    order = ModelOrder("second", dtype="bf16", quantize="int8", template="g1", stop=("!",))
+
+    async def main(engine):
+        started = engine._slot.loaded.template
+        await engine.admin.load_model(order)
+        there = engine._slot.config
+        await engine.admin.load_model(ModelOrder("first"))
+        return there, engine._slot.config, started, engine._slot.loaded.template
+
+    there, after, started, template = run(config, main)
+    assert (there.dtype, there.quantize, there.template) == ("bf16", "int8", "g1")
+    assert after == config
+    assert (template.name, template.stop) == (started.name, started.stop)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ class EngineAdmin:
         Raises:
             MRSSError: as `Admin.load_model`.
         """
-        config = await asyncio.to_thread(_checked_config, self._slot.config, order)
+        config = await asyncio.to_thread(_checked_config, self._slot.settings, order)
         plan = Plan(config, partial(_finish, order))
         await self._to_the_end(self._slot.replace(plan, order.drain_s))
         return await self.model()
@@ -202,6 +202,10 @@ class EngineAdmin:
 
 def _checked_config(config: EngineConfig, order: ModelOrder) -> EngineConfig:
     """Return the configuration that `order` asks for, refusing early what is no model.
+
+    Args:
+        config: what `order` leaves unsaid; no order before it has changed it.
+        order: what is asked for.
 
     Raises:
         MRSSError: a path, file, template, dtype or quantisation that cannot be; the loaded model

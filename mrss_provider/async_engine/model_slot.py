@@ -45,11 +45,13 @@ class ModelSlot:
         loader: makes what a configuration describes; runs on the engine's thread.
 
     Attributes:
+        settings: what the engine was started with.
         loaded: the model that takes requests, or None.
         lost: done with an error when the device is lost, and with it the model for good.
     """
 
     def __init__(self, config: EngineConfig, loader: Callable[[EngineConfig], Loaded]) -> None:
+        self.settings = config
         self.loaded: Loaded | None = None
         self.lost: Future[MRSSError] = Future()
         self.lost.set_running_or_notify_cancel()

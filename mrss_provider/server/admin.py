@@ -6,7 +6,7 @@ What is done to states and mixtures here lasts: the next start finds it.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,7 +15,7 @@ from starlette.routing import Route
 from mrss_provider.administration import Defaults, MixtureSpec, ModelInfo, ModelOrder, StateInfo
 from mrss_provider.backend import ModelCard
 from mrss_provider.errors import InvalidRequestError, NotFoundError
-from mrss_provider.mixture import check_name
+from mrss_provider.mixture import Kind, check_name
 from mrss_provider.sampling_params import SamplingParams
 from mrss_provider.server.administrators import admin_of, for_admins
 from mrss_provider.server.body import read_request
@@ -206,14 +206,9 @@ def admin_routes(service: Service) -> list[Route]:
 
 
 def _spec(form: Form) -> MixtureSpec:
-    texts = {
-        key: form.text(key)
-        for key in (
-            *("merge", "gate", "reinject", "sampling_order", "template"),
-            *("description", "display_name"),
-        )
-        if key in form
-    }
+    words = ("reinject", "sampling_order", "template", "description", "display_name")
+    texts = {key: form.text(key) for key in words if key in form}
+    texts |= {kind: form.method(kind) for kind in get_args(Kind) if kind in form}
     numbers = {key: form.number(key) for key in ("cut", "temperature", "top_p") if key in form}
     return MixtureSpec(terms=form.text("terms"), **texts, **numbers)  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ from mrss_provider.server.schemas import (
     answer,
     fields,
     items,
+    method,
     number,
     text,
 )
@@ -30,8 +31,8 @@ _DEFAULTS: dict[str, Schema] = {
 }
 
 MIXTURE: dict[str, Schema] = {
-    "merge": text(),
-    "gate": text(),
+    "merge": method("linear", "power:2"),
+    "gate": method("fixed", "novelty:0.1"),
     "cut": number(minimum=0, exclusiveMaximum=1),
     "reinject": {"enum": [*get_args(Reinject), None]},
     "temperature": number(minimum=0, maximum=100),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mrss_provider.administration import Admin, ModelInfo, ModelOrder
-from mrss_provider.errors import MRSSError
+from mrss_provider.errors import ConflictError, MRSSError
 from mrss_provider.server.lifecycle import Lifecycle
 
 
@@ -16,6 +16,9 @@ async def load_model(admin: Admin, lifecycle: Lifecycle, order: ModelOrder) -> M
     lifecycle.set_unready("another model is being loaded; try again soon")
     try:
         info = await admin.load_model(order)
+    except ConflictError:
+        # The change that is under way tells how it went; who has to wait for it learns so at once.
+        raise
     except BaseException:
         await _ready_if_loaded(admin, lifecycle)
         raise
@@ -32,6 +35,8 @@ async def remove_model(admin: Admin, lifecycle: Lifecycle, drain_s: float) -> No
     lifecycle.set_unready("the model is being removed")
     try:
         await admin.remove_model(drain_s)
+    except ConflictError:
+        raise
     except BaseException:
         await _ready_if_loaded(admin, lifecycle)
         raise

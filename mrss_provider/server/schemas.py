@@ -50,6 +50,16 @@ def text(**limits: Any) -> Schema:
     return {"type": ["string", "null"], **limits}
 
 
+def method(*examples: str) -> Schema:
+    """Return the schema of an optional merge rule or gate: as in a name, or an object."""
+    return {
+        "type": ["string", "object", "null"],
+        "properties": {"name": {"type": "string"}},
+        "required": ["name"],
+        "examples": list(examples),
+    }
+
+
 def number(**limits: float) -> Schema:
     """Return the schema of an optional number."""
     return {"type": ["number", "null"], **limits}
@@ -121,8 +131,8 @@ SAMPLING: dict[str, Schema] = {
 
 MRSS: dict[str, Schema] = {
     "weights": _WEIGHTS,
-    "merge": text(examples=["linear", "delta"]),
-    "gate": text(examples=["fixed", "novelty"]),
+    "merge": method("linear", "power:2"),
+    "gate": method("fixed", "novelty:0.1"),
     "cut": number(minimum=0, exclusiveMaximum=1),
     "reinject": {"enum": [None, *get_args(Reinject)]},
     "sampling_order": {"enum": [None, *get_args(SamplingOrder)]},

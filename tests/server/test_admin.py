@@ -97,6 +97,11 @@ def test_an_upload_without_a_length_is_bounded_too(client):
     expect_error(response, 413, "max_state_bytes")
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a%00b"])
+def test_a_name_that_no_file_can_have_is_no_state(client, name):
+    expect_error(client.delete(f"/v1/states/{name}"), 404, "there is no state")
+
+
 def test_removing_a_file_of_the_operators_keeps_it(client, config):
     client.delete("/v1/mixtures/story")
     assert client.delete("/v1/states/tone").json()["kept_file"] == "tone.pth"
@@ -123,8 +128,29 @@ def test_a_mixture_is_made_changed_and_removed(client, config):
 
 
 @pytest.mark.parametrize(
+    ("said", "spelled"),
+    [
+        ({"gate": {"name": "novelty", "tau": 0.1}}, {"gate": "novelty:0.1"}),
+        ({"merge": {"name": "power", "exponent": 2}}, {"merge": "power:2"}),
+        ({"gate": "novelty:0.1"}, {"gate": "novelty:0.1"}),
+    ],
+)
+def test_a_mixtures_methods_may_be_objects_as_in_its_file(client, said, spelled):
+    made = client.post("/v1/mixtures", json={"name": "warm", "terms": "tone+base", **said})
+    assert made.status_code == 201
+    assert spelled.items() <= made.json().items()
+    # It is the bodies' schema of `/openapi.json` that lets them be.
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for kind in said:
+        assert "object" in schemas["MixtureBody"]["properties"][kind]["type"]
+
+
+@pytest.mark.parametrize(
     ("body", "status", "words"),
     [
+        ({"name": "x", "terms": "tone", "gate": {"name": "novelty", "tua": 1}}, 400, "'tua'"),
+        ({"name": "x", "terms": "tone", "gate": {"tau": 1}}, 400, "gate must be one of"),
+        ({"name": "x", "terms": "tone", "gate": ["fixed"]}, 400, "gate must be a text"),
         ({"name": "x", "terms": "absent"}, 400, "absent"),
         ({"name": "x", "terms": "tone", "merg": "linear"}, 400, "did you mean 'merge'"),
         ({"name": "x"}, 400, "terms is missing"),
