@@ -29,6 +29,7 @@ from mrss_provider.errors import (
     EngineUnavailableError,
     InvalidRequestError,
     MRSSError,
+    NotFoundError,
     QueueFullError,
     error_from_dict,
 )
@@ -256,9 +257,10 @@ class Client:
             raise self._translate(exc) from exc
         if response.status_code == 200:
             return response
-        raise _with_retry_after(
-            error_from_dict(response.status_code, await self._read_json(response)), response
-        )
+        answer = await self._read_json(response)
+        if response.status_code == 404 and not _is_not_found(answer):
+            raise EngineUnavailableError(f"{self.address} is not an mrss engine (no {path} there)")
+        raise _with_retry_after(error_from_dict(response.status_code, answer), response)
 
     async def _read_json(
         self, response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES
@@ -333,6 +335,12 @@ def _bad_address(address: str) -> ConfigError:
         f"an engine's address is http://host:port or unix:///path/to/socket, got {address!r}",
         param="api_base",
     )
+
+
+def _is_not_found(answer: object) -> bool:
+    """Tell whether a 404 is an engine's: somebody else's says nothing of what was asked for."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return isinstance(error, dict) and error.get("code") == NotFoundError.code
 
 
 def _with_retry_after(error: MRSSError, response: httpx.Response) -> MRSSError:

@@ -49,6 +49,7 @@ from mrss_provider.errors import (
     EngineError,
     EngineUnavailableError,
     InvalidRequestError,
+    NotFoundError,
     QueueFullError,
     RequestTimeoutError,
     UnknownNameError,
@@ -416,6 +417,12 @@ def test_what_comes_together_is_one_delta(tmp_path):
         ([b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 20_000], EngineUnavailableError, "too long"),
         ([b"HTTP/1.1 200 OK\r\n\r\n"], EngineUnavailableError, "not come from an mrss engine"),
         ([b"HTTP/1.1 502 Bad\r\n\r\n<html>"], EngineError, "status 502"),
+        ([b"HTTP/1.1 404 No\r\n\r\n<html>"], EngineUnavailableError, "not an mrss engine"),
+        (
+            [b'HTTP/1.1 404 No\r\n\r\n{"error": {"code": "not_found", "message": "no session"}}'],
+            NotFoundError,
+            "no session",
+        ),
         (
             [HEAD.replace(b"protocol: 1", b"protocol: 2") + b"\r\n"],
             EngineUnavailableError,

@@ -29,7 +29,8 @@ TABLE: dict[type[MRSSError], type[Exception]] = {
     errors.ContextLengthError: litellm.ContextWindowExceededError,
     errors.AuthenticationError: litellm.AuthenticationError,
     errors.PermissionDeniedError: litellm.PermissionDeniedError,
-    errors.NotFoundError: litellm.NotFoundError,
+    # What was not found is what the caller named, such as a session.
+    errors.NotFoundError: litellm.BadRequestError,
     errors.RequestTimeoutError: litellm.Timeout,
     errors.ConflictError: litellm.BadRequestError,
     errors.PayloadTooLargeError: litellm.BadRequestError,

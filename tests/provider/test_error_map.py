@@ -1,5 +1,7 @@
 """The error table against errors.py's tree, and what an unmapped exception becomes."""
 
+import asyncio
+
 import litellm
 import pytest
 
@@ -34,15 +36,16 @@ def test_status_is_ours_unless_the_operator_is_to_blame(cls):
     mapped = to_litellm(cls("x"), "mrss/base")
     if issubclass(cls, errors.FileFormatError | errors.ConfigError | errors.StorageError):
         assert mapped.status_code == 500
-    elif cls in (errors.ConflictError, errors.PayloadTooLargeError):
+    elif cls in (errors.NotFoundError, errors.ConflictError, errors.PayloadTooLargeError):
         assert mapped.status_code == 400
     else:
         assert mapped.status_code == cls.status_code
 
 
 def test_no_mistake_of_a_caller_cools_a_deployment_down():
+    mistakes = errors.InvalidRequestError | errors.NotFoundError | errors.ConflictError
     for cls in ours():
-        if issubclass(cls, errors.InvalidRequestError | errors.ConflictError):
+        if issubclass(cls, mistakes):
             assert not issubclass(TABLE[cls], COOLING)
 
 
@@ -80,3 +83,20 @@ def test_defect_gives_an_id_and_keeps_the_traceback_in_the_log(caplog):
 def test_litellms_own_exceptions_pass_through():
     error = litellm.BadRequestError("x", model="m", llm_provider="mrss")
     assert to_litellm(error, "mrss/base") is error
+
+
+def test_a_router_goes_on_after_a_session_that_is_not_there(provider, backend):
+    router = litellm.Router(
+        model_list=[{"model_name": "mrss/tone", "litellm_params": {"model": "mrss/tone"}}],
+        num_retries=0,
+    )
+    call = {"model": "mrss/tone", "messages": [{"role": "user", "content": "Hi"}]}
+
+    async def main():
+        backend.open_error = errors.NotFoundError("there is no session 'gone'", param="session")
+        with pytest.raises(Exception, match="no session 'gone'"):
+            await router.acompletion(**call)
+        backend.open_error = None
+        return await router.acompletion(**call)
+
+    assert asyncio.run(main()).choices[0].message.content
