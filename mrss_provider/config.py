@@ -6,6 +6,7 @@ Order of precedence: flag, then `MRSS_*` environment variable, then the default 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -200,6 +201,7 @@ class ServerConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value!r}", param=name)
+        _check_origins(self.cors_origins)
         if self.port > 65_535:
             raise ConfigError(f"port must be in [1, 65535], got {self.port}", param="port")
         if not 0 <= self.loopback_port <= 65_535:
@@ -226,6 +228,8 @@ class ServerConfig:
 
 
 _Config = TypeVar("_Config")
+
+_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+")
 
 
 def _from_env(cls: type[_Config], overrides: Mapping[str, Any], env: Mapping[str, str]) -> _Config:
@@ -266,6 +270,16 @@ def _check_choices(config: object, **choices: Any) -> None:
             raise ConfigError(
                 f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}{which}",
                 param=name,
+            )
+
+
+def _check_origins(origins: str | None) -> None:
+    for origin in map(str.strip, (origins or "").split(",")):
+        # A browser names no path, so one that is given would match no page.
+        if origin and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"cors_origins must be such as https://a.example, without a path, got {origin!r}",
+                param="cors_origins",
             )
 
 

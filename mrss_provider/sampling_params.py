@@ -21,7 +21,7 @@ class SamplingParams:
     """Everything after the merge: penalties, temperature, truncation, stops, the seed.
 
     None means "not said by the request": the named mixture's value, then the model's, then
-    the default of the class (`resolve` in the engine) takes its place.
+    the engine's default (`resolve_sampling` there) takes its place.
 
     Attributes:
         temperature: >= 0; 0 is greedy.

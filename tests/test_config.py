@@ -30,3 +30,18 @@ def test_values_at_their_limits_are_taken():
     config = ServerConfig(request_timeout_s=0.001, drain_s=0.0, idle_exit_s=0.0)
     assert config.request_timeout_s == 0.001
     assert EngineConfig(max_rows=1).max_rows == 1
+
+
+@pytest.mark.parametrize(
+    "origin", ["a.example", "https://a.example/", "https://a.example/app", "x y"]
+)
+def test_an_origin_that_no_page_has_is_refused(origin):
+    with pytest.raises(ConfigError, match="without a path") as caught:
+        ServerConfig(cors_origins=f"https://b.example, {origin}")
+    assert caught.value.param == "cors_origins"
+    assert repr(origin) in caught.value.message
+
+
+def test_origins_that_pages_have_are_taken():
+    told = "https://a.example, http://localhost:3000,http://[::1]:8080,null,*,moz-extension://ab-cd"
+    assert ServerConfig(cors_origins=told).cors_origins == told

@@ -11,6 +11,7 @@ PACKAGES = {"mrss_provider": ROOT / "mrss_provider", "mrss_kernels": ROOT / "ker
 
 LEAVES = {
     "administration",
+    "appending",
     "errors",
     "config",
     "mixture",

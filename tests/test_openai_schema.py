@@ -394,6 +394,10 @@ def test_what_users_of_rwkv_infer_send_is_honoured():
     assert request.mixture.gating_weights == (0.01, 0.3, 0.4)
     assert request.sampling.penalty_decay == 0.996
     assert (request.sampling.temperature, request.sampling.top_p) == (1.5, 0.3)
+    # Null says nothing, so it hides nothing.
+    assert parse({**body, "temperature": None}).request.sampling.temperature == 0.5
+    with pytest.raises(InvalidRequestError, match="'heat' is no parameter"):
+        parse({**body, "heat": None})
 
 
 def test_messages_at_the_completion_route_are_a_chat():

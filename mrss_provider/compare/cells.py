@@ -143,6 +143,9 @@ async def ask_all(
         pace: how fast.
         file: where results go.
         on_result: called after a result is on the disk.
+
+    Raises:
+        StorageError: a result cannot be written.
     """
     waiting = iter(cells)
     metronome = Metronome(pace.rate_per_s)
@@ -158,9 +161,17 @@ async def ask_all(
                 await to_the_end(asyncio.to_thread(file.append, result.to_dict()))
             on_result(result)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(pace.concurrency, len(cells))):
-            group.create_task(work())
+    await together([work() for _ in range(min(pace.concurrency, len(cells)))])
+
+
+async def together(workers: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Await workers; what one of them raises ends the others, and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(worker)
+    except ExceptionGroup as exc:
+        raise exc.exceptions[0] from exc
 
 
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:

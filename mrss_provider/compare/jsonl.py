@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from mrss_provider.errors import ConflictError, FileFormatError
+from mrss_provider.appending import append_line
+from mrss_provider.errors import ConflictError, FileFormatError, StorageError
 
 
 class JsonLines:
@@ -37,10 +38,18 @@ class JsonLines:
         os.ftruncate(self._file, _end_of_whole_lines(self._file))
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line, which is on the disk when this returns."""
+        """Add a line, which is on the disk when this returns.
+
+        Raises:
+            StorageError: it cannot be written; what was there stays whole.
+        """
         # ASCII, since a model may send half of a surrogate pair.
-        os.write(self._file, json.dumps(line).encode() + b"\n")
-        os.fsync(self._file)
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            append_line(self._file, data)
+            os.fsync(self._file)
+        except OSError as exc:
+            raise StorageError(f"{self.path} cannot be written: {exc.strerror or exc}") from exc
 
     def close(self) -> None:
         """Let others write."""

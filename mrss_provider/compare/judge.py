@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrss_provider.compare.calls import Call, Connection, Result, ask
-from mrss_provider.compare.cells import Metronome, Pace, to_the_end
+from mrss_provider.compare.cells import Metronome, Pace, to_the_end, together
 from mrss_provider.compare.folder import Folder
 from mrss_provider.compare.jsonl import JsonLines, read_lines
 from mrss_provider.compare.pairwise import Pair, Place, Preferences, answered_by_both, pairs_of
@@ -133,6 +133,9 @@ async def judge_all(
         pace: how fast.
         file: where verdicts go.
         on_judged: called after each.
+
+    Raises:
+        StorageError: a verdict cannot be written.
     """
     left = iter(waiting)
     metronome = Metronome(pace.rate_per_s)
@@ -158,9 +161,7 @@ async def judge_all(
                 await to_the_end(asyncio.to_thread(file.append, line))
             on_judged()
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(pace.concurrency, len(waiting))):
-            group.create_task(work())
+    await together([work() for _ in range(min(pace.concurrency, len(waiting)))])
 
 
 def read_judgements(

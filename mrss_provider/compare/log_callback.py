@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mrss_provider.appending import append_line
 from mrss_provider.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class RotatingLines:
                     self._put_aside()
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(file, line)
+                append_line(file, line)
             finally:
                 os.close(file)
 
@@ -116,10 +117,11 @@ class LineWriter:
             try:
                 self._lines.append(json.dumps(line, default=str).encode() + b"\n")
                 is_failing = False
-            except OSError as exc:
+            except Exception as exc:
+                # Of one that cannot be written as JSON, too: the thread has to go on.
                 self.num_dropped += 1
                 if not is_failing:
-                    logger.error("calls are not logged: %s (%s)", exc.strerror, self._lines.path)
+                    logger.error("calls are not logged: %s (%s)", exc, self._lines.path)
                 is_failing = True
             finally:
                 self._queue.task_done()

@@ -179,11 +179,13 @@ def _write_mixture_options(body: dict[str, Any], options: MixtureOptions) -> dic
 
 
 def _with_nested_params(body: object) -> dict[str, Any]:
-    """Merge RWKV-Infer's nested `params`, which lose against the top level."""
+    """Merge RWKV-Infer's nested `params`, which lose against what the top level says."""
     if not isinstance(body, dict):
         raise InvalidRequestError(f"the body must be a JSON object, got {values.kind_of(body)}")
     nested = body.get("params")
     if nested is None:
         return {key: value for key, value in body.items() if key != "params"}
     params = values.expect(nested, dict, "params", "an object")
-    return {**params, **{key: value for key, value in body.items() if key != "params"}}
+    # Null says nothing, but a null under an unknown name is to be refused.
+    silent = {"params", *(key for key in params if body.get(key) is None)}
+    return {**params, **{key: value for key, value in body.items() if key not in silent}}

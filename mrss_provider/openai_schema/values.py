@@ -240,7 +240,8 @@ def _parse_cut(value: object) -> float | None:
         raise InvalidRequestError(
             f"mrss.cut must be in [0, 1), got {_shown(value)}", param="mrss.cut"
         )
-    return float(cast(float, value))
+    # 0 has no sign, so that it has one fingerprint.
+    return float(cast(float, value)) + 0.0
 
 
 def _parse_reinject(value: object) -> Reinject | None:

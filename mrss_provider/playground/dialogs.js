@@ -3,7 +3,7 @@
 
 import { ApiError } from "./api.js";
 import { button, find, tell } from "./dom.js";
-import { nameOf, spell } from "./mixture.js";
+import { cutOf, nameOf, spell } from "./mixture.js";
 import { curl, python, yaml } from "./snippets.js";
 
 /** @typedef {import("./api.js").Api} Api */
@@ -78,11 +78,12 @@ export function saveDialog(api, onSaved) {
  * @param {Catalogue} catalogue
  */
 export function specOf(mixture, { temperature, top_p }, { methods }) {
+  const cut = cutOf(mixture);
   return {
     terms: mixture.terms.map(({ name, weight }) => `${name}:${weight}`).join("+"),
     merge: spell(mixture.merge, methods.merges),
     gate: spell(mixture.gate, methods.gates),
-    ...(mixture.cut === null ? {} : { cut: mixture.cut }),
+    ...(cut === null ? {} : { cut }),
     ...(temperature === null ? {} : { temperature }),
     ...(top_p === null ? {} : { top_p }),
   };

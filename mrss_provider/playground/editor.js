@@ -51,7 +51,7 @@ export class Editor {
     const isSigned = this.#mixture.merge.name === "contrast" || term.weight < 0;
     const input = make("input", {
       type: "range",
-      min: isSigned ? "-1" : "0",
+      min: isSigned ? String(Math.min(-1, term.weight)) : "0",
       max: String(Math.max(1, term.weight)),
       step: String(STEP),
       value: String(term.weight),

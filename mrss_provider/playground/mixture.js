@@ -41,6 +41,16 @@ export function hasCut(mixture) {
 }
 
 /**
+ * Return the cut that a mixture asks for: none under a rule without one, whatever stood there before.
+ *
+ * @param {Mixture} mixture
+ * @returns {number | null}
+ */
+export function cutOf(mixture) {
+  return hasCut(mixture) ? mixture.cut : null;
+}
+
+/**
  * Return the terms that have a say.
  *
  * @param {Mixture} mixture

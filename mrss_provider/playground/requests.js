@@ -1,7 +1,7 @@
 // @ts-check
 /** What a pane asks the server. */
 
-import { heard } from "./mixture.js";
+import { cutOf, heard } from "./mixture.js";
 
 /** @typedef {import("./mixture.js").Mixture} Mixture */
 /** @typedef {import("./mixture.js").Method} Method */
@@ -72,7 +72,8 @@ function optionsOf(mixture) {
   if (heard(mixture).length === 1) return options;
   options.merge = methodOf(mixture.merge);
   options.gate = methodOf(mixture.gate);
-  if (mixture.cut !== null) options.cut = mixture.cut;
+  const cut = cutOf(mixture);
+  if (cut !== null) options.cut = cut;
   return options;
 }
 

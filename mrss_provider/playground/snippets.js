@@ -1,7 +1,7 @@
 // @ts-check
 /** A pane's request as text that runs elsewhere: curl, Python, and a proxy's configuration. */
 
-import { nameOf, hasCut, heard } from "./mixture.js";
+import { cutOf, heard, nameOf } from "./mixture.js";
 import { chatBody, samplingOf } from "./requests.js";
 
 /** @typedef {import("./mixture.js").Mixture} Mixture */
@@ -69,8 +69,9 @@ export function yaml({ mixture, setup, methods, root, hasKey }) {
   const lines = Object.entries(params).map(
     ([name, value]) => `      ${name}: ${JSON.stringify(value)}\n`,
   );
-  if (mixture.cut !== null && hasCut(mixture) && heard(mixture).length > 1) {
-    lines.push(`      extra_body: {"mrss": {"cut": ${mixture.cut}}}\n`);
+  const cut = cutOf(mixture);
+  if (cut !== null && heard(mixture).length > 1) {
+    lines.push(`      extra_body: {"mrss": {"cut": ${cut}}}\n`);
   }
   return (
     `model_list:\n  - model_name: playground\n    litellm_params:\n${lines.join("")}\n` +

@@ -128,7 +128,9 @@ class Routes:
         for card in await self._backend.models():
             if card.id == name:
                 return JSONResponse(model_object(card))
-        raise NotFoundError(f"no model {name!r} is served; GET /v1/models lists those that are")
+        raise NotFoundError(
+            f"no model {name!r} is listed; GET /v1/models has the names, which requests may mix"
+        )
 
     async def methods(self, request: Request) -> Response:
         """List the merge rules and gates, with what they take."""
@@ -268,7 +270,8 @@ def _cors(origins: list[str]) -> dict[str, Any]:
     return {
         "allow_origins": origins,
         "allow_methods": ["GET", "POST", "PUT", "DELETE"],
-        "allow_headers": ["authorization", "content-type"],
+        # Clients in pages send headers of their own, as OpenAI's does `x-stainless-lang`.
+        "allow_headers": ["*"],
         "expose_headers": ["retry-after", "x-mrss-mixture"],
     }
 

@@ -48,7 +48,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read the body, which says that it is JSON.
 
     Raises:
-        InvalidRequestError: not JSON by its content type.
+        InvalidRequestError: not JSON by its content type, or compressed.
         PayloadTooLargeError: more than `max_bytes`; the rest is not read.
         ClientDisconnect: the client left first.
     """
@@ -57,6 +57,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise InvalidRequestError(
             f"content-type must be application/json, got {media_type or 'none'!r}",
             param="content-type",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise InvalidRequestError(
+            f"content-encoding must be left out, got {encoding!r:.80}; send the body as it is",
+            param="content-encoding",
         )
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > max_bytes:

@@ -6,6 +6,7 @@ One JSON object a line, with the key that sent it. `mrss compare report --feedba
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mrss_provider.appending import append_line
 from mrss_provider.errors import InvalidRequestError, StorageError
 from mrss_provider.server.auth import caller_of, require_admin
 from mrss_provider.server.body import read_request
@@ -54,15 +56,16 @@ class Feedback:
         data = json.dumps(line).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write to a file that is open for appending: lines of two processes stay whole.
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
+                # Until it is closed: lines of two processes stay whole.
+                fcntl.flock(file, fcntl.LOCK_EX)
                 if os.fstat(file).st_size + len(data) > self._max_bytes:
                     raise StorageError(
                         f"the feedback file has reached {self._max_bytes} bytes; the operator must "
                         "move it away"
                     )
-                os.write(file, data)
+                append_line(file, data)
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -80,13 +83,12 @@ class Feedback:
         """
         try:
             text = self.path.read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.splitlines()[-num_lines:] if line]
         except FileNotFoundError:
             return []
         except OSError as exc:
             raise StorageError(f"the feedback cannot be read ({exc.strerror})") from exc
-        try:
-            return [json.loads(line) for line in text.splitlines()[-num_lines:] if line]
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise StorageError("the feedback file has lines that are none of ours") from exc
 
 

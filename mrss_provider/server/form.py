@@ -13,6 +13,7 @@ from typing import Any
 
 from mrss_provider.administration import Defaults
 from mrss_provider.errors import InvalidRequestError
+from mrss_provider.mixture import Kind, parse_method
 from mrss_provider.sampling_params import SamplingParams
 
 _MAX_TEXT = 4096
@@ -57,6 +58,17 @@ class Form:
         if value is None:
             raise InvalidRequestError(f"{key} is missing", param=key)
         return _text(value, key)
+
+    def method(self, kind: Kind) -> str:
+        """Return a merge rule or gate as after `~` in a name, from that or from an object.
+
+        Raises:
+            InvalidRequestError: as `parse_method`, of an object; as `text`, of anything else.
+        """
+        value = self._fields.get(kind)
+        if isinstance(value, dict):
+            return parse_method(value, kind, kind).text
+        return self.text(kind)
 
     def number(self, key: str) -> float | None:
         """Return a number, or None without one.

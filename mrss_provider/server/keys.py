@@ -130,12 +130,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     Raises:
         ConfigError: it cannot be read; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"the keys cannot be read from {path} ({exc})") from exc
     keys: dict[str, Key] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines_of(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
         try:
@@ -180,6 +176,13 @@ def revoke_key(path: Path, key_id: str) -> None:
         lines[:] = [line for line in lines if not _is_of(line, key_id)]
 
 
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"the keys cannot be read from {path} ({exc})") from exc
+
+
 def _read_key(line: str) -> Key:
     raw = json.loads(line)
     if not isinstance(raw, dict):
@@ -208,7 +211,7 @@ def _changing(path: Path) -> Iterator[list[str]]:
         raise ConfigError(f"{path} cannot be written ({exc.strerror})") from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = _lines_of(path) if path.exists() else []
         yield lines
         _replace(path, "".join(f"{line}\n" for line in lines))
     except OSError as exc:

@@ -66,10 +66,11 @@ class Allowance:
             yield reservation
         finally:
             self.num_running -= 1
-            self._refill(limits)
-            if limits.tokens_per_minute:
+            # The limits of now: those of then, if they have changed, would begin a new minute.
+            self._refill(self._limits)
+            if self._limits.tokens_per_minute:
                 back = self._level + reserved - reservation.num_used
-                self._level = min(back, float(limits.tokens_per_minute))
+                self._level = min(back, float(self._limits.tokens_per_minute))
 
     def headers(self) -> dict[str, str]:
         """Return what is left, under OpenAI's names; nothing is said of what has no limit."""

@@ -103,6 +103,16 @@ def test_who_logs_never_waits_for_the_disk(tmp_path):
     assert writer.num_dropped == 0
 
 
+def test_a_line_that_cannot_be_written_keeps_no_other_from_the_log(tmp_path, caplog):
+    writer = LineWriter(RotatingLines(tmp_path / "log"))
+    writer.put({"response": {("no", "key", "of", "JSON"): 1}})
+    writer.put({"i": 1})
+    writer.flush()
+    assert json.loads((tmp_path / "log").read_text()) == {"i": 1}
+    assert writer.num_dropped == 1
+    assert "calls are not logged: keys must be" in caplog.text
+
+
 @pytest.fixture
 def litellm(monkeypatch):
     """Put the one class of LiteLLM in place that the callback needs; the real one loads long."""

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ from mrss_provider.compare.cells import Metronome, Pace, ask_all, left_to_do, pl
 from mrss_provider.compare.folder import Folder, Settings
 from mrss_provider.compare.jsonl import JsonLines
 from mrss_provider.compare.prompts import Prompt, read_prompts
-from mrss_provider.errors import ConflictError, FileFormatError
+from mrss_provider.errors import ConflictError, FileFormatError, StorageError
 
 MODELS = ("a", "b", "c")
 
@@ -139,6 +140,18 @@ def test_cancelling_keeps_whole_lines(tmp_path):
     kept = {r.key for r in folder.read_results()}
     assert {r.key for r in done} <= kept
     assert len(kept) < 40
+
+
+def test_a_full_disk_is_one_error_and_the_comparison_goes_on_later(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, ("a", "b"), num_prompts=4)
+    connection = FakeConnection({"a": "one", "b": "two"})
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:-9]))
+        with pytest.raises(StorageError, match=r"results\.jsonl cannot be written: No space left"):
+            run(folder, connection)
+    run(folder, connection)
+    assert {r.key for r in folder.read_results()} == {c.key for c in plan_of(folder)}
 
 
 def test_another_comparison_does_not_go_on_in_the_folder(tmp_path):

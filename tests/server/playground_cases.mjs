@@ -10,7 +10,7 @@ const modules = {};
 for (const file of readdirSync(folder).filter((name) => name.endsWith(".js") && name !== "app.js")) {
   modules[file.replace(".js", "")] = await import(pathToFileURL(`${folder}/${file}`));
 }
-const { mixture, requests, snippets, setup, share, sse } = modules;
+const { dialogs, mixture, requests, snippets, setup, share, sse } = modules;
 const { methods, setups, streams } = JSON.parse(readFileSync(0, "utf8"));
 
 async function batches(pieces) {
@@ -42,6 +42,7 @@ const written = setups.map((raw) => {
     gate: mixture.readMethod(mixture.spell(first.gate, methods.gates), methods.gates),
     body: requests.streamBody(first, read, messages),
     plain: requests.chatBody(first, read, messages),
+    spec: dialogs.specOf(first, read, { methods }),
     curl: snippets.curl(snippet),
     python: snippets.python(snippet),
     yaml: snippets.yaml(snippet),

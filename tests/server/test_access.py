@@ -192,6 +192,22 @@ def test_a_file_that_is_not_there_is_refused_at_the_start(tmp_path):
         KeyRing(tmp_path / "keys.jsonl")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: create_key(file, "bob", "user", Limits()),
+        lambda file: revoke_key(file, "bob"),
+        KeyRing,
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_and_stays(tmp_path, change):
+    file = tmp_path / "keys.jsonl"
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        change(file)
+    assert file.read_bytes() == b"\xff\n"
+
+
 def test_keys_come_and_go_while_the_server_runs(tmp_path, caplog):
     file, now = tmp_path / "keys.jsonl", [0.0]
     first = create_key(file, "alice", "user", Limits())
@@ -231,4 +247,21 @@ def test_a_page_of_another_origin_reads_nothing_unless_it_may():
         response = client.post(path, json=CHAT, headers={**bearer(USER), **asked})
         assert response.headers["access-control-allow-origin"] == "https://a.example"
         refused = client.post(path, json=CHAT, headers={**bearer(USER), "origin": "https://c.d"})
+        assert "access-control-allow-origin" not in refused.headers
+
+
+def test_a_page_may_ask_with_openais_client():
+    # What its version 6 sends from a browser beside what every page may.
+    sent = ("authorization", "content-type", "user-agent", "x-stainless-lang", "x-stainless-os")
+    asked = {
+        "origin": "https://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": ", ".join(sent),
+    }
+    with client_of(BOTH, cors_origins="https://a.example") as client:
+        preflight = client.options("/v1/chat/completions", headers=asked)
+        assert preflight.status_code == 200
+        allowed = preflight.headers["access-control-allow-headers"].split(",")
+        assert {name.strip().lower() for name in allowed} >= set(sent)
+        refused = client.options("/v1/chat/completions", headers={**asked, "origin": "https://c.d"})
         assert "access-control-allow-origin" not in refused.headers

@@ -1,6 +1,7 @@
 """`/v1/feedback`: what is taken, what is refused, and what is in the file afterwards."""
 
 import json
+import os
 
 import pytest
 from fakes import FakeBackend
@@ -101,6 +102,26 @@ def test_a_full_file_stays_as_it_is(path):
     with pytest.raises(StorageError, match="has reached 40 bytes"):
         feedback.append(SCORE)
     assert path.read_bytes() == before
+
+
+def test_a_line_that_the_disk_takes_in_part_only_is_refused_and_taken_back(path, monkeypatch):
+    feedback = Feedback(path)
+    feedback.append(SCORE)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:-5]))
+        with pytest.raises(StorageError, match="No space left"):
+            feedback.append(VOTE)
+    feedback.append(VOTE)
+    assert feedback.last(10) == [SCORE, VOTE]
+
+
+def test_a_file_that_is_no_text_is_told(client, path):
+    path.parent.mkdir()
+    path.write_bytes(b"\xff\n")
+    answer = client.get("/v1/feedback")
+    assert answer.status_code == 507
+    assert "none of ours" in answer.json()["error"]["message"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_507(tmp_path):

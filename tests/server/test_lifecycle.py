@@ -8,10 +8,12 @@ import pytest
 from fakes import FakeBackend, Wait, text
 from starlette.testclient import TestClient
 
+from mrss_provider.administration import ModelOrder
 from mrss_provider.config import KEEP_ALIVE_S, ServerConfig
-from mrss_provider.errors import EngineUnavailableError, ModelFileError
+from mrss_provider.errors import ConflictError, EngineUnavailableError, ModelFileError
 from mrss_provider.server.app import create_app
 from mrss_provider.server.lifecycle import Lifecycle
+from mrss_provider.server.model_swap import load_model, remove_model
 from mrss_provider.server.run import Server, listen_on
 
 CHAT = {"model": "tone", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -270,5 +272,40 @@ def test_what_is_written_does_not_wait_for_an_acknowledgement():
             await writer.wait_closed()
         server.close()
         await server.wait_closed()
+
+    run(main)
+
+
+@pytest.mark.parametrize("change", ["load", "remove"])
+def test_who_may_not_change_the_model_now_is_told_at_once(change):
+    class Busy:
+        """Another change is under way, and never ends."""
+
+        async def load_model(self, order):
+            raise ConflictError("wait for it")
+
+        async def remove_model(self, drain_s):
+            raise ConflictError("wait for it")
+
+        async def model(self):
+            await asyncio.Event().wait()
+
+    async def main():
+        lifecycle = Lifecycle()
+        asked = (
+            load_model(Busy(), lifecycle, ModelOrder("second"))
+            if change == "load"
+            else remove_model(Busy(), lifecycle, 0.0)
+        )
+        asking = asyncio.create_task(asked)
+        # A turn to ask, and one to be told.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert asking.done()
+        with pytest.raises(ConflictError):
+            await asking
+        # Whether a model is ready is for the change that is under way to say.
+        with pytest.raises(EngineUnavailableError):
+            lifecycle.check_ready()
 
     run(main)

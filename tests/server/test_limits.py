@@ -1,5 +1,6 @@
 """What a key may use: places and tokens, reserved and settled. Oracle: a clock that we turn."""
 
+import contextlib
 import threading
 
 import pytest
@@ -135,6 +136,21 @@ def test_on_average_nobody_gets_more_than_the_rate(calls):
             continue
         # A minute's worth at the start, the rate since, and one request that was larger.
         assert used <= 120 + 2 * now[0] + 300
+
+
+def test_a_change_of_the_rate_gives_one_minutes_worth_and_no_more():
+    allowance = Allowance(clock=lambda: 0.0)
+    before, after = Limits(tokens_per_minute=600), Limits(tokens_per_minute=60)
+    old = [contextlib.ExitStack() for _ in range(3)]
+    for request in old:
+        request.enter_context(allowance.taken(before, 100)).num_used = 100
+    with allowance.taken(after, 60) as reservation:
+        reservation.num_used = 60
+    # They end one after the other, and the key asks for more in between.
+    for request in old:
+        request.close()
+        with pytest.raises(RateLimitError), allowance.taken(after, 60):
+            pass
 
 
 def test_what_a_request_may_use_is_its_prompt_and_every_answer():

@@ -205,6 +205,8 @@ SETUPS = [
     setup_of({"a": 1, "b": 1}, gate=method("schedule", points="a=1@0,0@32+b=1@3"), cut=0),
     setup_of({"a": 1, "b": 1}, method("linear"), method("learned", file="mine")),
     setup_of({"a": 1, "b": 1}, method("linear"), method("novelty", tau=0.001, exponent=2)),
+    # The cut was set under another rule.
+    setup_of({"a": 1, "b": 1}, method("linear"), cut=0.2),
 ]
 NO_SETUPS = [
     None,
@@ -253,7 +255,10 @@ def test_a_name_is_the_canonical_one_and_a_body_means_the_same(ran):
         asked = parse_mixture(request.model).with_weights(request.mixture.weights)
         merge, gate = request.mixture.merge, request.mixture.gate
         assert f"{asked.canonical()}{tail(merge)}{tail(gate)}" in spellings(written["name"])
-        assert request.mixture.cut == (pane["cut"] if merge else None)
+        cut = pane["cut"] if pane["merge"]["name"] in ("delta", "contrast") else None
+        assert request.mixture.cut == (cut if merge else None)
+        assert written["spec"].get("cut") == cut
+        assert ("extra_body" in written["yaml"]) == bool(merge and cut is not None)
         assert (request.mixture.trace, request.sampling.logprobs) == (case["trace"],) * 2
         sampling = (request.sampling.temperature, request.sampling.top_p, request.sampling.seed)
         assert sampling == (case["temperature"], case["top_p"], case["seed"])

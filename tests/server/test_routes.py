@@ -239,6 +239,18 @@ def test_only_a_long_body_is_parsed_beside_the_event_loop(monkeypatch, length, i
     assert (worse.status_code, worse.json()["error"]["param"]) == (400, "top_p")
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 400), ("br", 400), ("identity", 200)])
+def test_a_compressed_body_is_refused_as_such(encoding, status):
+    body = json.dumps(CHAT).encode()
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    with client_of(FakeBackend()) as client:
+        response = client.post("/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["param"] == "content-encoding"
+        assert encoding in response.json()["error"]["message"]
+
+
 def test_a_large_body_is_refused_by_its_announced_length():
     with client_of(FakeBackend(), max_body_bytes=1024) as client:
         response = client.post("/v1/chat/completions", json={"x": "y" * 2000})
