@@ -28,6 +28,7 @@ async def constraint_for(
 
     Raises:
         InvalidRequestError: the grammar cannot be honoured, or does not allow the beginning.
+        QueueFullError: others' grammars are being compiled.
     """
     if request.grammar is None:
         return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.cli.output import CommandError, answer, note
 from mrss_provider.cli.states import read_config
+from mrss_provider.cli.tune_view import counting
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.state_library import StateLibrary
@@ -35,8 +34,6 @@ _TITLES = {
     "fixed": "best fixed weights",
     "named": "named weights",
 }
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,8 @@ def train(engine: EngineConfig, job: Job) -> None:
     tokenizer = Tokenizer.load(engine.tokenizer or find_vocabulary(engine.model))
     texts = _read(engine, job.data, tokenizer, MIN_DOCUMENTS + (job.held_out is None))
     judged = _read(engine, job.held_out, tokenizer, 1) if job.held_out else []
+    # Now, as the files may change while it is trained.
+    data_sha256 = _hash(job.data, job.held_out)
     mixture = _resolve(engine, job.mixture)
 
     model = load_model(
@@ -86,10 +85,10 @@ def train(engine: EngineConfig, job: Job) -> None:
     )
     allowed = set(tokenizer.allowed_ids(model.config.vocab_size))
     banned = [token for token in range(model.config.vocab_size) if token not in allowed]
-    with _progress("reading") as advance:
+    with counting("reading") as advance:
         data = collect(model, mixture, [*texts, *judged], banned_ids=banned, on_documents=advance)
     learnt_from, held_out = _parts(data, len(texts), len(judged), job.config.seed)
-    with _progress("training") as advance:
+    with counting("training") as advance:
         result = train_gate(
             learnt_from, job.config, on_epoch=lambda n, _: advance(n, job.config.epochs)
         )
@@ -108,7 +107,7 @@ def train(engine: EngineConfig, job: Job) -> None:
         model=model.config,
         mixture=mixture,
         config=job.config,
-        data_sha256=_hash(job.data, job.held_out),
+        data_sha256=data_sha256,
         licence=job.licence,
     )
     note(f"wrote {path}")
@@ -174,18 +173,3 @@ def _hash(*paths: Path | None) -> str:
         if path is not None:
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Advance]:
-    """Yield what moves a bar on stderr, if that is a terminal, to `done` of `total`."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -59,6 +59,8 @@ def config_text(cards: Sequence[ModelCard], wishes: Wishes) -> str:
         InvalidRequestError: a name that is no mixture.
     """
     by_name = {card.id: card for card in cards}
+    for name in (*wishes.names, *(group.name for group in wishes.groups)):
+        _check_whole(name)
     for name in (*wishes.names, *(arm.mixture for group in wishes.groups for arm in group.arms)):
         _check_known(name, by_name)
     if wishes.openai_route and not (wishes.api_base or "").startswith(("http://", "https://")):
@@ -76,6 +78,14 @@ def config_text(cards: Sequence[ModelCard], wishes: Wishes) -> str:
         lines.append("")
     text = "\n".join([*lines, _settings(wishes)])
     return _without_unused_anchors(text)
+
+
+def _check_whole(name: str) -> None:
+    if "," in name:
+        raise CommandError(
+            f"LiteLLM takes {name!r} for several names, as it splits them at commas; make it a "
+            "named mixture of mixtures.toml, whose name has none"
+        )
 
 
 def _check_known(name: str, cards: Mapping[str, ModelCard]) -> None:
@@ -216,14 +226,19 @@ def check(text: str) -> None:
         if problems:
             raise CommandError(f"the configuration is wrong: {'; '.join(problems)}")
         command = [sys.executable, "-c", "from litellm import run_server; run_server()"]
-        result = subprocess.run(
-            [*command, "--config", str(path), "--validate_config"],
-            env={"LITELLM_LOCAL_MODEL_COST_MAP": "True", **os.environ},
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                [*command, "--config", str(path), "--validate_config"],
+                env={"LITELLM_LOCAL_MODEL_COST_MAP": "True", **os.environ},
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise CommandError(
+                f"LiteLLM has not read the configuration within {_CHECK_TIMEOUT_S:g} s; try again"
+            ) from exc
     lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
     if result.returncode:
         raise CommandError(f"LiteLLM refuses the configuration: {lines[-1]}")

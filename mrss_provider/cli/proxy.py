@@ -25,8 +25,9 @@ from mrss_provider.cli.output import CommandError, note
 from mrss_provider.cli.processes import Child, check_port_free, free_port_from
 from mrss_provider.cli.proxy_config import find_proxy_config, read_proxy_config
 from mrss_provider.client import Client
-from mrss_provider.config import KEEP_ALIVE_S
+from mrss_provider.config import KEEP_ALIVE_S, ServerConfig
 from mrss_provider.errors import MRSSError
+from mrss_provider.server.hosts import address_of
 
 _START_TIMEOUT_S = 600.0
 _POLL_S = 0.1
@@ -71,7 +72,8 @@ def run_proxy(
         # uvicorn starts a worker anew that does not answer in time, 5 s unless told otherwise; on a
         # busy machine one takes longer to import LiteLLM, and none would ever have started.
         flags += ["--timeout_worker_healthcheck", str(_WORKER_START_S)]
-    asyncio.run(_run(flags, f"http://{host}:{port}", env, wants_key=wants_key))
+    url = address_of(ServerConfig(host=host, port=port))
+    asyncio.run(_run(flags, url, env, wants_key=wants_key))
 
 
 async def _run(flags: list[str], url: str, env: Mapping[str, str], *, wants_key: bool) -> None:

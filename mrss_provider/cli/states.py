@@ -124,15 +124,24 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
             answer(f"FAIL  {path.stem}: {exc}")
             all_read = False
             continue
-        answer(_verdict(path, found))
+        answer(_verdict(path, found, math.log(model.config.vocab_size)))
     return all_read
 
 
-def _verdict(path: Path, found: OrientationCheck) -> str:
+def _verdict(path: Path, found: OrientationCheck, uniform: float) -> str:
+    """Return what a check found; `uniform` is what guessing any token alike costs, in nats.
+
+    Read the wrong way a state does next to nothing, so a reading is told by doing better than the
+    model without it; and a text that is not guessed better than blindly tells nothing of anything.
+    """
     scores = f"vk {found.nll_vk:.3f}, kv {found.nll_kv:.3f}, base {found.nll_base:.3f}"
     told = f"{path.stem}: read as {found.assumed}; nats a token on the sample: {scores}"
-    if abs(found.nll_vk - found.nll_kv) < _CLEAR_DIFFERENCE:
-        return f"ok    {told}; it does not tell the orientations apart, give another with --text"
+    best, other = sorted((found.nll_vk, found.nll_kv))
+    if best > min(other, found.nll_base, uniform) - _CLEAR_DIFFERENCE:
+        return (
+            f"ok    {told}; it does not tell the orientations apart, give a text of the state's "
+            "own kind with --text"
+        )
     if found.better == found.assumed:
         return f"ok    {told}"
     return (

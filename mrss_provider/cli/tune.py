@@ -97,7 +97,7 @@ def tune(engine: EngineConfig, job: Job) -> bool:
             answer_json({"unfinished": str(path), "step": step, "steps": config.steps})
         return False
     training.finish()
-    finish(engine, job, bench, training, config, found, asdict(findings))
+    finish(engine, job, bench, training, config, settings, found, asdict(findings))
     return True
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mrss_provider import __version__
 from mrss_provider.cli.output import answer, answer_json, note
-from mrss_provider.cli.tune_job import Bench, Job, settings_of
+from mrss_provider.cli.tune_job import Bench, Job
 from mrss_provider.cli.tune_view import draw_curve, show_summary
 from mrss_provider.config import EngineConfig
 from mrss_provider.tune.chats import Line
@@ -33,6 +33,7 @@ def finish(
     bench: Bench,
     training: Training,
     config: TuneConfig,
+    settings: Mapping[str, Any],
     found: Mapping[str, Any],
     findings: Mapping[str, Any],
 ) -> None:
@@ -44,6 +45,7 @@ def finish(
         bench: what it was computed with.
         training: the run, which is done.
         config: how it learnt.
+        settings: all that decides what it learns, as it was when it began.
         found: the learning rate, and how it was found.
         findings: what is odd about the data.
 
@@ -61,10 +63,10 @@ def finish(
         **summary,
         "data": {
             "files": {name: path.name for name, path in job.source.files.items()},
-            "sha256": job.source.hashes(),
+            "sha256": settings["sha256"],
             **findings,
         },
-        "settings": settings_of(engine, job, config, bench.start),
+        "settings": settings,
         "date": datetime.now(UTC).date().isoformat(),
         "mrss_provider": __version__,
         "torch": torch.__version__,
@@ -115,7 +117,7 @@ def _summary(
         last = record.held_out[-1][1]
         begun_at = "base" if bench.start is None else "start"
         held_out = {begun_at: looks[0], "best": looks[record.best_step], "last": last}
-    rates: Sequence[Mapping[str, float]] | None = found.get("rates")
+    rates: Sequence[Mapping[str, float | None]] | None = found.get("rates")
     return {
         "learning_rate": config.learning_rate,
         "rates": rates,

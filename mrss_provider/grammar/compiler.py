@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mrss_provider.backend import Grammar
-from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import InvalidRequestError, QueueFullError
 from mrss_provider.grammar.constraint import GrammarConstraint, first_line
 from mrss_provider.grammar.lark import prepare_lark
 from mrss_provider.grammar.schema import (
@@ -102,6 +102,7 @@ class Grammars:
         Raises:
             InvalidRequestError: a grammar that cannot be honoured, or a beginning that it does not
                 allow.
+            QueueFullError: others' grammars are being compiled.
         """
         matcher = self._cached(grammar)
         if matcher is None:
@@ -134,12 +135,17 @@ class Grammars:
             return GrammarStats(self._num_compiled, self._num_hits, len(self._compiled))
 
     async def _compile_soon(self, grammar: Grammar, lead: str, stops: tuple[str, ...]) -> LLMatcher:
-        loop = asyncio.get_running_loop()
-        waiting = loop.run_in_executor(self._worker, self._prepare, grammar, lead, stops)
+        job = self._worker.submit(self._prepare, grammar, lead, stops)
         try:
             # Whoever gives up takes back what has not begun; what has goes on, and is kept.
-            return await asyncio.wait_for(waiting, MAX_COMPILE_S)
+            return await asyncio.wait_for(asyncio.wrap_future(job), MAX_COMPILE_S)
         except TimeoutError as exc:
+            if job.cancel():
+                raise QueueFullError(
+                    f"{grammar.param}: others' grammars took {MAX_COMPILE_S:g} s, and this one has "
+                    "not had its turn; try again later",
+                    retry_after_s=MAX_COMPILE_S,
+                ) from exc
             raise InvalidRequestError(
                 f"{grammar.param}: the grammar was not ready in {MAX_COMPILE_S:g} s; make it "
                 "simpler, or try again later",

@@ -60,11 +60,6 @@ class DataSet:
         """Tokens that an example may have, with what comes before it."""
         return self.max_len + (self.distance.max_tokens if self.distance else 0)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all examples, cut, without other talk."""
-        return sum(len(line.example.cut(self.max_len).token_ids) for line in self.lines)
-
     def draw(self, index: int, rng: random.Random) -> Example:
         """Return the example `index`, with other talk before it where there is to be some."""
         line = self.lines[index]

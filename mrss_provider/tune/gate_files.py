@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -87,9 +88,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _rounded(value: object) -> object:
-    """Return `value` with every float in it at 5 digits."""
+    """Return `value` with every float in it at 5 digits; JSON has no infinite ones: None."""
     if isinstance(value, float):
-        return round(value, 5)
+        return round(value, 5) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,8 +101,8 @@ def load_run(path: Path, settings: Mapping[str, Any]) -> Unfinished:
         raise ConflictError(
             f"there is no unfinished run to resume ({path} does not exist); leave --resume out"
         )
+    content = _load(path)
     try:
-        content = torch.load(path, weights_only=True)
         if content["format"] != _FORMAT:
             raise ValueError(f"it has format {content['format']!r}")
         record = Record(**content["record"])
@@ -111,7 +110,7 @@ def load_run(path: Path, settings: Mapping[str, Any]) -> Unfinished:
         run = Unfinished(
             content["settings"], content["found"], record, content["learner"], content["best"]
         )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, pickle.PickleError) as exc:
+    except (ValueError, TypeError, KeyError) as exc:
         raise FileFormatError(
             f"{path} is no unfinished run of this version ({exc}); start anew with --force"
         ) from exc
@@ -125,3 +124,15 @@ def load_run(path: Path, settings: Mapping[str, Any]) -> Unfinished:
             f"{path} goes on only as it began: {'; '.join(changed)}; start anew with --force"
         )
     return run
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as exc:
+        # Damaged bytes raise anything here, and what torch says of them is advice for its callers.
+        raise FileFormatError(
+            f"{path} is damaged or no unfinished run; start anew with --force"
+        ) from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,5 +143,6 @@ class RateTrial:
     loss: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return it for metadata."""
-        return {"rate": self.rate, "loss": round(self.loss, 5)}
+        """Return it for metadata; JSON has no number for a loss that blew up, which is null."""
+        loss = round(self.loss, 5) if math.isfinite(self.loss) else None
+        return {"rate": self.rate, "loss": loss}

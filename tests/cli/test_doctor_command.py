@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 from command import mrss
-from mrss_kernels.persistent7 import CARDS
 from tiny_model import write_model_folder, write_state
 
 from mrss_provider.cli import doctor, proxy_config
@@ -178,11 +177,12 @@ def test_a_model_whose_layers_run_in_one_kernel_is_told(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MRSS_DECODE", raising=False)
-    monkeypatch.setattr("mrss_kernels.persistent7.WIDTHS", {128: range(1, 9)})
-    monkeypatch.setattr("mrss_kernels.persistent7.FFN_FACTOR", 2)
+    monkeypatch.setattr("mrss_kernels.persistent7.MAX_HELP", {128: 1})
+    monkeypatch.setattr("mrss_kernels.persistent7.FASTER", {"Fast": {128: range(1, 9)}})
+    monkeypatch.setattr("mrss_kernels.persistent7_cuts.FFN_FACTOR", 2)
     card.set(
         get_device_capability=lambda device=None: (9, 0),
-        get_device_name=lambda device=None: CARDS[0],
+        get_device_name=lambda device=None: "Fast",
     )
     found = card.findings(dtype="fp16")["decode"].found
     assert found.startswith("fused kernels in CUDA graphs, all layers in one for up to 8 rows")

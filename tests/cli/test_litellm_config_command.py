@@ -11,7 +11,7 @@ from fakes import FakeBackend, serving
 from mrss_provider.backend import ModelCard
 from mrss_provider.cli import litellm_config, proxy_config
 from mrss_provider.cli.litellm_config import config_text, read_group
-from mrss_provider.cli.litellm_entries import Wishes
+from mrss_provider.cli.litellm_entries import Arm, Group, Wishes
 from mrss_provider.cli.output import CommandError
 from mrss_provider.config import BUNDLED_STATES, ServerConfig
 
@@ -112,6 +112,18 @@ def test_what_the_engine_has_not_is_refused():
         written(api_base="unix:///run/mrss.sock", openai_route=True)
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"names": ("knowledge+tone~novelty:0.3,2",)},
+        {"groups": (Group("a,b", (Arm("knowledge", 1.0), Arm("tone", 1.0))),)},
+    ],
+)
+def test_what_nobody_could_ask_a_proxy_for_is_refused(wish):
+    with pytest.raises(CommandError, match="splits them at commas; make it a named mixture"):
+        written(**wish)
+
+
 def test_shipped_configuration_and_a_written_one_agree():
     shipped = yaml.safe_load(proxy_config.BUNDLED_PROXY_CONFIG.read_text())
     cards = [ModelCard(name, "state", supports=ONE_ROW) for name in ("base", "knowledge", "tone")]
@@ -140,6 +152,13 @@ def test_file_is_written_once_and_again_only_by_force(tmp_path):
         assert out.read_text() != text
         on_stdout = mrss(*asked[:3])
     assert on_stdout.out == text
+
+
+def test_a_litellm_that_takes_too_long_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(litellm_config, "examine", lambda path: [])
+    monkeypatch.setattr(litellm_config, "_CHECK_TIMEOUT_S", 0.01)
+    with pytest.raises(CommandError, match="has not read the configuration"):
+        litellm_config.check("model_list: []")
 
 
 def test_check_finds_what_litellm_would_not_notice(monkeypatch):

@@ -100,6 +100,24 @@ def test_a_number_that_cannot_be_is_told_before_anything_starts(
     assert f"Invalid value for '{option}'" in result.err
 
 
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:4000"), ("::1", "http://[::1]:4000")]
+)
+def test_the_address_that_it_tells_is_one_that_clients_take(
+    monkeypatch: pytest.MonkeyPatch, host: str, url: str
+) -> None:
+    told: list[str] = []
+
+    async def run(flags: list[str], url: str, *_: object, **__: object) -> None:
+        told.append(url)
+
+    monkeypatch.setattr(proxy, "_run", run)
+    monkeypatch.setattr(proxy, "check_port_free", lambda *_: None)
+    proxy.run_proxy(None, host, 4000, 1, {})
+    assert told == [url]
+    assert httpx.URL(url).port == 4000
+
+
 def test_a_proxy_that_wants_a_key_gives_its_engine_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LITELLM_MASTER_KEY", raising=False)
     assert not proxy._wants_key({"general_settings": {"cancel_on_disconnect": True}})

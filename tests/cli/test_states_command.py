@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from command import mrss
 from tiny_model import Shape, checkpoint, tuned_state, write_model_folder, write_state
 
-from mrss_provider.cli.states import read_config
-from mrss_provider.model import load_model, load_tuned_state
+from mrss_provider.cli.states import _verdict, read_config
+from mrss_provider.config import BUNDLED_STATES
+from mrss_provider.model import OrientationCheck, load_model, load_tuned_state
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,35 @@ def test_check_scores_a_text_both_ways_and_fails_on_a_bad_file(
     assert set(lines) == {"bad", "calm", "loud"}
     told = float(lines["calm"].split(" vk ")[1].split(",")[0])
     assert told == pytest.approx(_nll(model, folder / "calm.pth", text.read_text()), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("vk", "kv", "base", "told"),
+    [
+        (1.0, 1.5, 1.4, ""),
+        (1.5, 1.0, 1.4, "looks like kv"),
+        # Another text than the state is for: it does harm, and its transpose next to nothing.
+        (1.4, 1.27, 1.28, "does not tell"),
+        # No language of the model's: a blind guess, log(1000), is better.
+        (8.5, 7.9, 8.4, "does not tell"),
+        (1.0, 1.01, 1.4, "does not tell"),
+    ],
+)
+def test_check_tells_an_orientation_only_where_the_sample_does(
+    vk: float, kv: float, base: float, told: str
+) -> None:
+    found = OrientationCheck(assumed="vk", nll_vk=vk, nll_kv=kv, nll_base=base)
+    line = _verdict(Path("x.pth"), found, math.log(1000))
+    assert told in line
+    assert line.startswith("warn") == (told == "looks like kv")
+    assert ("does not tell" in line) == (told == "does not tell")
+
+
+def test_no_bundled_state_is_told_to_be_transposed() -> None:
+    result = mrss("states", "check")
+    assert (result.code, result.err) == (0, "")
+    marks = [line.split()[0] for line in result.out.splitlines()]
+    assert marks == ["ok"] * len(list(BUNDLED_STATES.glob("*.safetensors")))
 
 
 @pytest.mark.parametrize("content", [b"caf\xe9", None], ids=["latin-1", "missing"])

@@ -1,5 +1,6 @@
 """`mrss tune`: from lines to a state that the engine loads, over kills and refusals."""
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ from mrss_provider.cli.states import read_config
 from mrss_provider.config import BUNDLED_STATES
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.model import StateMetadata, load_tuned_state, save_tuned_state
+from mrss_provider.tune.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,17 @@ def tune(where, data, out, *more):
     return mrss("tune", *told, *where, *more)
 
 
-def test_a_state_is_tuned_and_loads_with_its_provenance(where, model, folder, data):
+def test_a_state_is_tuned_and_loads_with_its_provenance(where, model, folder, data, monkeypatch):
     out = folder / "mine.safetensors"
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    finish = Training.finish
+
+    def edited(training):
+        # What is written into the file while it is learnt from is for the next run.
+        data.write_text(data.read_text() + "\n{}")
+        finish(training)
+
+    monkeypatch.setattr(Training, "finish", edited)
     told = ["--group", "tone", "--title", "My own", "--licence", "MIT", "--offsets", "--json"]
     result = tune(where, data, out, *told)
     assert result.code == 0, result.err
@@ -69,7 +80,7 @@ def test_a_state_is_tuned_and_loads_with_its_provenance(where, model, folder, da
     assert (about.group, about.display_name, about.licence) == ("tone", "My own", "MIT")
     training = about.training
     assert training["data"]["files"] == {"data": "pairs.jsonl"}
-    assert len(training["data"]["sha256"]["data"]) == 64
+    assert training["data"]["sha256"] == training["settings"]["sha256"] == {"data": digest}
     assert training["learning_rate"] == 0.3
     assert str(data.parent) not in json.dumps(dict(training))
     assert not (folder / "mine.safetensors.unfinished").exists()

@@ -12,7 +12,7 @@ import pytest
 from accepting import ENTRIES, VOCAB_SIZE, accepts, begin, encode, mask, new_grammars
 
 from mrss_provider.backend import Grammar
-from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import InvalidRequestError, QueueFullError
 from mrss_provider.grammar import compiler
 from mrss_provider.tokenizer import Tokenizer
 
@@ -173,8 +173,8 @@ def test_a_failed_grammar_is_not_kept():
     assert grammars.stats().num_cached == 0
 
 
-def test_the_event_loop_runs_on_while_a_grammar_compiles(monkeypatch):
-    grammars = new_grammars()
+def slowed(monkeypatch):
+    """Let compiling wait; return what tells that it has begun, and what lets it go on."""
     is_reached, may_go = threading.Event(), threading.Event()
     source = compiler._source
 
@@ -184,6 +184,12 @@ def test_the_event_loop_runs_on_while_a_grammar_compiles(monkeypatch):
         return source(grammar)
 
     monkeypatch.setattr(compiler, "_source", slow)
+    return is_reached, may_go
+
+
+def test_the_event_loop_runs_on_while_a_grammar_compiles(monkeypatch):
+    grammars = new_grammars()
+    is_reached, may_go = slowed(monkeypatch)
 
     async def main():
         waiting = asyncio.create_task(grammars.begin(Grammar("regex", "a")))
@@ -197,33 +203,40 @@ def test_the_event_loop_runs_on_while_a_grammar_compiles(monkeypatch):
 
 def test_a_grammar_that_is_not_ready_in_time_is_an_error_and_later_there(monkeypatch):
     grammars = new_grammars()
-    may_go = threading.Event()
-    source = compiler._source
+    is_reached, may_go = slowed(monkeypatch)
 
-    def slow(grammar):
-        assert may_go.wait(30)
-        return source(grammar)
+    async def too_late(waiting, timeout_s):
+        await asyncio.to_thread(is_reached.wait, 30)
+        raise TimeoutError
 
-    monkeypatch.setattr(compiler, "_source", slow)
-    monkeypatch.setattr(compiler, "MAX_COMPILE_S", 0.01)
-    with pytest.raises(InvalidRequestError, match=r"not ready in 0\.01 s"):
-        begin(grammars, "a", "regex")
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "wait_for", too_late)
+        with pytest.raises(InvalidRequestError, match="not ready in 10 s"):
+            begin(grammars, "a", "regex")
     may_go.set()
-    monkeypatch.setattr(compiler, "MAX_COMPILE_S", 30.0)
     assert accepts(begin(grammars, "a", "regex"), "a")
+
+
+def test_a_grammar_that_had_no_turn_in_time_is_not_what_is_wrong(monkeypatch):
+    grammars = new_grammars()
+    is_reached, may_go = slowed(monkeypatch)
+
+    async def main():
+        first = asyncio.create_task(grammars.begin(Grammar("regex", "a")))
+        await asyncio.to_thread(is_reached.wait, 30)
+        monkeypatch.setattr(compiler, "MAX_COMPILE_S", 0.01)
+        with pytest.raises(QueueFullError, match="not had its turn"):
+            await grammars.begin(Grammar("regex", "b"))
+        may_go.set()
+        await first
+
+    asyncio.run(main())
+    assert grammars.stats().num_compiled == 1
 
 
 def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(monkeypatch):
     grammars = new_grammars()
-    is_reached, may_go = threading.Event(), threading.Event()
-    source = compiler._source
-
-    def slow(grammar):
-        is_reached.set()
-        assert may_go.wait(30)
-        return source(grammar)
-
-    monkeypatch.setattr(compiler, "_source", slow)
+    is_reached, may_go = slowed(monkeypatch)
 
     async def main():
         first = asyncio.create_task(grammars.begin(Grammar("regex", "a")))

@@ -1,5 +1,8 @@
 """Whole runs on the tiny model: gone on with exactly, ended in time, inside and after mixtures."""
 
+import json
+import math
+import pickle
 import random
 from dataclasses import replace
 
@@ -11,7 +14,7 @@ from tiny_model import Shape as TinyShape
 from mrss_provider.engine.gates import make_gate
 from mrss_provider.engine.merges import Rows, make_merge
 from mrss_provider.engine.request import ResolvedMixture
-from mrss_provider.errors import ConflictError, InvalidRequestError
+from mrss_provider.errors import ConflictError, FileFormatError, InvalidRequestError
 from mrss_provider.mixture import parse_method
 from mrss_provider.model import TunedState
 from mrss_provider.tune import Example, TuneConfig, TuneJob, tune_states
@@ -22,7 +25,7 @@ from mrss_provider.tune.rates import best_rate, sweep
 from mrss_provider.tune.run_file import Record, Unfinished, load_run, run_path, save_run
 from mrss_provider.tune.surprise import mark_surprising
 from mrss_provider.tune.token_loss import Beside, FrozenRows, Imitation, nll
-from mrss_provider.tune.training import Plan, Training
+from mrss_provider.tune.training import Plan, RateTrial, Training
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,18 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path, weights):
         load_run(path, {"seed": 2, "steps": 4})
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"no run", pickle.dumps([1], protocol=2), pickle.dumps({"format": "another"})]
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_is_no_run_is_one_sentence(tmp_path, content):
+    path = tmp_path / "x.safetensors.unfinished"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"no unfinished run.*--force") as got:
+        load_run(path, {})
+    assert "\n" not in str(got.value)
+
+
 def test_a_run_ends_when_the_held_out_loss_stops_falling_and_keeps_its_best(weights):
     # What is learnt says the opposite of what it is judged by.
     against = [[Example((0, 9, 9, 9, 9), (False,) + (True,) * 4, (False,) * 5)]]
@@ -110,6 +125,11 @@ def test_a_rate_that_is_far_too_low_is_not_chosen(weights):
     assert [trial.rate for trial in trials] == [1e-4, 0.3, 1e-3]
     assert best_rate(trials) == 0.3
     assert trials[1].loss < trials[0].loss - 0.5
+
+
+def test_a_rate_that_blew_up_is_told_in_json():
+    told = json.dumps([RateTrial(3.0, math.inf).to_json(), RateTrial(0.3, 1.25).to_json()])
+    assert told == '[{"rate": 3.0, "loss": null}, {"rate": 0.3, "loss": 1.25}]'
 
 
 def test_offsets_are_learnt_beside_the_state_or_not_at_all(weights):
