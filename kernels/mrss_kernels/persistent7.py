@@ -21,15 +21,24 @@ from mrss_kernels._checks import (
     expect_shape,
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
+from mrss_kernels.persistent7_ahead import blocks_ahead
+from mrss_kernels.persistent7_cuts import (
+    FFN_FACTOR,
+    MAX_HELP,
+    SLICE_LEN,
+    Cuts,
+    buffer_sizes,
+    find_cuts,
+)
 
 MAX_ROWS = 12
-"""Rows that the kernel takes. Products are padded to 8 or 16; more than three of a head spill."""
+"""Rows that the kernel takes. Products are padded to 8 or 16; it was not tuned for more."""
 
-WIDTHS = {1024: range(2, 9), 2048: range(1, 13)}
-"""By C, with how many rows it was found to be faster than launch by launch (kernels/README.md)."""
-
-FFN_FACTOR = 4
-"""F / C of every RWKV-7."""
+FASTER = {
+    "NVIDIA H100 80GB HBM3": {1024: range(1, 9), 2048: range(1, 13), 4096: range(2, 9)},
+    "NVIDIA H200": {2048: range(1, 9)},
+}
+"""By card and C, with how many rows it was measured to be faster than launch by launch."""
 
 HEAD_SIZE = 64
 """N of every RWKV-7 so far."""
@@ -38,22 +47,7 @@ CAPABILITY = (9, 0)
 """Of the only cards that have `wgmma`."""
 
 MIN_PROGRAMS = 128
-"""Multiprocessors: with fewer, programs that mark numbers as not written may pass no fence."""
-
-CARDS = ("NVIDIA H100 80GB HBM3",)
-"""Cards on which it was found to be faster."""
-
-BLOCK_BYTES = 64 * 256 * 2
-"""Of a block of weights: 64 outputs, 256 columns."""
-
-NUM_AHEAD = 1
-"""Blocks that a program asks for at once. Two keep memory busier and every wait longer: slower."""
-
-SLICE_LEN = 256
-"""Columns of a row that one unit of a norm writes."""
-
-# Beside the ring and the inputs: barriers, and what reductions take.
-_OTHER_SHARED = 1536
+"""Multiprocessors: with fewer, more programs mark numbers as not written and pass no fence."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def persistent_obstacle(
 ) -> str | None:
     """Return why the kernel cannot or should not run a model's layers, None where it should.
 
-    `MRSS_DECODE` decides for a card that is none of `CARDS`.
+    `MRSS_DECODE` decides for a card and a width that `FASTER` has not.
 
     Args:
         device: of the weights.
@@ -128,8 +122,20 @@ def persistent_obstacle(
         return "MRSS_DECODE is launches"
     if choice == "auto" and found is None:
         name = torch.cuda.get_device_name(device)
-        return None if name in CARDS else f"it was not found to be faster on this card, {name}"
+        if channels not in FASTER.get(name, {}):
+            return f"it was not found to be faster on this card, {name}, for {channels} channels"
     return found
+
+
+def rows_in_one_launch(device: torch.device, channels: int) -> range:
+    """Return with how many rows the steps of a model that nothing is against use the kernel.
+
+    Raises:
+        ValueError: `MRSS_DECODE` is no choice.
+    """
+    if decode_choice() == "persistent":
+        return range(1, MAX_ROWS + 1)
+    return FASTER.get(torch.cuda.get_device_name(device), {}).get(channels, range(0))
 
 
 def _obstacle(
@@ -143,43 +149,15 @@ def _obstacle(
     num_programs = torch.cuda.get_device_properties(device).multi_processor_count
     if num_programs < MIN_PROGRAMS:
         return f"the card has {num_programs} multiprocessors, not {MIN_PROGRAMS} or more"
-    if channels not in WIDTHS:
-        return f"the width {channels} is none of {', '.join(map(str, WIDTHS))}"
+    if channels not in MAX_HELP:
+        return f"the width {channels} is none of {', '.join(map(str, MAX_HELP))}"
     if head_size != HEAD_SIZE:
         return f"heads have {head_size} channels, not {HEAD_SIZE}"
     if num_layers % 2 or num_layers < 2:
         return f"{num_layers} layers are not an even number of them"
-    if not all(ranks) or sum(ranks) > channels:
+    if not all(ranks) or sum(ranks) > channels // 2:
         return f"LoRAs of ranks {list(ranks)} do not fit"
     return None
-
-
-def num_parts(size_k: int, num_tiles: int, num_programs: int) -> int:
-    """Return in how many parts of 256 columns or more K is cut so that units fill the programs."""
-    parts = 1
-    while num_tiles * parts * 2 <= num_programs and size_k % (parts * 512) == 0:
-        parts *= 2
-    return parts
-
-
-def buffer_sizes(
-    rows: int, channels: int, rank_sum: int, parts: tuple[int, int]
-) -> tuple[int, int]:
-    """Return how many numbers in fp32 and in 16 bits one layer's buffers hold.
-
-    In fp32: r, k, v and first halves [B, 3C + sum(ranks)], the parts of the two products that have
-    them [P, B, C], the residual stream before the layer and before its FFN [B, C]. In 16 bits: six
-    mixed inputs [6, B, C], Wo's input and the FFN's [B, C], the FFN's inner activations [B, 4C].
-    """
-    floats = rows * (3 * channels + rank_sum + (sum(parts) + 2) * channels)
-    return floats, rows * (8 + FFN_FACTOR) * channels
-
-
-def num_stages(shared: int, channels: int, value_parts: int, rows: int) -> int:
-    """Return how many blocks of weights the ring holds in so many bytes of shared memory."""
-    longest = max(channels, FFN_FACTOR * channels // value_parts)
-    inputs = longest * (8 if rows <= 8 else 16) * 2
-    return (shared - _OTHER_SHARED - inputs) // BLOCK_BYTES
 
 
 class PersistentLayers7:
@@ -204,11 +182,12 @@ class PersistentLayers7:
         device = layers.project.device
         self._layers = layers
         self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
-        tiles = channels // 64
-        self._parts = (
-            num_parts(channels, tiles, self._num_programs),
-            num_parts(FFN_FACTOR * channels, tiles, self._num_programs),
-        )
+        self._cuts = [self._find_cuts(rows) for rows in range(1, MAX_ROWS + 1)]
+        sizes = (channels, sum(layers.ranks))
+        self._ahead = [
+            blocks_ahead(*sizes, rows, cuts) for rows, cuts in enumerate(self._cuts, start=1)
+        ]
+        self._help = [layers.groups.new_tensor(cuts.help) for cuts in self._cuts]
         layout = gl.NVMMASharedLayout(128, 16)
         matrices = (layers.project, layers.up, layers.output, layers.ffn_key, layers.ffn_value)
         self._descriptors = [
@@ -217,10 +196,18 @@ class PersistentLayers7:
         ]
         self._buffers = [self._blank_buffers(rows) for rows in range(1, MAX_ROWS + 1)]
 
+    def _find_cuts(self, rows: int) -> Cuts:
+        layers = self._layers
+        shared = shared_bytes(layers.groups.device)
+        channels, rank_sum = layers.norm1.shape[-1], sum(layers.ranks)
+        return find_cuts(rows, channels, rank_sum, self._num_programs, shared)
+
     def _blank_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         layers = self._layers
         channels = layers.norm1.shape[-1]
-        floats, halves = buffer_sizes(rows, channels, sum(layers.ranks), self._parts)
+        cuts = self._cuts[rows - 1]
+        parts = (cuts.output_parts, cuts.value_parts)
+        floats, halves = buffer_sizes(rows, channels, sum(layers.ranks), parts)
         make = layers.groups.new_full
         in_fp32 = make((2, floats), -1).view(torch.float32)
         return in_fp32, make((2, halves), -1, dtype=torch.int16).view(layers.project.dtype)
@@ -238,7 +225,8 @@ class PersistentLayers7:
 
         Args:
             x: residual stream [B, C] fp32, of up to `MAX_ROWS` rows.
-            mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights.
+            mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights. Neither may
+                hold a number all of whose bits are 1, which no arithmetic makes: it would trap.
             shift_att: normalised last tokens by layer and slot [L, S', C] fp32, *modified* but for
                 layer 0's, which whoever made `mixed` has written.
             shift_ffn: likewise, *modified*.
@@ -260,11 +248,12 @@ class PersistentLayers7:
         if not rows:
             return x, x.new_empty((1, 0, channels))
         floats, halves = self._buffers[rows - 1]
-        heads = channels // 64
+        cuts = self._cuts[rows - 1]
         rank_w, rank_a, rank_g, rank_v = layers.ranks
         persistent7_kernel[(self._num_programs,)](
             *self._descriptors,
             layers.groups,
+            self._help[rows - 1],
             layers.norm1,
             layers.norm2,
             layers.mix,
@@ -283,26 +272,28 @@ class PersistentLayers7:
             self._num_programs,
             pool.stride(0),
             shift_att.stride(0),
+            *self._ahead[rows - 1],
             B=rows,
             C=channels,
             F=FFN_FACTOR * channels,
-            G=-(-rows * heads // self._num_programs),
+            G=cuts.group,
             RW=rank_w,
             RA=rank_a,
             RG=rank_g,
             RV=rank_v,
-            OUTPUT_PARTS=self._parts[0],
-            VALUE_PARTS=self._parts[1],
-            STAGES=num_stages(shared_bytes(x.device), channels, self._parts[1], rows),
-            AHEAD=NUM_AHEAD,
+            HELPED=cuts.helped,
+            HELP_LEN=MAX_HELP[channels] * 256,
+            OUTPUT_PARTS=cuts.output_parts,
+            VALUE_PARTS=cuts.value_parts,
+            STAGES=cuts.num_stages,
             SLICE=SLICE_LEN,
             num_warps=NUM_COMPUTING_WARPS,
             launch_cooperative_grid=True,
             **dependent_launch(x.device),
         )
         # The last layer is an odd one.
-        parts, (residual_at, parts_at) = self._parts[1], self._offsets(rows)
-        last = floats[1]
+        residual_at, parts_at = self._offsets(rows)
+        last, parts = floats[1], cuts.value_parts
         residual = last[residual_at : residual_at + rows * channels].view(rows, channels)
         end = parts_at + parts * rows * channels
         return residual, last[parts_at:end].view(parts, rows, channels)
@@ -310,9 +301,10 @@ class PersistentLayers7:
     def _offsets(self, rows: int) -> tuple[int, int]:
         """Return where the residual stream before the FFN and the FFN's parts begin."""
         channels = self._layers.norm1.shape[-1]
-        projected = 3 * channels + sum(self._layers.ranks)
-        parts_at = rows * (projected + self._parts[0] * channels)
-        return parts_at + rows * (self._parts[1] + 1) * channels, parts_at
+        cuts = self._cuts[rows - 1]
+        projected = 2 * (3 * channels + sum(self._layers.ranks))
+        parts_at = rows * (projected + cuts.output_parts * channels)
+        return parts_at + rows * (cuts.value_parts + 1) * channels, parts_at
 
     def _check(
         self,

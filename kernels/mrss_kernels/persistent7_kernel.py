@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mrss_kernels.persistent7_parts import (
     BLOCK_LEN,
     NUM_OUTPUTS,
+    await_word,
     blank,
     fence,
     gdc_wait,
@@ -31,53 +32,94 @@ NUM_COMPUTING_WARPS = 4
 
 
 @gluon.jit
+def help_of(p_help, unit, HELPED: gl.constexpr):
+    """Return how many blocks of a unit of the first product are another program's."""
+    blocks = gl.to_tensor(0)
+    if unit >= HELPED:
+        blocks = gl.load(p_help + unit - HELPED)
+    return blocks
+
+
+@gluon.jit
+def helped_units(pid, num_programs, TILES: gl.constexpr, HELPED: gl.constexpr):
+    """Return the first unit of the first product that a program helps with, and its end."""
+    NUM_HELPED: gl.constexpr = TILES - HELPED
+    first = gl.to_tensor(0)
+    end = gl.to_tensor(0)
+    if pid >= NUM_HELPED:
+        num_helpers = num_programs - NUM_HELPED
+        i = pid - NUM_HELPED
+        first = HELPED + (i * NUM_HELPED + num_helpers - 1) // num_helpers
+        end = HELPED + ((i + 1) * NUM_HELPED + num_helpers - 1) // num_helpers
+    return first, end
+
+
+@gluon.jit
 def ask_for_weights(
     w_project,
     w_up,
     w_output,
     w_key,
     w_value,
+    p_help,
     ring,
     full,
     empty,
     num_layers,
     num_programs,
+    ahead_project,
+    ahead_up,
+    ahead_output,
+    ahead_key,
+    ahead_value,
     C: gl.constexpr,
     F: gl.constexpr,
     SUM: gl.constexpr,
     MIX_UNITS: gl.constexpr,
+    HELPED: gl.constexpr,
     OUTPUT_PARTS: gl.constexpr,
     VALUE_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """Ask for all blocks of this program's units, in the order in which `compute` reads them."""
     R: gl.constexpr = 3 * C + SUM
+    TILES: gl.constexpr = R // NUM_OUTPUTS
     pid = gl.program_id(0)
     block = gl.to_tensor(0)
     for i in range(num_layers):
-        for unit in range(pid, R // NUM_OUTPUTS, num_programs):
+        for unit in range(pid, TILES, num_programs):
             row = i * R + unit * NUM_OUTPUTS
-            for k in range(0, C, BLOCK_LEN):
-                block = push(w_project, ring, full, empty, block, row, k, STAGES, AHEAD)
-        for unit in range(pid, MIX_UNITS, num_programs):
+            for k in range(0, C - help_of(p_help, unit, HELPED) * BLOCK_LEN, BLOCK_LEN):
+                ahead = 1 + (ahead_project >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_project, ring, full, empty, block, row, k, STAGES, ahead)
+        first, end = helped_units(pid, num_programs, TILES, HELPED)
+        for unit in range(first, end):
+            row = i * R + unit * NUM_OUTPUTS
+            for k in range(C - help_of(p_help, unit, HELPED) * BLOCK_LEN, C, BLOCK_LEN):
+                ahead = 1 + (ahead_project >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_project, ring, full, empty, block, row, k, STAGES, ahead)
+        for unit in range(num_programs - 1 - pid, MIX_UNITS, num_programs):
             row = i * C + unit % (C // 64) * 64
             for k in range(0, SUM, BLOCK_LEN):
-                block = push(w_up, ring, full, empty, block, row, k, STAGES, AHEAD)
+                ahead = 1 + (ahead_up >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_up, ring, full, empty, block, row, k, STAGES, ahead)
         for unit in range(pid, C // NUM_OUTPUTS * OUTPUT_PARTS, num_programs):
             row = i * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
             first = unit % OUTPUT_PARTS * (C // OUTPUT_PARTS)
             for k in range(0, C // OUTPUT_PARTS, BLOCK_LEN):
-                block = push(w_output, ring, full, empty, block, row, first + k, STAGES, AHEAD)
+                ahead = 1 + (ahead_output >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_output, ring, full, empty, block, row, first + k, STAGES, ahead)
         for unit in range(pid, F // NUM_OUTPUTS, num_programs):
             row = i * F + unit * NUM_OUTPUTS
             for k in range(0, C, BLOCK_LEN):
-                block = push(w_key, ring, full, empty, block, row, k, STAGES, AHEAD)
+                ahead = 1 + (ahead_key >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_key, ring, full, empty, block, row, k, STAGES, ahead)
         for unit in range(pid, C // NUM_OUTPUTS * VALUE_PARTS, num_programs):
             row = i * C + unit // VALUE_PARTS * NUM_OUTPUTS
             first = unit % VALUE_PARTS * (F // VALUE_PARTS)
             for k in range(0, F // VALUE_PARTS, BLOCK_LEN):
-                block = push(w_value, ring, full, empty, block, row, first + k, STAGES, AHEAD)
+                ahead = 1 + (ahead_value >> 2 * (k // BLOCK_LEN) & 3)
+                block = push(w_value, ring, full, empty, block, row, first + k, STAGES, ahead)
 
 
 @gluon.jit
@@ -86,7 +128,10 @@ def compute(
     full,
     empty,
     inputs,
+    votes,
+    more_votes,
     p_groups,
+    p_help,
     p_norm1,
     p_norm2,
     p_mix,
@@ -114,6 +159,8 @@ def compute(
     RG: gl.constexpr,
     RV: gl.constexpr,
     MIX_UNITS: gl.constexpr,
+    HELPED: gl.constexpr,
+    HELP_LEN: gl.constexpr,
     OUTPUT_PARTS: gl.constexpr,
     VALUE_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -125,7 +172,8 @@ def compute(
     NORM_UNITS: gl.constexpr = B * (C // SLICE)
     VALUE_UNITS: gl.constexpr = C // NUM_OUTPUTS * VALUE_PARTS
     # A layer's buffers, in elements: see `buffer_sizes`.
-    ATT_PARTS: gl.constexpr = B * R
+    TILES: gl.constexpr = R // NUM_OUTPUTS
+    ATT_PARTS: gl.constexpr = 2 * B * R
     FFN_PARTS: gl.constexpr = ATT_PARTS + OUTPUT_PARTS * B * C
     BEFORE: gl.constexpr = FFN_PARTS + VALUE_PARTS * B * C
     BETWEEN: gl.constexpr = BEFORE + B * C
@@ -147,63 +195,82 @@ def compute(
         halves = p_halves + i % 2 * HALVES
         next_halves = p_halves + (1 - i % 2) * HALVES
         p_residual = p_x
+        p_inputs = p_mixed
         if i > 0:
             p_residual = floats + BEFORE
-        for unit in range(pid, R // NUM_OUTPUTS, num_programs):
+            p_inputs = halves
+        for unit in range(pid, TILES, num_programs):
             at = gl.load(p_groups + unit) * B * C
-            if i == 0:
-                stage_rows(inputs, p_mixed + at, C, B, C, False)
-            else:
-                stage_rows(inputs, halves + at, C, B, C, True)
+            stage_rows(inputs, votes, p_inputs + at, C, B, C)
             at = unit * NUM_OUTPUTS
             mark(next_floats + at, R, B)
-            acc, block = multiply(ring, full, empty, inputs, block, C // BLOCK_LEN, STAGES)
+            blocks = C // BLOCK_LEN - help_of(p_help, unit, HELPED)
+            acc, block = multiply(ring, full, empty, inputs, 0, blocks, block, STAGES)
             put(floats + at, acc, R, B)
-        for unit in range(pid, MIX_UNITS, num_programs):
+        first, end = helped_units(pid, num_programs, TILES, HELPED)
+        staged = gl.to_tensor(-1)
+        for unit in range(first, end):
+            group = gl.load(p_groups + unit)
+            if group != staged:
+                stage_rows(inputs, votes, p_inputs + group * B * C + C - HELP_LEN, C, B, HELP_LEN)
+                staged = group
+            at = B * R + unit * NUM_OUTPUTS
+            mark(next_floats + at, R, B)
+            blocks = help_of(p_help, unit, HELPED)
+            begin = HELP_LEN // BLOCK_LEN - blocks
+            acc, block = multiply(ring, full, empty, inputs, begin, blocks, block, STAGES)
+            put(floats + at, acc, R, B)
+        for unit in range(num_programs - 1 - pid, MIX_UNITS, num_programs):
+            if pid >= TILES and first == end:
+                # It has no part in what it reads next: not before all have left the last layer.
+                await_word(p_inputs)
             block = time_mix_unit(
-                unit, i == 0, ring, full, empty, inputs, block, floats, p_vectors + i * 8 * C,
-                p_first, p_pool + i * pool_stride, p_slots, halves + ATT, next_halves + ATT,
-                B, C, G, RW, RA, RG, RV, STAGES,
+                unit, i == 0, ring, full, empty, inputs, votes, block, floats,
+                p_vectors + i * 8 * C, p_first, p_pool + i * pool_stride, p_slots,
+                halves + ATT, next_halves + ATT, B, C, G, RW, RA, RG, RV, HELPED, STAGES,
             )  # fmt: skip
         for unit in range(pid, C // NUM_OUTPUTS * OUTPUT_PARTS, num_programs):
             PART: gl.constexpr = C // OUTPUT_PARTS
             part = unit % OUTPUT_PARTS
-            stage_rows(inputs, halves + ATT + part * PART, C, B, PART, True)
+            stage_rows(inputs, votes, halves + ATT + part * PART, C, B, PART)
             at = ATT_PARTS + part * B * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
             mark(next_floats + at, C, B)
-            acc, block = multiply(ring, full, empty, inputs, block, PART // BLOCK_LEN, STAGES)
+            acc, block = multiply(ring, full, empty, inputs, 0, PART // BLOCK_LEN, block, STAGES)
             put(floats + at, acc, C, B)
         for unit in range(pid, NORM_UNITS, num_programs):
             norm_unit(
-                unit, inputs, p_residual, floats + ATT_PARTS, floats + BETWEEN,
+                unit, inputs, votes, more_votes, p_residual, floats + ATT_PARTS, floats + BETWEEN,
                 next_floats + BETWEEN, p_norm2 + i * 2 * C, p_shift_ffn + i * shift_stride,
                 p_slots, p_ffn_mix + i * C, halves + FFN_IN, next_halves + FFN_IN,
                 B, C, OUTPUT_PARTS, 1, SLICE,
             )  # fmt: skip
         for unit in range(pid, F // NUM_OUTPUTS, num_programs):
-            stage_rows(inputs, halves + FFN_IN, C, B, C, True)
+            stage_rows(inputs, votes, halves + FFN_IN, C, B, C)
             at = SQUARED + unit * NUM_OUTPUTS
             mark(next_halves + at, F, B)
-            acc, block = multiply(ring, full, empty, inputs, block, C // BLOCK_LEN, STAGES)
+            acc, block = multiply(ring, full, empty, inputs, 0, C // BLOCK_LEN, block, STAGES)
             acc = gl.maximum(acc, 0.0)
             put(halves + at, acc * acc, F, B)
         for unit in range(pid, VALUE_UNITS, num_programs):
             LONG: gl.constexpr = F // VALUE_PARTS
             part = unit % VALUE_PARTS
-            stage_rows(inputs, halves + SQUARED + part * LONG, F, B, LONG, True)
+            if pid >= F // NUM_OUTPUTS:
+                # Likewise.
+                await_word(halves + FFN_IN)
+            stage_rows(inputs, votes, halves + SQUARED + part * LONG, F, B, LONG, True)
             # What this program has emptied is empty for all before anybody fills it again.
             fence()
             at = FFN_PARTS + part * B * C + unit // VALUE_PARTS * NUM_OUTPUTS
             mark(next_floats + at, C, B)
-            acc, block = multiply(ring, full, empty, inputs, block, LONG // BLOCK_LEN, STAGES)
+            acc, block = multiply(ring, full, empty, inputs, 0, LONG // BLOCK_LEN, block, STAGES)
             put(floats + at, acc, C, B)
         if i < num_layers - 1:
             n = i + 1
             for unit in range(pid, NORM_UNITS, num_programs):
                 norm_unit(
-                    unit, inputs, floats + BETWEEN, floats + FFN_PARTS, next_floats + BEFORE,
-                    floats + BEFORE, p_norm1 + n * 2 * C, p_shift_att + n * shift_stride,
-                    p_slots, p_mix + n * 6 * C, next_halves, halves,
+                    unit, inputs, votes, more_votes, floats + BETWEEN, floats + FFN_PARTS,
+                    next_floats + BEFORE, floats + BEFORE, p_norm1 + n * 2 * C,
+                    p_shift_att + n * shift_stride, p_slots, p_mix + n * 6 * C, next_halves, halves,
                     B, C, VALUE_PARTS, 6, SLICE,
                 )  # fmt: skip
         elif pid < VALUE_UNITS:
@@ -216,7 +283,11 @@ def compute(
                 gl.store(halves + unit * 128 + o, blank(halves))
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        "ahead_project", "ahead_up", "ahead_output", "ahead_key", "ahead_value",
+    ]
+)  # fmt: skip
 def persistent7_kernel(
     w_project,
     w_up,
@@ -224,6 +295,7 @@ def persistent7_kernel(
     w_key,
     w_value,
     p_groups,
+    p_help,
     p_norm1,
     p_norm2,
     p_mix,
@@ -242,6 +314,11 @@ def persistent7_kernel(
     num_programs,
     pool_stride,
     shift_stride,
+    ahead_project,
+    ahead_up,
+    ahead_output,
+    ahead_key,
+    ahead_value,
     B: gl.constexpr,
     C: gl.constexpr,
     F: gl.constexpr,
@@ -250,10 +327,11 @@ def persistent7_kernel(
     RA: gl.constexpr,
     RG: gl.constexpr,
     RV: gl.constexpr,
+    HELPED: gl.constexpr,
+    HELP_LEN: gl.constexpr,
     OUTPUT_PARTS: gl.constexpr,
     VALUE_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     SLICE: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -266,6 +344,9 @@ def persistent7_kernel(
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     shape: gl.constexpr = [LONGEST // BLOCK_LEN, 8 if B <= 8 else 16, BLOCK_LEN]
     inputs = gl.allocate_shared_memory(dtype, shape, rows_layout)
+    votes_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    votes = gl.allocate_shared_memory(gl.int32, [4], votes_layout)
+    more_votes = gl.allocate_shared_memory(gl.int32, [4], votes_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -277,18 +358,20 @@ def persistent7_kernel(
             (
                 compute,
                 (
-                    ring, full, empty, inputs, p_groups, p_norm1, p_norm2, p_mix, p_ffn_mix,
-                    p_vectors, p_pool, p_shift_att, p_shift_ffn, p_slots, p_x, p_mixed, p_first,
-                    p_floats, p_halves, num_layers, num_programs, pool_stride, shift_stride,
-                    B, C, F, G, RW, RA, RG, RV, MIX_UNITS, OUTPUT_PARTS, VALUE_PARTS, STAGES,
-                    SLICE, PDL,
+                    ring, full, empty, inputs, votes, more_votes, p_groups, p_help, p_norm1,
+                    p_norm2, p_mix, p_ffn_mix, p_vectors, p_pool, p_shift_att, p_shift_ffn,
+                    p_slots, p_x, p_mixed, p_first, p_floats, p_halves, num_layers,
+                    num_programs, pool_stride, shift_stride, B, C, F, G, RW, RA, RG, RV,
+                    MIX_UNITS, HELPED, HELP_LEN, OUTPUT_PARTS, VALUE_PARTS, STAGES, SLICE, PDL,
                 ),
             ),
             (
                 ask_for_weights,
                 (
-                    w_project, w_up, w_output, w_key, w_value, ring, full, empty, num_layers,
-                    num_programs, C, F, SUM, MIX_UNITS, OUTPUT_PARTS, VALUE_PARTS, STAGES, AHEAD,
+                    w_project, w_up, w_output, w_key, w_value, p_help, ring, full, empty,
+                    num_layers, num_programs, ahead_project, ahead_up, ahead_output,
+                    ahead_key, ahead_value, C, F, SUM, MIX_UNITS, HELPED, OUTPUT_PARTS,
+                    VALUE_PARTS, STAGES,
                 ),
             ),
         ],

@@ -23,7 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mrss_kernels.caching import KEEP
 
 BLANK = gl.constexpr(0xFFFFFFFF)
-"""The bits of a number in fp32 that has not been written."""
+"""The bits of a number in fp32, or of a pair of 16 bits, that has not been written."""
+
+SIGNS = gl.constexpr(-2147450880)
+"""The signs of two halves of 16 bits."""
 
 NUM_OUTPUTS = gl.constexpr(64)
 """Outputs of a unit of work: the rows of a tile that `wgmma` takes."""
@@ -48,14 +51,61 @@ def bits(x):
 
 
 @gluon.jit
-def blank_halves(words):
-    """Return words that are not 0 where a half of 16 bits has not been written."""
-    return ((words ^ -1) - 0x00010001) & words & -2147450880
+def bits_at(p):
+    """Return pointers to the bits of numbers in fp32 or of pairs of 16 bits."""
+    return p.to(gl.pointer_type(gl.int32), bitcast=True)
 
 
 @gluon.jit
 def _either(a, b):
     return a | b
+
+
+@gluon.jit
+def put_votes(x, votes):
+    """Store x [4], an element a warp, and return the place of all four, [4].
+
+    What each thread reads there and reduces is a reduction over all threads with fewer barriers.
+    """
+    votes = votes._reinterpret(x.dtype, [4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    votes.store(x)
+    return votes
+
+
+@gluon.jit
+def get_votes(votes):
+    """Return what all warps have put [4]."""
+    return votes.load(gl.BlockedLayout([4], [32], [4], [0]))
+
+
+@gluon.jit
+def _load_missing(p, words, mask, POSITIVE: gl.constexpr):
+    """Return words int32 [..., n], those groups of n loaded once more where one is not there.
+
+    Groups that have come are not read again: reads stand behind reads. A word is a number in fp32
+    or two of 16 bits that are written at once; if POSITIVE, two that are written apart and whose
+    sign bits are never set.
+    """
+    if POSITIVE:
+        missing = gl.expand_dims(gl.reduce(words, 2, _either), 2) & SIGNS != 0
+    else:
+        missing = gl.max(words.to(gl.uint32, bitcast=True), 2, keep_dims=True) == BLANK
+    return gl.load(p, mask=mask & missing, other=words, volatile=True)
+
+
+@gluon.jit
+def _are_there(words, votes, POSITIVE: gl.constexpr):
+    """Return whether all words [rows, n, m] have been written, the same in all threads."""
+    if POSITIVE:
+        seen = gl.reduce(gl.reduce(words, 2, _either), 0, _either)
+        seen = gl.reshape(seen, [seen.shape[0] // 128, 4, 32])
+        seen = gl.reduce(gl.reduce(seen, 2, _either), 0, _either)
+        return gl.reduce(get_votes(put_votes(seen, votes)), 0, _either) & SIGNS == 0
+    else:  # noqa: RET505 (Gluon compiles what follows a return)
+        seen = gl.max(gl.max(words.to(gl.uint32, bitcast=True), 2), 0)
+        seen = gl.reshape(seen, [seen.shape[0] // 128, 4, 32])
+        seen = gl.max(gl.max(seen, 2), 0)
+        return gl.max(get_votes(put_votes(seen, votes)), 0) != BLANK
 
 
 @gluon.jit
@@ -83,6 +133,16 @@ def count(polls):
 
 
 @gluon.jit
+def await_word(p):
+    """Wait until the number in fp32, or the pair of 16 bits, that p points to is there."""
+    polls = gl.to_tensor(0)
+    word = gl.load(bits_at(p), volatile=True)
+    while word == -1:
+        polls = count(polls)
+        word = gl.load(bits_at(p), volatile=True)
+
+
+@gluon.jit
 def fence():
     """Let all programs see what this one has written before what it will write."""
     gl.inline_asm_elementwise(
@@ -96,35 +156,35 @@ def fence():
 
 
 @gluon.jit
-def push(weight, ring, full, empty, block, row, column, STAGES: gl.constexpr, AHEAD: gl.constexpr):
-    """Ask for a block of weights as soon as its slot is empty and the one AHEAD blocks before here.
+def push(weight, ring, full, empty, block, row, column, STAGES: gl.constexpr, ahead):
+    """Ask for a block of weights as soon as its slot is empty and the one `ahead` before it here.
 
     More under way would delay what all programs wait for, as it stands behind it in the L2.
     """
     slot = block % STAGES
     mbarrier.wait(empty.index(slot), ((block // STAGES) & 1) ^ 1)
-    before = gl.maximum(block - AHEAD, 0)
-    mbarrier.wait(full.index(before % STAGES), (before // STAGES) & 1, pred=block >= AHEAD)
+    before = gl.maximum(block - ahead, 0)
+    mbarrier.wait(full.index(before % STAGES), (before // STAGES) & 1, pred=block >= ahead)
     mbarrier.expect(full.index(slot), NUM_OUTPUTS * BLOCK_LEN * 2)
     tma.async_copy_global_to_shared(weight, [row, column], full.index(slot), ring.index(slot))
     return block + 1
 
 
 @gluon.jit
-def multiply(ring, full, empty, inputs, block, BLOCKS: gl.constexpr, STAGES: gl.constexpr):
-    """Return the next BLOCKS blocks of weights times the rows of inputs [64, 8 or 16] fp32.
+def multiply(ring, full, empty, inputs, first, num_blocks, block, STAGES: gl.constexpr):
+    """Return the product of the next blocks of weights and of inputs, and the block behind them.
 
-    And the block after them.
-
-    A block's slot is given back when the product of the next one is under way.
+    The product is [64, 8 or 16] fp32; inputs are those from block `first` on. A block's slot is
+    given back when the product of the next one is under way.
     """
     ROWS: gl.constexpr = inputs.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     acc = gl.zeros([NUM_OUTPUTS, ROWS], gl.float32, LAYOUT)
-    for k in range(BLOCKS):
+    gl.assume(num_blocks > 0)
+    for k in range(num_blocks):
         slot = block % STAGES
         mbarrier.wait(full.index(slot), (block // STAGES) & 1)
-        columns = inputs.index(k).permute((1, 0))
+        columns = inputs.index(first + k).permute((1, 0))
         acc = warpgroup_mma(ring.index(slot), columns, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         # All warps have read it.
@@ -138,25 +198,35 @@ def multiply(ring, full, empty, inputs, block, BLOCKS: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
-def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POLL: gl.constexpr):
-    """Put B rows of K columns of 16 bits into shared memory, once they are there if POLL."""
+def stage_rows(
+    inputs,
+    votes,
+    p_x,
+    stride,
+    B: gl.constexpr,
+    K: gl.constexpr,
+    POSITIVE: gl.constexpr = False,
+):
+    """Put B rows of K columns of 16 bits into shared memory, once they are there."""
     # Rows lie in registers, so that those from B on cost no instructions.
     WIDE: gl.constexpr = 4 if K >= 1024 else K // 256
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4 // WIDE, WIDE], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, WIDE], [1, 32, 1], [1, 4, 1], [2, 1, 0])
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32)
     ROWS: gl.constexpr = inputs.shape[1]
-    o_b = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    o_k = gl.arange(0, K // 2, gl.SliceLayout(0, LAYOUT))
-    o_k = gl.max_contiguous(gl.multiple_of(o_k, 4), 4)
-    p_words = p_x.to(gl.pointer_type(gl.int32), bitcast=True)
-    p_words += (o_b * (stride // 2))[:, None] + o_k[None, :]
-    mask = (o_b < B)[:, None] & (o_k >= 0)[None, :]
-    words = gl.load(p_words, mask=mask, other=0, volatile=True)
-    if POLL:
-        polls = gl.to_tensor(0)
-        while gl.reduce(gl.reduce(blank_halves(words), 1, _either), 0, _either) != 0:
-            polls = count(polls)
-            words = gl.load(p_words, mask=mask, other=0, volatile=True)
+    o_b = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    o_k = gl.arange(0, K // 2 // WIDE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    o_w = gl.arange(0, WIDE, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    at = o_b * (stride // 2) + o_k[None, :, None] * WIDE + o_w
+    p_words = bits_at(p_x) + at
+    mask = (o_b < B) & (o_k >= 0)[None, :, None] & (o_w >= 0)
+    words = gl.where(mask, -1, 0)
+    missing = gl.to_tensor(True)
+    polls = gl.to_tensor(0)
+    while missing:
+        polls = count(polls)
+        words = _load_missing(p_words, words, mask, POSITIVE)
+        missing = not _are_there(words, votes, POSITIVE)
+    words = gl.reshape(words, [ROWS, K // 2])
     inputs._reinterpret(gl.int32, [ROWS, K // 2], WORDS).store(words)
     fence_async_shared()
     thread_barrier()
@@ -188,14 +258,30 @@ def put(p_y, acc, stride, B: gl.constexpr):
 
 
 @gluon.jit
-def _sums_and_largest(a, b, c, d, e, f):
-    return a + d, b + e, gl.maximum(c, f)
+def _is_missing(x, parts, votes, PARTS: gl.constexpr):
+    """Return whether one of the numbers is not there, the same in all threads."""
+    seen = x.to(gl.uint32, bitcast=True)
+    for i in gl.static_range(PARTS):
+        seen = gl.maximum(seen, parts[i].to(gl.uint32, bitcast=True))
+    return gl.max(get_votes(put_votes(gl.max(gl.max(seen, 2), 1), votes)), 0) == BLANK
+
+
+@gluon.jit
+def _statistics(x, scratch, votes, more_votes):
+    """Put a row [4, n, 4] into shared memory; return the sum of it, and of its squares."""
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    scratch._reinterpret(gl.float32, x.shape, LINEAR).store(x)
+    totals = put_votes(gl.sum(gl.sum(x, 2), 1), votes)
+    squares = put_votes(gl.sum(gl.sum(x * x, 2), 1), more_votes)
+    return gl.sum(get_votes(totals), 0), gl.sum(get_votes(squares), 0)
 
 
 @gluon.jit
 def norm_unit(
     unit,
     scratch,
+    votes,
+    more_votes,
     p_x,
     p_parts,
     p_sum,
@@ -217,12 +303,15 @@ def norm_unit(
     As `add_norm_mix`. What a step does not write is read before the parts are waited for. By then
     all have read what is marked here: this program has had inputs that depend on it.
     """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [4, 1, 1], [2, 1, 0])
     OWN: gl.constexpr = gl.BlockedLayout([1, SLICE // 128], [1, 32], [1, 4], [1, 0])
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     i_b = unit // (C // SLICE)
     i_s = unit % (C // SLICE)
-    o_c = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))[None, :]
+    # A quarter of a row a warp, four columns at a time.
+    o_c = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None] * (C // 4)
+    o_c += gl.arange(0, C // 16, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] * 4
+    o_c += gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     o_s = i_s * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, OWN))[None, :]
     weight = gl.load(p_norm + o_s)
     bias = gl.load(p_norm + C + o_s)
@@ -236,35 +325,41 @@ def norm_unit(
     for i in gl.static_range(MIXES):
         at = (i * B + i_b) * C + o_s
         gl.store(p_next_out + at, blank(p_out), eviction_policy=KEEP)
+    row = o_c * 0 - 1
+    parts = ()
+    for _ in gl.static_range(PARTS):
+        parts = parts + (row,)  # noqa: RUF005
+    x = row.to(gl.float32)
     total = gl.to_tensor(0.0)
     squares = gl.to_tensor(0.0)
-    largest = gl.to_tensor(BLANK)
+    missing = gl.to_tensor(True)
     polls = gl.to_tensor(0)
-    while largest == BLANK:
+    while missing:
         polls = count(polls)
-        x = gl.load(p_x + i_b * C + o_c, volatile=True)
-        parts = ()
+        row = _load_missing(bits_at(p_x + i_b * C + o_c), row, o_c >= 0, False)
+        x = row.to(gl.float32, bitcast=True)
+        again = ()
         for i in gl.static_range(PARTS):
-            p_part = p_parts + (i * B + i_b) * C + o_c
-            parts = parts + (gl.load(p_part, volatile=True),)  # noqa: RUF005
-        seen = bits(x)
-        for i in gl.static_range(PARTS):
-            seen = gl.maximum(seen, bits(parts[i]))
-            x += parts[i]
-        scratch._reinterpret(gl.float32, [1, C], LINEAR).store(x)
-        total, squares, largest = gl.reduce((x, x * x, seen), 1, _sums_and_largest)
-        total = gl.sum(total, 0)
-        squares = gl.sum(squares, 0)
-        largest = gl.max(largest, 0)
+            p_part = bits_at(p_parts + (i * B + i_b) * C + o_c)
+            part = _load_missing(p_part, parts[i], o_c >= 0, False)
+            x += part.to(gl.float32, bitcast=True)
+            again = again + (part,)  # noqa: RUF005
+        parts = again
+        total, squares = _statistics(x, scratch, votes, more_votes)
+        # A number that is not there is a NaN, but not every NaN is one.
+        missing = total != total
+        if missing:
+            missing = _is_missing(row, parts, votes, PARTS)
     thread_barrier()
+    x_all = x
     x = scratch._reinterpret(gl.float32, [C // SLICE, 1, SLICE], LINEAR).index(i_s).load(OWN)
     mean = total / C
     variance = squares / C - mean * mean
     if mean * mean > variance:
         # The difference would lose bits.
-        rest = scratch._reinterpret(gl.float32, [1, C], LINEAR).load(LAYOUT) - mean
-        mean += gl.sum(gl.sum(rest, 1), 0) / C
-        variance = gl.sum(gl.sum(rest * rest, 1), 0) / C
+        rest = x_all - mean
+        mean += gl.sum(gl.sum(gl.sum(rest, 2), 1), 0) / C
+        variance = gl.sum(gl.sum(gl.sum(rest * rest, 2), 1), 0) / C
     h = (x - mean) / gl.sqrt(variance + LN_EPS) * weight + bias
     for i in gl.static_range(MIXES):
         mixed = h + (previous - h) * mixes[i]

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="assignment, misc"
-"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to three rows.
+"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to four rows.
 
-As `time_mix7`. A LoRA's second half multiplies all rows' columns at once: each LoRA of each row has
-a column of its own among the 8 or 16, zeros where the others' ranks are. Vectors of a head have two
-elements a thread, the same in every warp; the state, and what meets it, eight columns a thread.
+As `time_mix7`. Vectors of a head are [4, 64], a row a warp, so that several rows take the time of
+one; states, and what meets them, have eight columns a thread, one row after the other. In between
+all rows' vectors go through shared memory at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from mrss_kernels.caching import KEEP
 from mrss_kernels.persistent7_parts import (
     BLANK,
     BLOCK_LEN,
+    NUM_OUTPUTS,
     bits,
     blank,
     count,
+    get_votes,
     multiply,
+    put_votes,
     thread_barrier,
 )
 
@@ -41,39 +44,52 @@ def _activate(z, o_r, RW: gl.constexpr, RA: gl.constexpr, RG: gl.constexpr):
 
 
 @gluon.jit
-def _load_rows(
+def _load_sum(p, column, mask, seen, ROWS_LEN: gl.constexpr, HELPED: gl.constexpr):
+    """Return numbers of the first product, and the largest of seen and their bits [4, 64].
+
+    From unit HELPED on they are a sum of two parts.
+    """
+    x = gl.load(p, mask=mask, other=0.0, volatile=True)
+    part_mask = mask & (column >= HELPED * NUM_OUTPUTS)
+    part = gl.load(p + ROWS_LEN, mask=part_mask, other=0.0, volatile=True)
+    largest = gl.reshape(gl.maximum(bits(x), bits(part)), [4, 64])
+    largest = gl.convert_layout(largest, seen.type.layout, assert_trivial=True)
+    return x + part, gl.maximum(seen, largest)
+
+
+@gluon.jit
+def _load_inputs(
     p_rows,
     i_b,
     o_c,
     o_r,
+    here,
     B: gl.constexpr,
     C: gl.constexpr,
     G: gl.constexpr,
     SUM: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    HELPED: gl.constexpr,
 ):
-    """Return r, k, v of the head, first halves of LoRAs, of G rows, and the largest bits of all."""
-    rs = ()
-    ks = ()
-    vs = ()
+    """Return r, k, v of a head [4, 64], first halves of LoRAs, and the largest of their bits.
+
+    First halves are in a tuple, 256 ranks of a row each.
+    """
+    ROW: gl.constexpr = 3 * C + SUM
+    o_j = gl.arange(0, 4, gl.SliceLayout(1, o_c.type.layout))[:, None]
+    p_row = p_rows + (i_b + o_j) * ROW + o_c
+    seen = (o_j * 0 + o_c * 0).to(gl.uint32)
+    r, seen = _load_sum(p_row, o_c, here, seen, B * ROW, HELPED)
+    k, seen = _load_sum(p_row + C, C + o_c, here, seen, B * ROW, HELPED)
+    v, seen = _load_sum(p_row + 2 * C, 2 * C + o_c, here, seen, B * ROW, HELPED)
     lows = ()
-    seen = (o_r * 0 + o_c * 0).to(gl.uint32)
     for j in gl.static_range(G):
-        here = (o_c >= 0) & (i_b + j < B)
-        p_row = p_rows + (i_b + j) * (3 * C + SUM)
-        r = gl.load(p_row + o_c, mask=here, other=0.0, volatile=True)
-        k = gl.load(p_row + C + o_c, mask=here, other=0.0, volatile=True)
-        v = gl.load(p_row + 2 * C + o_c, mask=here, other=0.0, volatile=True)
-        seen = gl.maximum(seen, gl.maximum(gl.maximum(bits(r), bits(k)), bits(v)))
-        rs = rs + (r,)  # noqa: RUF005 (no * in Gluon)
-        ks = ks + (k,)  # noqa: RUF005
-        vs = vs + (v,)  # noqa: RUF005
-        for i in gl.static_range(BLOCKS):
-            at = i * BLOCK_LEN + o_r
-            low = gl.load(p_row + 3 * C + at, mask=here & (at < SUM), other=0.0, volatile=True)
-            seen = gl.maximum(seen, bits(low))
-            lows = lows + (low,)  # noqa: RUF005
-    return rs, ks, vs, lows, seen
+        p_low = p_rows + (i_b + j) * ROW
+        for rank in gl.static_range(0, SUM, BLOCK_LEN):
+            column = 3 * C + rank + o_r
+            mask = (rank + o_r < SUM) & (i_b + j < B)
+            low, seen = _load_sum(p_low + column, column, mask, seen, B * ROW, HELPED)
+            lows = lows + (low,)  # noqa: RUF005 (no * in Gluon)
+    return r, k, v, lows, seen
 
 
 @gluon.jit
@@ -85,85 +101,25 @@ def _stage_low(
     RW: gl.constexpr,
     RA: gl.constexpr,
     RG: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    RV: gl.constexpr,
 ):
-    """Put activated first halves into shared memory: column `lora * G + row` holds a LoRA's."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    o_n = gl.arange(0, inputs.shape[1], gl.SliceLayout(1, LAYOUT))
-    o_j = gl.arange(0, BLOCK_LEN, gl.SliceLayout(0, LAYOUT))
+    """Put activated first halves into shared memory: column `4 * lora + row` holds a LoRA's."""
+    LAYOUT: gl.constexpr = o_r.type.layout.parent
+    SHAPE: gl.constexpr = [inputs.shape[1], inputs.shape[2]]
+    BLOCKS: gl.constexpr = (RW + RA + RG + RV + BLOCK_LEN - 1) // BLOCK_LEN
+    # Columns lie in registers, so that to choose among them costs no more than what is stored.
+    o_n = gl.arange(0, inputs.shape[1], gl.SliceLayout(1, LAYOUT))[:, None]
     for i in gl.static_range(BLOCKS):
-        at = i * BLOCK_LEN + o_j
+        at = i * BLOCK_LEN + o_r
         lora = gl.where(at < RW, 0, gl.where(at < RW + RA, 1, 2))
-        lora = gl.where(at < RW + RA + RG, lora, 3)
-        tile = (o_n[:, None] + o_j[None, :]).to(gl.float32) * 0
+        lora = gl.where(at < RW + RA + RG, lora, 3) * 4
+        tile = gl.zeros(SHAPE, inputs.dtype, LAYOUT)
         for j in gl.static_range(G):
-            z = _activate(lows[j * BLOCKS + i], i * BLOCK_LEN + o_r, RW, RA, RG)
-            z = gl.convert_layout(gl.reshape(z, [BLOCK_LEN]), gl.SliceLayout(0, LAYOUT))
-            tile = gl.where(o_n[:, None] == (lora * G + j)[None, :], z[None, :], tile)
-        inputs.index(i).store(tile.to(inputs.dtype))
+            z = _activate(lows[j * BLOCKS + i], at, RW, RA, RG).to(inputs.dtype)
+            tile = gl.where(o_n == (lora + j)[None, :], z[None, :], tile)
+        inputs.index(i).store(tile)
     fence_async_shared()
     thread_barrier()
-
-
-@gluon.jit
-def _unit_norm(k, k_k):
-    kk = k * k_k
-    return kk / gl.maximum(gl.sqrt(gl.sum(kk * kk, 1, keep_dims=True)), 1e-12)
-
-
-@gluon.jit
-def _advance_row(
-    loaded,
-    r,
-    k,
-    v,
-    v_first,
-    kk,
-    vectors,
-    handed,
-    p_first,
-    p_out,
-    o_c,
-    is_first,
-    ROW: gl.constexpr,
-    G: gl.constexpr,
-):
-    """Advance one row's state of the head and write its part of Wo's input."""
-    state, p_s, live = loaded
-    TILE: gl.constexpr = state.type.layout
-    VECTOR: gl.constexpr = r.type.layout
-    # Behind the LoRAs' columns.
-    AT: gl.constexpr = 4 * G + 8 * ROW
-    w0, a0, v0, _, k_a, r_k, norm_weight, norm_bias = vectors
-    w = -0.6065306597126334 * _sigmoid(w0 + handed.index(ROW).load(VECTOR))
-    a = _sigmoid(a0 + handed.index(G + ROW).load(VECTOR))
-    gate = handed.index(2 * G + ROW).load(VECTOR)
-    if is_first:
-        gl.store(p_first + o_c, v)
-    else:
-        v += (v_first - v) * _sigmoid(v0 + handed.index(3 * G + ROW).load(VECTOR))
-    k = k * (1 + (a - 1) * k_a)
-    handed.index(AT).store(gl.exp(w))
-    handed.index(AT + 1).store(kk)
-    handed.index(AT + 2).store(kk * a)
-    handed.index(AT + 3).store(k)
-    handed.index(AT + 4).store(r)
-    handed.index(AT + 5).store(v)
-    thread_barrier()
-    s = state.to(gl.float32)
-    removed = gl.sum(s * handed.index(AT + 1).load(TILE), 1, keep_dims=True)
-    s = s * handed.index(AT).load(TILE) - removed * handed.index(AT + 2).load(TILE)
-    s += handed.index(AT + 5).permute((1, 0)).load(TILE) * handed.index(AT + 3).load(TILE)
-    y = gl.sum(s * handed.index(AT + 4).load(TILE), 1, keep_dims=True)
-    handed.index(AT + 6).permute((1, 0)).store(y)
-    bonus = gl.sum(r * k * r_k, 1, keep_dims=True) * v
-    thread_barrier()
-    y = handed.index(AT + 6).load(VECTOR)
-    y -= gl.sum(y, 1, keep_dims=True) / 64
-    deviation = gl.sqrt(gl.sum(y * y, 1, keep_dims=True) / 64 + GROUP_NORM_EPS)
-    y = (y / deviation * norm_weight + norm_bias + bonus) * gate
-    gl.store(p_out + o_c, y.to(p_out.dtype.element_ty), eviction_policy=KEEP)
-    gl.store(p_s, s.to(p_s.dtype.element_ty), mask=live)
 
 
 @gluon.jit
@@ -178,6 +134,43 @@ def _load_state(p_pool, slot, i_h, H: gl.constexpr):
 
 
 @gluon.jit
+def _advance(state, vectors, FIRST: gl.constexpr, ROW: gl.constexpr):
+    """Return a head's next state [64, 64] fp32 and its output [64, 1].
+
+    vectors: tiles [4, 64] in shared memory, from FIRST on: decay, removal key, a times it, key,
+    receptance, value.
+    """
+    TILE: gl.constexpr = state.type.layout
+    s = state.to(gl.float32)
+    decay = vectors.index(FIRST).slice(ROW, 1).load(TILE)
+    kk = vectors.index(FIRST + 1).slice(ROW, 1).load(TILE)
+    a_kk = vectors.index(FIRST + 2).slice(ROW, 1).load(TILE)
+    k = vectors.index(FIRST + 3).slice(ROW, 1).load(TILE)
+    r = vectors.index(FIRST + 4).slice(ROW, 1).load(TILE)
+    v = vectors.index(FIRST + 5).slice(ROW, 1).permute((1, 0)).load(TILE)
+    removed = gl.sum(s * kk, 1, keep_dims=True)
+    s = s * decay - removed * a_kk
+    s += v * k
+    return s, gl.sum(s * r, 1, keep_dims=True)
+
+
+@gluon.jit
+def _store_columns(memory, ys, G: gl.constexpr):
+    """Store G columns [64, 1] as rows of 64 at the beginning of memory."""
+    O3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    O4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    if G == 1:
+        memory._reinterpret(gl.float32, [1, 64], LINEAR).permute((1, 0)).store(ys[0])
+    elif G == 2:
+        both = gl.join(ys[0], ys[1])
+        memory._reinterpret(gl.float32, [2, 1, 64], O3).permute((2, 1, 0)).store(both)
+    else:
+        tile = gl.join(gl.join(ys[0], ys[1]), gl.join(ys[2], ys[G - 1]))
+        memory._reinterpret(gl.float32, [2, 2, 1, 64], O4).permute((3, 2, 1, 0)).store(tile)
+
+
+@gluon.jit
 def time_mix_unit(
     unit,
     is_first,
@@ -185,6 +178,7 @@ def time_mix_unit(
     full,
     empty,
     inputs,
+    votes,
     block,
     p_projected,
     p_vectors,
@@ -200,6 +194,7 @@ def time_mix_unit(
     RA: gl.constexpr,
     RG: gl.constexpr,
     RV: gl.constexpr,
+    HELPED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Advance a head of G rows, from projections to Wo's input; return the next block of weights.
@@ -207,54 +202,78 @@ def time_mix_unit(
     States and vectors are read before the projections are waited for.
     """
     VECTOR: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     H: gl.constexpr = C // 64
     SUM: gl.constexpr = RW + RA + RG + RV
-    BLOCKS: gl.constexpr = (SUM + BLOCK_LEN - 1) // BLOCK_LEN
+    NUM_LOWS: gl.constexpr = G * ((SUM + BLOCK_LEN - 1) // BLOCK_LEN)
+    LOW: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, 4], [1, 0])
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    O5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     i_h = unit % H
     i_b = unit // H * G
-    o_n = gl.arange(0, 64, gl.SliceLayout(0, VECTOR))[None, :]
-    # The warps' parts of a block of ranks.
-    o_r = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))[:, None] * 64 + o_n
-    o_c = i_h * 64 + o_n
     states = ()
-    firsts = ()
     for j in gl.static_range(G):
         slot = gl.load(p_slots + i_b + j, mask=i_b + j < B, other=-1)
         states = states + (_load_state(p_pool, slot, i_h, H),)  # noqa: RUF005 (no * in Gluon)
-        here = (o_c >= 0) & (i_b + j < B) & (is_first ^ True)
-        first = gl.load(p_first + (i_b + j) * C + o_c, mask=here, other=0.0)
-        firsts = firsts + (first,)  # noqa: RUF005
-    vectors = ()
-    for i in gl.static_range(8):
-        vectors = vectors + (gl.load(p_vectors + i * C + o_c),)  # noqa: RUF005
-    rs, ks, vs, lows, seen = _load_rows(p_projected, i_b, o_c, o_r, B, C, G, SUM, BLOCKS)
+    o_j = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))[:, None]
+    o_c = i_h * 64 + gl.arange(0, 64, gl.SliceLayout(0, VECTOR))[None, :]
+    here = (o_j < G) & (i_b + o_j < B) & (o_c >= 0)
+    at = (i_b + o_j) * C + o_c
+    v_first = gl.load(p_first + at, mask=here & (is_first ^ True), other=0.0)
+    w0 = gl.load(p_vectors + o_c)
+    a0 = gl.load(p_vectors + C + o_c)
+    v0 = gl.load(p_vectors + 2 * C + o_c)
+    k_k = gl.load(p_vectors + 3 * C + o_c)
+    k_a = gl.load(p_vectors + 4 * C + o_c)
+    r_k = gl.load(p_vectors + 5 * C + o_c)
+    norm_weight = gl.load(p_vectors + 6 * C + o_c)
+    norm_bias = gl.load(p_vectors + 7 * C + o_c)
+    o_r = gl.arange(0, BLOCK_LEN, gl.SliceLayout(0, LOW))
+    r, k, v, lows, seen = _load_inputs(
+        p_projected, i_b, o_c, o_r, here, B, C, G, SUM, HELPED
+    )  # fmt: skip
     polls = gl.to_tensor(0)
-    # Warps read the same r, k and v, each for itself: only what crosses warps is one for all.
-    while gl.max(gl.max(seen, 1), 0) == BLANK:
+    # Over all warps: they must agree on whether to read again.
+    while gl.max(get_votes(put_votes(gl.max(seen, 1), votes)), 0) == BLANK:
         polls = count(polls)
-        rs, ks, vs, lows, seen = _load_rows(p_projected, i_b, o_c, o_r, B, C, G, SUM, BLOCKS)
-    _stage_low(inputs, lows, o_r, G, RW, RA, RG, BLOCKS)
-    kks = ()
-    for j in gl.static_range(G):
-        kks = kks + (_unit_norm(ks[j], vectors[3]),)  # noqa: RUF005
-        # As `mark`, before this layer's are stored.
-        here = (o_c >= 0) & (i_b + j < B)
-        p_mark = p_next_out + (i_b + j) * C + o_c
-        gl.store(p_mark, blank(p_out), mask=here, eviction_policy=KEEP)
-    acc, block = multiply(ring, full, empty, inputs, block, BLOCKS, STAGES)
+        r, k, v, lows, seen = _load_inputs(
+            p_projected, i_b, o_c, o_r, here, B, C, G, SUM, HELPED
+        )  # fmt: skip
+    columns = inputs._reinterpret(inputs.dtype, [NUM_LOWS // G, 16, BLOCK_LEN], inputs.layout)
+    _stage_low(columns, lows, o_r, G, RW, RA, RG, RV)
+    kk = k * k_k
+    kk /= gl.maximum(gl.sqrt(gl.sum(kk * kk, 1, keep_dims=True)), 1e-12)
+    # As `mark`, before this layer's are stored.
+    gl.store(p_next_out + at, blank(p_out), mask=here, eviction_policy=KEEP)
+    acc, block = multiply(ring, full, empty, columns, 0, NUM_LOWS // G, block, STAGES)
     # The inputs are read: their place takes what threads hand to each other.
-    ROWS: gl.constexpr = acc.shape[1]
-    inputs._reinterpret(gl.float32, [ROWS, 64], LINEAR).permute((1, 0)).store(acc)
-    NUM_HANDED: gl.constexpr = ROWS + 8 * G
-    handed = inputs._reinterpret(gl.float32, [NUM_HANDED, 1, 64], LINEAR)
+    inputs._reinterpret(gl.float32, [16, 64], LINEAR).permute((1, 0)).store(acc)
+    tiles = inputs._reinterpret(gl.float32, [16, 4, 64], LINEAR)
     thread_barrier()
+    w = -0.6065306597126334 * _sigmoid(w0 + tiles.index(0).load(VECTOR))
+    a = _sigmoid(a0 + tiles.index(1).load(VECTOR))
+    gate = tiles.index(2).load(VECTOR)
+    mixed = v + (v_first - v) * _sigmoid(v0 + tiles.index(3).load(VECTOR))
+    gl.store(p_first + at, v, mask=here & is_first)
+    v = gl.where(is_first, v, mixed)
+    k = k * (1 + (a - 1) * k_a)
+    handed = gl.join(
+        gl.join(gl.join(gl.exp(w), kk), gl.join(kk * a, k)), gl.join(gl.join(r, v), gl.join(r, v))
+    )
+    groups = inputs._reinterpret(gl.float32, [2, 2, 2, 2, 4, 64], O5)
+    groups.index(1).permute((3, 4, 2, 1, 0)).store(handed)
+    bonus = gl.sum(r * k * r_k, 1, keep_dims=True) * v
+    thread_barrier()
+    ys = ()
     for j in gl.static_range(G):
-        if i_b + j < B:
-            at = (i_b + j) * C
-            _advance_row(
-                states[j], rs[j], ks[j], vs[j], firsts[j], kks[j], vectors, handed,
-                p_first + at, p_out + at, o_c, is_first, j, G,
-            )  # fmt: skip
+        s, y = _advance(states[j][0], tiles, 8, j)
+        gl.store(states[j][1], s.to(p_pool.dtype.element_ty), mask=states[j][2])
+        ys = ys + (y,)  # noqa: RUF005
+    _store_columns(inputs, ys, G)
+    thread_barrier()
+    y = tiles.index(0).load(VECTOR)
+    y -= gl.sum(y, 1, keep_dims=True) / 64
+    deviation = gl.sqrt(gl.sum(y * y, 1, keep_dims=True) / 64 + GROUP_NORM_EPS)
+    y = (y / deviation * norm_weight + norm_bias + bonus) * gate
+    gl.store(p_out + at, y.to(p_out.dtype.element_ty), mask=here, eviction_policy=KEEP)
     thread_barrier()
     return block

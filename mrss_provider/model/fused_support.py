@@ -6,7 +6,7 @@ Knows no kernels but their limits, so that it can be asked on any machine.
 from __future__ import annotations
 
 import torch
-from mrss_kernels import persistent7
+from mrss_kernels import persistent7, persistent7_cuts
 
 from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import ModelConfig
@@ -102,8 +102,10 @@ def persistent_rows(config: ModelConfig, device: torch.device) -> int:
     decode_choice()
     if config.version != 7 or config.quantize != "none":
         return 0
-    if config.ffn_size != persistent7.FFN_FACTOR * config.hidden_size:
+    if config.ffn_size != persistent7_cuts.FFN_FACTOR * config.hidden_size:
         return 0
     shape = (config.num_layers, config.hidden_size, config.head_size)
     obstacle = persistent7.persistent_obstacle(device, *shape)
-    return 0 if obstacle else persistent7.WIDTHS[config.hidden_size][-1]
+    if obstacle:
+        return 0
+    return max(persistent7.rows_in_one_launch(device, config.hidden_size), default=0)

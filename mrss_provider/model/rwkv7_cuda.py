@@ -134,7 +134,8 @@ class FusedDecoder:
             self._persistent = persistent_ops.PersistentLayers7(stacked)
         self.persistent_rows = range(0)
         if self._persistent is not None:
-            self.persistent_rows = persistent_ops.WIDTHS[embedding.shape[1]]
+            width = embedding.shape[1]
+            self.persistent_rows = persistent_ops.rows_in_one_launch(embedding.device, width)
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out

@@ -7,11 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from mrss_kernels.persistent7 import (
-    FFN_FACTOR,
-    StackedLayers7,
-    persistent_obstacle,
-)
+from mrss_kernels.persistent7 import StackedLayers7, persistent_obstacle
+from mrss_kernels.persistent7_cuts import FFN_FACTOR
 from torch import Tensor
 
 from mrss_provider.model.linear import PlainLinear

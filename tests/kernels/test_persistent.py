@@ -7,46 +7,121 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mrss_kernels import persistent7
+from mrss_kernels import persistent7_ahead as ahead7
+from mrss_kernels import persistent7_cuts as cuts7
 from mrss_kernels.linear_cuts import HOPPER_SHARED
 
 CUDA = torch.device("cuda", 0)
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+RANK_SUMS = {1024: 320, 2048: 576, 4096: 896}
 
 
 @pytest.mark.parametrize("num_programs", [78, 114, 132, 144])
-@pytest.mark.parametrize("width", persistent7.WIDTHS)
-def test_parts_fill_the_programs_once_in_whole_blocks(width: int, num_programs: int) -> None:
+@pytest.mark.parametrize("width", cuts7.MAX_HELP)
+def test_parts_fill_the_programs_in_whole_blocks_and_are_no_longer_than_a_row(
+    width: int, num_programs: int
+) -> None:
     tiles = width // 64
     for size in (width, 4 * width):
-        parts = persistent7.num_parts(size, tiles, num_programs)
+        parts = cuts7.num_parts(size, tiles, num_programs, width)
         assert size % (parts * 256) == 0
-        assert tiles * parts <= num_programs
+        assert size // parts <= width
+        assert tiles * parts <= num_programs or 2 * size // parts > width
         assert 2 * tiles * parts > num_programs or size // parts == 256
 
 
-@pytest.mark.parametrize("width", persistent7.WIDTHS)
+@pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
-    parts = persistent7.num_parts(4 * width, width // 64, 132)
-    for rows, padded in ((1, 8), (8, 8), (9, 16), (12, 16)):
-        stages = persistent7.num_stages(HOPPER_SHARED, width, parts, rows)
-        inputs = padded * 2 * max(width, 4 * width // parts)
-        assert stages >= 4
-        assert stages * 64 * 256 * 2 + inputs + 2 * 8 * stages < HOPPER_SHARED
+    for rows in range(1, persistent7.MAX_ROWS + 1):
+        cuts = cuts7.find_cuts(rows, width, RANK_SUMS[width], 132, HOPPER_SHARED)
+        padded = 8 if rows <= 8 else 16
+        inputs = padded * 2 * max(width, 4 * width // cuts.value_parts)
+        # The second halves have a column a LoRA and row of four, on top of what inputs take.
+        assert inputs >= -(-RANK_SUMS[width] // 256) * 16 * 256 * 2
+        assert cuts.num_stages >= (4 if rows <= 8 or width < 4096 else 3)
+        ring = cuts.num_stages * (64 * 256 * 2 + 2 * 8)
+        assert ring + inputs + 3 * 16 < HOPPER_SHARED
+
+
+@pytest.mark.parametrize(
+    ("num_helped", "num_programs"), [(105, 132), (74, 132), (53, 132), (1, 128), (127, 128)]
+)
+def test_each_tile_has_one_helper_and_each_helper_tiles_in_a_row(
+    num_helped: int, num_programs: int
+) -> None:
+    num_helpers = num_programs - num_helped
+    # As `helped_units` of the kernel has it.
+    edges = [-(-i * num_helped // num_helpers) for i in range(num_helpers + 1)]
+    for i in range(num_helpers):
+        for tile in range(edges[i], edges[i + 1]):
+            assert cuts7.helper_of(tile, num_helped, num_helpers) == i
+    assert edges[0] == 0
+    assert edges[-1] == num_helped
+
+
+@pytest.mark.parametrize("num_programs", [128, 132, 144])
+@pytest.mark.parametrize("rows", [1, 4, 8, 12])
+@pytest.mark.parametrize("width", cuts7.MAX_HELP)
+def test_help_takes_load_off_the_programs_that_have_most(
+    width: int, rows: int, num_programs: int
+) -> None:
+    rank_sum = RANK_SUMS[width]
+    cuts = cuts7.find_cuts(rows, width, rank_sum, num_programs, HOPPER_SHARED)
+    num_tiles, blocks = (3 * width + rank_sum) // 64, width // 256
+    num_helped, num_helpers = len(cuts.help), num_programs - len(cuts.help)
+    assert cuts.helped % num_programs == 0
+    assert cuts.helped + num_helped == num_tiles
+    assert all(1 <= taken <= cuts7.MAX_HELP[width] < blocks for taken in cuts.help)
+    # Of the first product alone, no helper has more than its tiles' first programs keep by much.
+    own = [blocks - taken for taken in cuts.help]
+    helpers = [0] * num_helpers
+    for tile, taken in enumerate(cuts.help):
+        helpers[cuts7.helper_of(tile, num_helped, num_helpers)] += taken
+    assert max(own) < blocks
+    assert sum(own) + sum(helpers) == num_helped * blocks
+
+
+def test_help_stops_where_it_would_only_move_the_load() -> None:
+    # Program 0 and 1 have a tile each, 2 and 3 help: tile 0's helper is idle, tile 1's is not.
+    assert cuts7.plan_help([0, 0, 0, 6], 2, 8, 7) == (4, 1)
+    assert cuts7.plan_help([0, 0, 0, 6], 2, 8, 2) == (2, 1)
+    assert cuts7.plan_help([5, 5], 0, 8, 2) == ()
 
 
 def test_a_layers_buffers_hold_what_the_docstring_counts() -> None:
     rows, width, ranks = 3, 1024, 320
-    floats, halves = persistent7.buffer_sizes(rows, width, ranks, (4, 8))
+    floats, halves = cuts7.buffer_sizes(rows, width, ranks, (4, 8))
     projected, parts, residual = rows * (3 * width + ranks), 12 * rows * width, 2 * rows * width
-    assert floats == projected + parts + residual
+    assert floats == 2 * projected + parts + residual
     assert halves == 6 * rows * width + 2 * rows * width + rows * 4 * width
     # Words of 16 bytes are read from every buffer.
     assert floats % 4 == halves % 8 == 0
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 8, 16])
+def test_digits_are_stretched_over_the_blocks_in_32_bits(num_blocks: int) -> None:
+    packed = ahead7.packed_digits("01233210", num_blocks)
+    assert -(1 << 31) <= packed < 1 << 31
+    unpacked = [packed >> 2 * k & 3 for k in range(num_blocks)]
+    wanted = {1: "0", 2: "03", 3: "022", 4: "0231", 8: "01233210", 16: "0011223333221100"}
+    assert "".join(map(str, unpacked)) == wanted[num_blocks]
+
+
+@pytest.mark.parametrize("width", cuts7.MAX_HELP)
+def test_how_far_ahead_is_known_for_every_number_of_rows(width: int) -> None:
+    for rows in range(1, persistent7.MAX_ROWS + 1):
+        cuts = cuts7.find_cuts(rows, width, RANK_SUMS[width], 132, HOPPER_SHARED)
+        assert len(ahead7.blocks_ahead(width, RANK_SUMS[width], rows, cuts)) == 5
+    for words in ahead7.AHEAD[width].values():
+        assert all(set(word) <= set("0123") for word in words.split())
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((24, 768, 64), "the width 768 is none of 1024, 2048"),
+        ((24, 768, 64), "the width 768 is none of 1024, 2048, 4096"),
         ((24, 2048, 128), "heads have 128 channels, not 64"),
         ((23, 2048, 64), "23 layers are not an even number of them"),
         ((24, 1024, 64, (64, 64, 1024, 64)), "LoRAs of ranks [64, 64, 1024, 64] do not fit"),
@@ -62,7 +137,7 @@ def test_models_that_the_kernel_does_not_take_are_named_with_the_reason(
     assert persistent7.persistent_obstacle(CUDA, *shape) == words
 
 
-def card(monkeypatch: pytest.MonkeyPatch, name: str = persistent7.CARDS[0]) -> None:
+def card(monkeypatch: pytest.MonkeyPatch, name: str = H100) -> None:
     monkeypatch.delenv("MRSS_DECODE", raising=False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: name)
@@ -90,11 +165,19 @@ def test_a_card_that_was_not_measured_needs_to_be_told(monkeypatch: pytest.Monke
     card(monkeypatch, "Other")
     shape = (24, 2048, 64)
     found = persistent7.persistent_obstacle(CUDA, *shape)
-    assert found == "it was not found to be faster on this card, Other"
+    assert found == "it was not found to be faster on this card, Other, for 2048 channels"
+    assert not persistent7.rows_in_one_launch(CUDA, 2048)
+    card(monkeypatch, "NVIDIA H200")
+    assert persistent7.persistent_obstacle(CUDA, *shape) is None
+    assert 8 in persistent7.rows_in_one_launch(CUDA, 2048)
+    assert "for 4096" in (persistent7.persistent_obstacle(CUDA, 32, 4096, 64) or "")
+    card(monkeypatch, "Other")
     monkeypatch.setenv("MRSS_DECODE", "persistent")
     assert persistent7.persistent_obstacle(CUDA, *shape) is None
+    rows = persistent7.rows_in_one_launch(CUDA, 2048)
+    assert (rows[0], rows[-1]) == (1, persistent7.MAX_ROWS)
     found = persistent7.persistent_obstacle(CUDA, 24, 768, 64)
-    assert found == "the width 768 is none of 1024, 2048"
+    assert found == "the width 768 is none of 1024, 2048, 4096"
     monkeypatch.setenv("MRSS_DECODE", "launches")
     assert persistent7.persistent_obstacle(CUDA, *shape) == "MRSS_DECODE is launches"
     monkeypatch.setenv("MRSS_DECODE", "fast")

@@ -17,7 +17,7 @@ from mrss_provider.model.rwkv7_cuda import FusedDecoder
 pytestmark = pytest.mark.gpu
 
 ALL_ROWS = range(1, MAX_ROWS + 1)
-RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256)}
+RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256), 4096: (128, 128, 96, 480)}
 TOLERANCE = {"fp16": 2e-2, "bf16": 1.5e-1}
 NUM_SLOTS = 18
 
@@ -38,7 +38,8 @@ def checkpoint_file(folder, width, num_layers):
 
 @pytest.fixture(autouse=True)
 def _on_any_card(monkeypatch):
-    monkeypatch.setattr("mrss_kernels.persistent7.CARDS", (torch.cuda.get_device_name(),))
+    faster = {torch.cuda.get_device_name(): dict.fromkeys(RANKS, ALL_ROWS)}
+    monkeypatch.setattr("mrss_kernels.persistent7.FASTER", faster)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,6 @@ def build(tmp_path_factory):
         plain = load_model(path, **options | ({"dtype": "fp32"} if exact else {}))
         fused = twin.fused
         assert isinstance(fused, FusedDecoder)
-        if fused.persistent_obstacle is None:
-            fused.persistent_rows = ALL_ROWS
         return plain, twin, fused
 
     return make
