@@ -20,7 +20,7 @@ from torch import Tensor
 from mrss_provider.model.state import StatePool
 
 BUCKETS: tuple[int, ...] = (
-    *range(1, 9),
+    *range(1, 10),
     *range(10, 17, 2),
     *range(20, 33, 4),
     *range(40, 65, 8),
