@@ -113,7 +113,11 @@ def test_digits_are_stretched_over_the_blocks_in_32_bits(num_blocks: int) -> Non
 def test_how_far_ahead_is_known_for_every_number_of_rows(width: int) -> None:
     for rows in range(1, persistent7.MAX_ROWS + 1):
         cuts = cuts7.find_cuts(rows, width, RANK_SUMS[width], 132, HOPPER_SHARED)
-        assert len(ahead7.blocks_ahead(width, RANK_SUMS[width], rows, cuts)) == 5
+        packed = ahead7.blocks_ahead(width, RANK_SUMS[width], rows, cuts)
+        assert len(packed) == 5
+        # A program that may ask for more than the ring holds would wait for what it has not asked.
+        most = 1 + max(each >> 2 * k & 3 for each in packed for k in range(16))
+        assert most <= cuts.num_stages
     for words in ahead7.AHEAD[width].values():
         assert all(set(word) <= set("0123") for word in words.split())
 
