@@ -20,8 +20,12 @@ async def within(timeout_s: float | None, missed: str) -> AsyncIterator[None]:
     Raises:
         RequestTimeoutError: it took longer.
     """
+    timer = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timer:
             yield
     except TimeoutError as exc:
+        if not timer.expired():
+            # Somebody else's, from inside: it says nothing of this one.
+            raise
         raise RequestTimeoutError(f"{missed} within {timeout_s:g} s") from exc
