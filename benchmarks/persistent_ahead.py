@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from measure import capture, time_replays
 from mrss_kernels import persistent7_ahead
-from mrss_kernels.persistent7 import MAX_ROWS, PersistentLayers7
+from mrss_kernels.persistent7 import ROWS, PersistentLayers7
 from random_models import SHAPES, random_model
 
 from mrss_provider.model.rwkv7_cuda import FusedDecoder
@@ -49,9 +49,9 @@ def main() -> None:
             def step(fused=fused, ids=ids, pool=pool) -> torch.Tensor:
                 return fused.head(fused.decode(ids, ids, pool))
 
-            fused.persistent_rows = range(0)
+            fused.persistent_rows = ()
             launches = time_replays(capture(step), budget_s=0.1).median_ms
-            fused.persistent_rows = range(1, MAX_ROWS + 1)
+            fused.persistent_rows = ROWS
             print(f"{name}, {rows} rows: launch by launch {launches:.4f} ms")
             _search(fused, step, SHAPES[name].hidden_size, rows, options.seconds)
 
@@ -66,7 +66,9 @@ def _search(
     """Print the best digits that were found for steps of so many rows, and their time."""
     assert fused._persistent is not None
     layers = fused._persistent._layers
-    by_rows = persistent7_ahead.AHEAD[channels]
+    card = torch.cuda.get_device_name()
+    by_rows = dict(persistent7_ahead.table_of(card, channels))
+    persistent7_ahead.AHEAD.setdefault(card, {})[channels] = by_rows
 
     def time_of(words: list[str], budget_s: float = 0.04) -> float:
         by_rows[rows] = " ".join(words)

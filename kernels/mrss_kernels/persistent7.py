@@ -7,8 +7,9 @@ with other cuts of the sums. Derivation and measurements: kernels/README.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +26,21 @@ from mrss_kernels.persistent7_ahead import blocks_ahead
 from mrss_kernels.persistent7_cuts import (
     FFN_FACTOR,
     MAX_HELP,
-    SLICE_LEN,
     Cuts,
     buffer_sizes,
     find_cuts,
+    keeps_states,
 )
 
-MAX_ROWS = 12
-"""Rows that the kernel takes. Products are padded to 8 or 16; it was not tuned for more."""
+ROWS = (*range(1, 13), 14, 16)
+"""Numbers of rows that the kernel takes. Products are padded to 8 or 16."""
 
-FASTER = {
-    "NVIDIA H100 80GB HBM3": {1024: range(1, 13), 2048: range(1, 13), 4096: range(2, 9)},
+FASTER: dict[str, dict[int, Collection[int]]] = {
+    "NVIDIA H100 80GB HBM3": dict.fromkeys((1024, 2048, 4096), ROWS),
     "NVIDIA H200": {2048: range(1, 9)},
 }
 """By card and C, with how many rows it was measured to be faster than launch by launch."""
+
 
 HEAD_SIZE = 64
 """N of every RWKV-7 so far."""
@@ -56,7 +58,7 @@ class StackedLayers7:
 
     Attributes:
         project: as `PackedLayer.project`, layer 0 filled up with zeros: [L (3C + sum(ranks)), C].
-        up: second halves of the LoRAs, likewise: [L C, sum(ranks)].
+        up: second halves of the LoRAs, likewise: [L C, sum(up_ranks)].
         output: [L C, C].
         ffn_key: [L 4C, C].
         ffn_value: [L C, 4C].
@@ -67,6 +69,7 @@ class StackedLayers7:
         ffn_mix: [L, C] fp32.
         vectors: [L, 8, C] fp32, rows as `mrss_kernels.time_mix7.VECTORS`.
         ranks: of the LoRAs of w, a, g, v, multiples of 64, those of layer 1 and above.
+        up_ranks: the same as `up` has them, multiples of 8 and not more.
     """
 
     project: Tensor
@@ -81,6 +84,7 @@ class StackedLayers7:
     ffn_mix: Tensor
     vectors: Tensor
     ranks: tuple[int, int, int, int]
+    up_ranks: tuple[int, int, int, int]
 
 
 def decode_choice() -> str:
@@ -127,15 +131,15 @@ def persistent_obstacle(
     return found
 
 
-def rows_in_one_launch(device: torch.device, channels: int) -> range:
+def rows_in_one_launch(device: torch.device, channels: int) -> Collection[int]:
     """Return with how many rows the steps of a model that nothing is against use the kernel.
 
     Raises:
         ValueError: `MRSS_DECODE` is no choice.
     """
     if decode_choice() == "persistent":
-        return range(1, MAX_ROWS + 1)
-    return FASTER.get(torch.cuda.get_device_name(device), {}).get(channels, range(0))
+        return ROWS
+    return FASTER.get(torch.cuda.get_device_name(device), {}).get(channels, ())
 
 
 def _obstacle(
@@ -161,7 +165,7 @@ def _obstacle(
 
 
 class PersistentLayers7:
-    """The layers of a decode step of up to `MAX_ROWS` rows.
+    """The layers of a decode step of a number of rows that `ROWS` has.
 
     Steps must follow one another on one stream: they share their buffers. Between two steps the
     even layers' numbers all read as not written; a step's first layer sees to the odd ones'.
@@ -173,39 +177,33 @@ class PersistentLayers7:
         Raises:
             ValueError: weights whose shapes, dtypes or devices do not fit together.
         """
-        # Here and not above: Triton on a machine without CUDA may lack Gluon.
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
         num_layers, _, channels = layers.norm1.shape
         _check_layers(layers, num_layers, channels)
         device = layers.project.device
         self._layers = layers
         self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
-        self._cuts = [self._find_cuts(rows) for rows in range(1, MAX_ROWS + 1)]
-        sizes = (channels, sum(layers.ranks))
-        self._ahead = [
-            blocks_ahead(*sizes, rows, cuts) for rows, cuts in enumerate(self._cuts, start=1)
-        ]
-        self._help = [layers.groups.new_tensor(cuts.help) for cuts in self._cuts]
-        layout = gl.NVMMASharedLayout(128, 16)
+        self._cuts = {rows: self._find_cuts(rows) for rows in ROWS}
+        card = torch.cuda.get_device_name(device)
+        sizes = (channels, sum(layers.up_ranks))
+        self._ahead = {
+            rows: blocks_ahead(card, *sizes, rows, cuts) for rows, cuts in self._cuts.items()
+        }
+        self._help = {
+            rows: layers.groups.new_tensor(cuts.help) for rows, cuts in self._cuts.items()
+        }
         matrices = (layers.project, layers.up, layers.output, layers.ffn_key, layers.ffn_value)
-        self._descriptors = [
-            TensorDescriptor(each, list(each.shape), list(each.stride()), [64, 256], layout)
-            for each in matrices
-        ]
-        self._buffers = [self._blank_buffers(rows) for rows in range(1, MAX_ROWS + 1)]
+        self._descriptors = [_descriptor(each, 256) for each in matrices]
+        self._buffers = {rows: self._blank_buffers(rows) for rows in ROWS}
 
     def _find_cuts(self, rows: int) -> Cuts:
         layers = self._layers
         shared = shared_bytes(layers.groups.device)
-        channels, rank_sum = layers.norm1.shape[-1], sum(layers.ranks)
-        return find_cuts(rows, channels, rank_sum, self._num_programs, shared)
+        sums = (sum(layers.ranks), sum(layers.up_ranks))
+        return find_cuts(rows, layers.norm1.shape[-1], *sums, self._num_programs, shared)
 
     def _blank_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        layers = self._layers
+        layers, cuts = self._layers, self._cuts[rows]
         channels = layers.norm1.shape[-1]
-        cuts = self._cuts[rows - 1]
         parts = (cuts.output_parts, cuts.value_parts)
         floats, halves = buffer_sizes(rows, channels, sum(layers.ranks), parts)
         make = layers.groups.new_full
@@ -224,7 +222,7 @@ class PersistentLayers7:
         """Run all layers behind the first norm.
 
         Args:
-            x: residual stream [B, C] fp32, of up to `MAX_ROWS` rows.
+            x: residual stream [B, C] fp32, of a number of rows that `ROWS` has.
             mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights. Neither may
                 hold a number all of whose bits are 1, which no arithmetic makes: it would trap.
             shift_att: normalised last tokens by layer and slot [L, S', C] fp32, *modified* but for
@@ -247,13 +245,14 @@ class PersistentLayers7:
         self._check(x, mixed, shift_att, shift_ffn, pool, slots)
         if not rows:
             return x, x.new_empty((1, 0, channels))
-        floats, halves = self._buffers[rows - 1]
-        cuts = self._cuts[rows - 1]
-        rank_w, rank_a, rank_g, rank_v = layers.ranks
+        floats, halves = self._buffers[rows]
+        cuts = self._cuts[rows]
+        rank_w, rank_a, rank_g, rank_v = layers.up_ranks
         persistent7_kernel[(self._num_programs,)](
             *self._descriptors,
+            _descriptor(pool.view(-1, HEAD_SIZE), HEAD_SIZE),
             layers.groups,
-            self._help[rows - 1],
+            self._help[rows],
             layers.norm1,
             layers.norm2,
             layers.mix,
@@ -269,24 +268,32 @@ class PersistentLayers7:
             floats,
             halves,
             pool.shape[0],
+            int(keeps_states(channels, rows)),
             self._num_programs,
+            pool.shape[1],
             pool.stride(0),
             shift_att.stride(0),
-            *self._ahead[rows - 1],
+            *self._ahead[rows],
             B=rows,
             C=channels,
             F=FFN_FACTOR * channels,
             G=cuts.group,
+            R=3 * channels + sum(layers.ranks),
             RW=rank_w,
             RA=rank_a,
             RG=rank_g,
             RV=rank_v,
+            LOW_A=layers.ranks[0],
+            LOW_G=sum(layers.ranks[:2]),
+            LOW_V=sum(layers.ranks[:3]),
             HELPED=cuts.helped,
             HELP_LEN=MAX_HELP[channels] * 256,
             OUTPUT_PARTS=cuts.output_parts,
             VALUE_PARTS=cuts.value_parts,
             STAGES=cuts.num_stages,
-            SLICE=SLICE_LEN,
+            INPUT_BLOCKS=cuts.input_blocks,
+            CHUNK=cuts.chunk,
+            SLICE=cuts.slice_len,
             num_warps=NUM_COMPUTING_WARPS,
             launch_cooperative_grid=True,
             **dependent_launch(x.device),
@@ -301,7 +308,7 @@ class PersistentLayers7:
     def _offsets(self, rows: int) -> tuple[int, int]:
         """Return where the residual stream before the FFN and the FFN's parts begin."""
         channels = self._layers.norm1.shape[-1]
-        cuts = self._cuts[rows - 1]
+        cuts = self._cuts[rows]
         projected = 2 * (3 * channels + sum(self._layers.ranks))
         parts_at = rows * (projected + cuts.output_parts * channels)
         return parts_at + rows * (cuts.value_parts + 1) * channels, parts_at
@@ -317,8 +324,8 @@ class PersistentLayers7:
     ) -> None:
         num_layers, _, channels = self._layers.norm1.shape
         rows = x.shape[0]
-        if rows > MAX_ROWS:
-            raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
+        if rows and rows not in ROWS:
+            raise ValueError(f"x must have {', '.join(map(str, ROWS))} rows, got {rows}")
         shift_shape = (num_layers, *shift_att.shape[1:2], channels)
         expect_shape("x", x, (rows, channels))
         expect_shape("mixed", mixed, (6, rows, channels))
@@ -336,6 +343,17 @@ class PersistentLayers7:
             expect_device(name, tensor, self._layers.project.device)
 
 
+def _descriptor(matrix: Tensor, num_columns: int) -> Any:
+    """Return how the TMA finds blocks of 64 rows and so many columns of a matrix."""
+    # Here and not above: Triton on a machine without CUDA may lack Gluon.
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(128, 8 * matrix.element_size())
+    shape, strides = list(matrix.shape), list(matrix.stride())
+    return TensorDescriptor(matrix, shape, strides, [64, num_columns], layout)
+
+
 def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> None:
     obstacle = _obstacle(layers.project.device, num_layers, channels, HEAD_SIZE, layers.ranks)
     if obstacle is not None:
@@ -344,7 +362,7 @@ def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> Non
     projected = 3 * channels + total
     shapes = {
         "project": (num_layers * projected, channels),
-        "up": (num_layers * channels, total),
+        "up": (num_layers * channels, sum(layers.up_ranks)),
         "output": (num_layers * channels, channels),
         "ffn_key": (num_layers * inner, channels),
         "ffn_value": (num_layers * channels, inner),
@@ -356,7 +374,7 @@ def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> Non
         "vectors": (num_layers, 8, channels),
     }
     for field in fields(layers):
-        if field.name == "ranks":
+        if field.name in ("ranks", "up_ranks"):
             continue
         tensor = getattr(layers, field.name)
         expect_shape(field.name, tensor, shapes[field.name])

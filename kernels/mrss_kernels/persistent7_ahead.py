@@ -9,49 +9,69 @@ from __future__ import annotations
 
 from mrss_kernels.persistent7_cuts import FFN_FACTOR, Cuts
 
+H100 = "NVIDIA H100 80GB HBM3"
+"""The card whose table is everybody's who has none."""
+
 AHEAD = {
-    1024: {
-        1: "10000001 010 00 00000000 00111111",
-        2: "11000000 111 00 00000000 00000010",
-        4: "01010000 011 00 00000000 00000011",
-        12: "11000002 000 00 00000001 00000000",
+    H100: {
+        1024: {
+            1: "10000001 010 00 00000000 00112100",
+            2: "11000000 111 00 00000000 00000011",
+            4: "01010000 011 00 00000000 00000011",
+            8: "11000002 000 00 00000001 00000000",
+            16: "11000102 000 00 00000001 00000111",
+        },
+        2048: {
+            1: "11100221 012 00 00000022 11111122",
+            2: "11001110 000 00 00000012 10111111",
+            4: "11000120 011 00 00000011 10112111",
+            5: "02000221 000 00 00000010 10101112",
+            8: "00001111 000 10 00000012 11111111",
+            9: "00000000 000 00 00000022 11111121",
+            12: "00000000 000 00 00000022 10101111",
+            16: "00000000 001 00 00000022 11111111",
+        },
+        4096: {
+            2: "00111121 000 01 00111111 11111111",
+            4: "00111122 001 02 00102222 10111111",
+            5: "00011112 000 00 00101221 11111111",
+            16: "10111222 000 00 00111210 11112112",
+        },
     },
-    2048: {
-        1: "11100221 012 00 00000022 11111122",
-        2: "11000110 001 00 00000012 10122222",
-        4: "11000110 010 11 00000011 10112112",
-        5: "02000111 000 00 00000011 10101112",
-        8: "00001111 000 10 00000011 10111111",
-        12: "00000101 000 00 00000022 10101111",
-    },
-    4096: {
-        2: "00111121 000 01 00111111 11111111",
-        4: "00001122 001 02 00102222 11111111",
-        5: "00011112 002 00 00101221 11111111",
-        8: "10111222 000 00 00111210 11112112",
+    "NVIDIA H200": {
+        2048: {
+            1: "11100000 002 00 00000022 11111111",
+            4: "11000110 000 00 00000011 10112112",
+            8: "00001110 000 00 00000011 10111112",
+        },
     },
 }
-"""By C and up to how many rows: how many blocks more than one may be under way, 0 to 3.
+"""By card, C and up to how many rows: how many blocks more than one may be under way, 0 to 3.
 
 One word a product (r, k, v and first halves; second halves; Wo; the FFN's key; its value), one
 digit a block of a unit of it, from the first to the last, stretched over as many as it has.
 """
 
 
-def blocks_ahead(channels: int, rank_sum: int, rows: int, cuts: Cuts) -> list[int]:
+def blocks_ahead(card: str, channels: int, up_sum: int, rows: int, cuts: Cuts) -> list[int]:
     """Return `AHEAD` for the blocks of the five products' units, each as `packed_digits`."""
     inner = FFN_FACTOR * channels
     columns = (
         channels,
-        rank_sum,
+        up_sum,
         channels // cuts.output_parts,
         channels,
         inner // cuts.value_parts,
     )
-    by_rows = AHEAD[channels]
+    by_rows = table_of(card, channels)
     limit = min((limit for limit in by_rows if rows <= limit), default=max(by_rows))
     words = by_rows[limit].split()
     return [packed_digits(word, -(-size // 256)) for word, size in zip(words, columns, strict=True)]
+
+
+def table_of(card: str, channels: int) -> dict[int, str]:
+    """Return a card's part of `AHEAD` for a width, the H100's if it has none."""
+    return AHEAD.get(card, {}).get(channels) or AHEAD[H100][channels]
 
 
 def packed_digits(word: str, num_blocks: int) -> int:

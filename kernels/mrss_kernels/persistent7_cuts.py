@@ -14,14 +14,20 @@ FFN_FACTOR = 4
 BLOCK_BYTES = 64 * 256 * 2
 """Of a block of weights: 64 outputs, 256 columns."""
 
-SLICE_LEN = 256
-"""Columns of a row that one unit of a norm writes."""
-
 # Beside the ring and the inputs: barriers, and what threads hand to each other.
 _OTHER_SHARED = 1536
 
-MAX_GROUP = 4
-"""Rows of a unit of time mixing: a warp has the vectors of one."""
+MAX_GROUP = 8
+"""Rows of a unit of time mixing: a warp has the vectors of two."""
+
+MAX_STAGED_BYTES = 32 << 10
+"""Of a product's inputs in shared memory at once; more come in chunks."""
+
+CHUNK_BLOCKS = 2
+"""Blocks of such a chunk."""
+
+KEPT_ROWS = {1024: range(1, 17), 2048: range(3, 9)}
+"""By C, with how many rows the L2 is asked to keep the states from one step to the next."""
 
 MAX_HELP = {1024: 2, 2048: 2, 4096: 8}
 """By C, how many blocks of a tile of the first product another program takes at most."""
@@ -37,6 +43,9 @@ class Cuts:
         value_parts: parts of K that the FFN's value is cut into.
         helped: the first tile of 64 outputs of the first product that has a helper.
         help: how many of its last blocks are the helper's, a tile from `helped` on.
+        slice_len: columns of a row that one unit of a norm writes.
+        chunk: blocks of a product's inputs that come at a time, 0 for all.
+        input_blocks: 256 columns of inputs, padded as `padded`, that fit beside the ring.
         num_stages: blocks that the ring holds.
     """
 
@@ -45,20 +54,32 @@ class Cuts:
     value_parts: int
     helped: int
     help: tuple[int, ...]
+    slice_len: int
+    chunk: int
+    input_blocks: int
     num_stages: int
 
 
 def find_cuts(
-    rows: int, channels: int, rank_sum: int, num_programs: int, shared_bytes: int
+    rows: int, channels: int, rank_sum: int, up_sum: int, num_programs: int, shared_bytes: int
 ) -> Cuts:
-    """Return how layers of C channels and LoRAs of so many ranks are cut for so many rows."""
+    """Return how layers of C channels are cut for so many rows.
+
+    Args:
+        rows: B.
+        channels: C.
+        rank_sum: of the LoRAs' first halves.
+        up_sum: columns of their second halves.
+        num_programs: multiprocessors.
+        shared_bytes: shared memory of a program.
+    """
     tiles = channels // 64
     group = min(MAX_GROUP, -(-rows * tiles // num_programs))
     output_parts = num_parts(channels, tiles, num_programs, channels)
     value_parts = num_parts(FFN_FACTOR * channels, tiles, num_programs, channels)
     loads = [0] * num_programs
     for unit in range(tiles * -(-rows // group)):
-        loads[-1 - unit % num_programs] += -(-rank_sum // 256)
+        loads[-1 - unit % num_programs] += -(-up_sum // 256) + (group > 1) * -(-group // 2)
     inner = FFN_FACTOR * channels
     products = [(tiles * output_parts, channels // output_parts), (inner // 64, channels)]
     products.append((tiles * value_parts, inner // value_parts))
@@ -70,8 +91,29 @@ def find_cuts(
     for unit in range(helped):
         loads[unit % num_programs] += channels // 256
     help_ = plan_help(loads, num_tiles - helped, channels // 256, MAX_HELP[channels])
-    stages = num_stages(shared_bytes, channels, value_parts, rows)
-    return Cuts(group, output_parts, value_parts, helped, help_, stages)
+    chunk = CHUNK_BLOCKS if channels * padded(rows) * 2 > MAX_STAGED_BYTES else 0
+    blocks = input_blocks(rows, channels, up_sum, group, chunk)
+    return Cuts(
+        group=group,
+        output_parts=output_parts,
+        value_parts=value_parts,
+        helped=helped,
+        help=help_,
+        slice_len=256 if rows * channels <= 256 * num_programs else 512,
+        chunk=chunk,
+        input_blocks=blocks,
+        num_stages=(shared_bytes - _OTHER_SHARED - blocks * padded(rows) * 512) // BLOCK_BYTES,
+    )
+
+
+def keeps_states(channels: int, rows: int) -> bool:
+    """Return whether the L2 is asked to keep the states of so many rows, as was measured."""
+    return rows in KEPT_ROWS.get(channels, ())
+
+
+def padded(rows: int) -> int:
+    """Return how many rows the products of so many rows have."""
+    return 8 if rows <= 8 else 16
 
 
 def num_parts(size_k: int, num_tiles: int, num_programs: int, longest: int) -> int:
@@ -142,8 +184,13 @@ def buffer_sizes(
     return floats, rows * (8 + FFN_FACTOR) * channels
 
 
-def num_stages(shared_bytes: int, channels: int, value_parts: int, rows: int) -> int:
-    """Return how many blocks of weights the ring holds in so many bytes of shared memory."""
-    longest = max(channels, FFN_FACTOR * channels // value_parts)
-    inputs = longest * (8 if rows <= 8 else 16) * 2
-    return (shared_bytes - _OTHER_SHARED - inputs) // BLOCK_BYTES
+def input_blocks(rows: int, channels: int, up_sum: int, group: int, chunk: int) -> int:
+    """Return how many times 256 columns of padded inputs make room for what is kept there.
+
+    That is a product's inputs, of which no part is longer than C; first halves of LoRAs in 16
+    columns for four rows of a unit of time mixing, and then 16 KB for each four; a row of a norm.
+    """
+    num_fours = -(-group // 4)
+    inputs = (2 * 256 * chunk or channels) * padded(rows) * 2
+    first_halves = -(-up_sum // 256) * 16 * num_fours * 512
+    return -(-max(inputs, first_halves, num_fours * 16384, 4 * channels) // (padded(rows) * 512))

@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from mrss_kernels.persistent7_norm import norm_unit
 from mrss_kernels.persistent7_parts import (
     BLOCK_LEN,
     NUM_OUTPUTS,
@@ -19,107 +20,12 @@ from mrss_kernels.persistent7_parts import (
     blank,
     fence,
     gdc_wait,
-    mark,
-    multiply,
-    norm_unit,
-    push,
-    put,
-    stage_rows,
 )
+from mrss_kernels.persistent7_products import product
+from mrss_kernels.persistent7_ring import ask_for_weights, help_of, helped_units
 from mrss_kernels.persistent7_time import time_mix_unit
 
 NUM_COMPUTING_WARPS = 4
-
-
-@gluon.jit
-def help_of(p_help, unit, HELPED: gl.constexpr):
-    """Return how many blocks of a unit of the first product are another program's."""
-    blocks = gl.to_tensor(0)
-    if unit >= HELPED:
-        blocks = gl.load(p_help + unit - HELPED)
-    return blocks
-
-
-@gluon.jit
-def helped_units(pid, num_programs, TILES: gl.constexpr, HELPED: gl.constexpr):
-    """Return the first unit of the first product that a program helps with, and its end."""
-    NUM_HELPED: gl.constexpr = TILES - HELPED
-    first = gl.to_tensor(0)
-    end = gl.to_tensor(0)
-    if pid >= NUM_HELPED:
-        num_helpers = num_programs - NUM_HELPED
-        i = pid - NUM_HELPED
-        first = HELPED + (i * NUM_HELPED + num_helpers - 1) // num_helpers
-        end = HELPED + ((i + 1) * NUM_HELPED + num_helpers - 1) // num_helpers
-    return first, end
-
-
-@gluon.jit
-def ask_for_weights(
-    w_project,
-    w_up,
-    w_output,
-    w_key,
-    w_value,
-    p_help,
-    ring,
-    full,
-    empty,
-    num_layers,
-    num_programs,
-    ahead_project,
-    ahead_up,
-    ahead_output,
-    ahead_key,
-    ahead_value,
-    C: gl.constexpr,
-    F: gl.constexpr,
-    SUM: gl.constexpr,
-    MIX_UNITS: gl.constexpr,
-    HELPED: gl.constexpr,
-    OUTPUT_PARTS: gl.constexpr,
-    VALUE_PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Ask for all blocks of this program's units, in the order in which `compute` reads them."""
-    R: gl.constexpr = 3 * C + SUM
-    TILES: gl.constexpr = R // NUM_OUTPUTS
-    pid = gl.program_id(0)
-    block = gl.to_tensor(0)
-    for i in range(num_layers):
-        for unit in range(pid, TILES, num_programs):
-            row = i * R + unit * NUM_OUTPUTS
-            for k in range(0, C - help_of(p_help, unit, HELPED) * BLOCK_LEN, BLOCK_LEN):
-                ahead = 1 + (ahead_project >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_project, ring, full, empty, block, row, k, STAGES, ahead)
-        first, end = helped_units(pid, num_programs, TILES, HELPED)
-        for unit in range(first, end):
-            row = i * R + unit * NUM_OUTPUTS
-            for k in range(C - help_of(p_help, unit, HELPED) * BLOCK_LEN, C, BLOCK_LEN):
-                ahead = 1 + (ahead_project >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_project, ring, full, empty, block, row, k, STAGES, ahead)
-        for unit in range(num_programs - 1 - pid, MIX_UNITS, num_programs):
-            row = i * C + unit % (C // 64) * 64
-            for k in range(0, SUM, BLOCK_LEN):
-                ahead = 1 + (ahead_up >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_up, ring, full, empty, block, row, k, STAGES, ahead)
-        for unit in range(pid, C // NUM_OUTPUTS * OUTPUT_PARTS, num_programs):
-            row = i * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
-            first = unit % OUTPUT_PARTS * (C // OUTPUT_PARTS)
-            for k in range(0, C // OUTPUT_PARTS, BLOCK_LEN):
-                ahead = 1 + (ahead_output >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_output, ring, full, empty, block, row, first + k, STAGES, ahead)
-        for unit in range(pid, F // NUM_OUTPUTS, num_programs):
-            row = i * F + unit * NUM_OUTPUTS
-            for k in range(0, C, BLOCK_LEN):
-                ahead = 1 + (ahead_key >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_key, ring, full, empty, block, row, k, STAGES, ahead)
-        for unit in range(pid, C // NUM_OUTPUTS * VALUE_PARTS, num_programs):
-            row = i * C + unit // VALUE_PARTS * NUM_OUTPUTS
-            first = unit % VALUE_PARTS * (F // VALUE_PARTS)
-            for k in range(0, F // VALUE_PARTS, BLOCK_LEN):
-                ahead = 1 + (ahead_value >> 2 * (k // BLOCK_LEN) & 3)
-                block = push(w_value, ring, full, empty, block, row, first + k, STAGES, ahead)
 
 
 @gluon.jit
@@ -147,6 +53,7 @@ def compute(
     p_floats,
     p_halves,
     num_layers,
+    keep_states,
     num_programs,
     pool_stride,
     shift_stride,
@@ -154,21 +61,25 @@ def compute(
     C: gl.constexpr,
     F: gl.constexpr,
     G: gl.constexpr,
+    R: gl.constexpr,
     RW: gl.constexpr,
     RA: gl.constexpr,
     RG: gl.constexpr,
     RV: gl.constexpr,
+    LOW_A: gl.constexpr,
+    LOW_G: gl.constexpr,
+    LOW_V: gl.constexpr,
     MIX_UNITS: gl.constexpr,
     HELPED: gl.constexpr,
     HELP_LEN: gl.constexpr,
     OUTPUT_PARTS: gl.constexpr,
     VALUE_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
+    CHUNK: gl.constexpr,
     SLICE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Compute this program's units of every layer, each as soon as its inputs are there."""
-    R: gl.constexpr = 3 * C + RW + RA + RG + RV
     NORM_UNITS: gl.constexpr = B * (C // SLICE)
     VALUE_UNITS: gl.constexpr = C // NUM_OUTPUTS * VALUE_PARTS
     # A layer's buffers, in elements: see `buffer_sizes`.
@@ -200,43 +111,45 @@ def compute(
             p_residual = floats + BEFORE
             p_inputs = halves
         for unit in range(pid, TILES, num_programs):
-            at = gl.load(p_groups + unit) * B * C
-            stage_rows(inputs, votes, p_inputs + at, C, B, C)
             at = unit * NUM_OUTPUTS
-            mark(next_floats + at, R, B)
             blocks = C // BLOCK_LEN - help_of(p_help, unit, HELPED)
-            acc, block = multiply(ring, full, empty, inputs, 0, blocks, block, STAGES)
-            put(floats + at, acc, R, B)
+            block = product(
+                ring, full, empty, inputs, votes, p_inputs + gl.load(p_groups + unit) * B * C, C, 0,
+                blocks, block, floats + at, next_floats + at, R, B, C, STAGES, CHUNK,
+            )  # fmt: skip
         first, end = helped_units(pid, num_programs, TILES, HELPED)
         staged = gl.to_tensor(-1)
         for unit in range(first, end):
-            group = gl.load(p_groups + unit)
-            if group != staged:
-                stage_rows(inputs, votes, p_inputs + group * B * C + C - HELP_LEN, C, B, HELP_LEN)
-                staged = group
             at = B * R + unit * NUM_OUTPUTS
-            mark(next_floats + at, R, B)
             blocks = help_of(p_help, unit, HELPED)
-            begin = HELP_LEN // BLOCK_LEN - blocks
-            acc, block = multiply(ring, full, empty, inputs, begin, blocks, block, STAGES)
-            put(floats + at, acc, R, B)
+            group = gl.load(p_groups + unit)
+            # Inputs of the last blocks that may be helped with.
+            p_last = p_inputs + group * B * C + C - HELP_LEN
+            block = product(
+                ring, full, empty, inputs, votes, p_last, C, HELP_LEN // BLOCK_LEN - blocks, blocks,
+                block, floats + at, next_floats + at, R, B, HELP_LEN, STAGES, CHUNK,
+                is_staged=group == staged,
+            )  # fmt: skip
+            staged = group
         for unit in range(num_programs - 1 - pid, MIX_UNITS, num_programs):
             if pid >= TILES and first == end:
                 # It has no part in what it reads next: not before all have left the last layer.
                 await_word(p_inputs)
             block = time_mix_unit(
-                unit, i == 0, ring, full, empty, inputs, votes, block, floats,
+                unit, i == 0, keep_states > 0, ring, full, empty, inputs, votes, block, floats,
                 p_vectors + i * 8 * C, p_first, p_pool + i * pool_stride, p_slots,
-                halves + ATT, next_halves + ATT, B, C, G, RW, RA, RG, RV, HELPED, STAGES,
+                halves + ATT, next_halves + ATT, B, C, G, R, RW, RA, RG, RV,
+                LOW_A, LOW_G, LOW_V, HELPED, STAGES,
             )  # fmt: skip
         for unit in range(pid, C // NUM_OUTPUTS * OUTPUT_PARTS, num_programs):
             PART: gl.constexpr = C // OUTPUT_PARTS
             part = unit % OUTPUT_PARTS
-            stage_rows(inputs, votes, halves + ATT + part * PART, C, B, PART)
             at = ATT_PARTS + part * B * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
-            mark(next_floats + at, C, B)
-            acc, block = multiply(ring, full, empty, inputs, 0, PART // BLOCK_LEN, block, STAGES)
-            put(floats + at, acc, C, B)
+            block = product(
+                ring, full, empty, inputs, votes, halves + ATT + part * PART, C, 0,
+                PART // BLOCK_LEN, block, floats + at, next_floats + at, C, B, PART, STAGES,
+                CHUNK,
+            )  # fmt: skip
         for unit in range(pid, NORM_UNITS, num_programs):
             norm_unit(
                 unit, inputs, votes, more_votes, p_residual, floats + ATT_PARTS, floats + BETWEEN,
@@ -245,25 +158,25 @@ def compute(
                 B, C, OUTPUT_PARTS, 1, SLICE,
             )  # fmt: skip
         for unit in range(pid, F // NUM_OUTPUTS, num_programs):
-            stage_rows(inputs, votes, halves + FFN_IN, C, B, C)
             at = SQUARED + unit * NUM_OUTPUTS
-            mark(next_halves + at, F, B)
-            acc, block = multiply(ring, full, empty, inputs, 0, C // BLOCK_LEN, block, STAGES)
-            acc = gl.maximum(acc, 0.0)
-            put(halves + at, acc * acc, F, B)
+            block = product(
+                ring, full, empty, inputs, votes, halves + FFN_IN, C, 0, C // BLOCK_LEN, block,
+                halves + at, next_halves + at, F, B, C, STAGES, CHUNK, SQUARED=True,
+            )  # fmt: skip
         for unit in range(pid, VALUE_UNITS, num_programs):
             LONG: gl.constexpr = F // VALUE_PARTS
             part = unit % VALUE_PARTS
             if pid >= F // NUM_OUTPUTS:
                 # Likewise.
                 await_word(halves + FFN_IN)
-            stage_rows(inputs, votes, halves + SQUARED + part * LONG, F, B, LONG, True)
             # What this program has emptied is empty for all before anybody fills it again.
             fence()
             at = FFN_PARTS + part * B * C + unit // VALUE_PARTS * NUM_OUTPUTS
-            mark(next_floats + at, C, B)
-            acc, block = multiply(ring, full, empty, inputs, 0, LONG // BLOCK_LEN, block, STAGES)
-            put(floats + at, acc, C, B)
+            block = product(
+                ring, full, empty, inputs, votes, halves + SQUARED + part * LONG, F, 0,
+                LONG // BLOCK_LEN, block, floats + at, next_floats + at, C, B, LONG, STAGES,
+                CHUNK, POSITIVE=True,
+            )  # fmt: skip
         if i < num_layers - 1:
             n = i + 1
             for unit in range(pid, NORM_UNITS, num_programs):
@@ -285,7 +198,7 @@ def compute(
 
 @gluon.jit(
     do_not_specialize=[
-        "ahead_project", "ahead_up", "ahead_output", "ahead_key", "ahead_value",
+        "keep_states", "ahead_project", "ahead_up", "ahead_output", "ahead_key", "ahead_value",
     ]
 )  # fmt: skip
 def persistent7_kernel(
@@ -294,6 +207,7 @@ def persistent7_kernel(
     w_output,
     w_key,
     w_value,
+    w_states,
     p_groups,
     p_help,
     p_norm1,
@@ -311,7 +225,9 @@ def persistent7_kernel(
     p_floats,
     p_halves,
     num_layers,
+    keep_states,
     num_programs,
+    num_slots,
     pool_stride,
     shift_stride,
     ahead_project,
@@ -323,26 +239,32 @@ def persistent7_kernel(
     C: gl.constexpr,
     F: gl.constexpr,
     G: gl.constexpr,
+    R: gl.constexpr,
     RW: gl.constexpr,
     RA: gl.constexpr,
     RG: gl.constexpr,
     RV: gl.constexpr,
+    LOW_A: gl.constexpr,
+    LOW_G: gl.constexpr,
+    LOW_V: gl.constexpr,
     HELPED: gl.constexpr,
     HELP_LEN: gl.constexpr,
     OUTPUT_PARTS: gl.constexpr,
     VALUE_PARTS: gl.constexpr,
     STAGES: gl.constexpr,
+    INPUT_BLOCKS: gl.constexpr,
+    CHUNK: gl.constexpr,
     SLICE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Grid (num_programs), all running at once. See `PersistentLayers7`."""
     MIX_UNITS: gl.constexpr = C // 64 * ((B + G - 1) // G)
     SUM: gl.constexpr = RW + RA + RG + RV
-    LONGEST: gl.constexpr = C if C >= F // VALUE_PARTS else F // VALUE_PARTS
     dtype: gl.constexpr = w_key.dtype
     ring = gl.allocate_shared_memory(dtype, [STAGES, NUM_OUTPUTS, BLOCK_LEN], w_key.layout)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    shape: gl.constexpr = [LONGEST // BLOCK_LEN, 8 if B <= 8 else 16, BLOCK_LEN]
+    ROWS: gl.constexpr = 8 if B <= 8 else 16
+    shape: gl.constexpr = [INPUT_BLOCKS, ROWS, BLOCK_LEN]
     inputs = gl.allocate_shared_memory(dtype, shape, rows_layout)
     votes_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     votes = gl.allocate_shared_memory(gl.int32, [4], votes_layout)
@@ -361,17 +283,18 @@ def persistent7_kernel(
                     ring, full, empty, inputs, votes, more_votes, p_groups, p_help, p_norm1,
                     p_norm2, p_mix, p_ffn_mix, p_vectors, p_pool, p_shift_att, p_shift_ffn,
                     p_slots, p_x, p_mixed, p_first, p_floats, p_halves, num_layers,
-                    num_programs, pool_stride, shift_stride, B, C, F, G, RW, RA, RG, RV,
-                    MIX_UNITS, HELPED, HELP_LEN, OUTPUT_PARTS, VALUE_PARTS, STAGES, SLICE, PDL,
+                    keep_states, num_programs, pool_stride, shift_stride, B, C, F, G, R, RW, RA,
+                    RG, RV, LOW_A, LOW_G, LOW_V, MIX_UNITS, HELPED, HELP_LEN, OUTPUT_PARTS,
+                    VALUE_PARTS, STAGES, CHUNK, SLICE, PDL,
                 ),
             ),
             (
                 ask_for_weights,
                 (
-                    w_project, w_up, w_output, w_key, w_value, p_help, ring, full, empty,
-                    num_layers, num_programs, ahead_project, ahead_up, ahead_output,
-                    ahead_key, ahead_value, C, F, SUM, MIX_UNITS, HELPED, OUTPUT_PARTS,
-                    VALUE_PARTS, STAGES,
+                    w_project, w_up, w_output, w_key, w_value, w_states, p_help, p_slots, ring,
+                    full, empty, num_layers, num_programs, num_slots, ahead_project, ahead_up,
+                    ahead_output, ahead_key, ahead_value, B, C, F, G, R, SUM, MIX_UNITS, HELPED,
+                    OUTPUT_PARTS, VALUE_PARTS, STAGES, PDL,
                 ),
             ),
         ],

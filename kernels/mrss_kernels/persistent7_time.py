@@ -1,17 +1,18 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="assignment, misc"
-"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to four rows.
+"""RWKV-7's time mixing as a unit of `persistent7_kernel`: one head of one to eight rows.
 
 As `time_mix7`. Vectors of a head are [4, 64], a row a warp, so that several rows take the time of
 one; states, and what meets them, have eight columns a thread, one row after the other. In between
-all rows' vectors go through shared memory at once.
+all rows' vectors go through shared memory at once. The state of a single row waits in registers,
+those of several rows come through the ring of weights.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from mrss_kernels.caching import KEEP
 from mrss_kernels.persistent7_parts import (
@@ -22,10 +23,11 @@ from mrss_kernels.persistent7_parts import (
     blank,
     count,
     get_votes,
-    multiply,
     put_votes,
     thread_barrier,
 )
+from mrss_kernels.persistent7_products import multiply
+from mrss_kernels.persistent7_ring import as_states
 
 GROUP_NORM_EPS = gl.constexpr(64e-5)
 
@@ -63,38 +65,64 @@ def _load_inputs(
     i_b,
     o_c,
     o_r,
-    here,
     B: gl.constexpr,
     C: gl.constexpr,
     G: gl.constexpr,
-    SUM: gl.constexpr,
+    R: gl.constexpr,
+    RW: gl.constexpr,
+    RA: gl.constexpr,
+    RG: gl.constexpr,
+    RV: gl.constexpr,
+    LOW_A: gl.constexpr,
+    LOW_G: gl.constexpr,
+    LOW_V: gl.constexpr,
     HELPED: gl.constexpr,
 ):
-    """Return r, k, v of a head [4, 64], first halves of LoRAs, and the largest of their bits.
+    """Return r, k, v of a head, first halves of LoRAs, and the largest of their bits [4, 64].
 
-    First halves are in a tuple, 256 ranks of a row each.
+    r, k, v are tuples, four rows [4, 64] each; first halves too, 256 ranks of a row each, in the
+    order of `up`'s columns.
     """
-    ROW: gl.constexpr = 3 * C + SUM
+    SUM: gl.constexpr = RW + RA + RG + RV
     o_j = gl.arange(0, 4, gl.SliceLayout(1, o_c.type.layout))[:, None]
-    p_row = p_rows + (i_b + o_j) * ROW + o_c
     seen = (o_j * 0 + o_c * 0).to(gl.uint32)
-    r, seen = _load_sum(p_row, o_c, here, seen, B * ROW, HELPED)
-    k, seen = _load_sum(p_row + C, C + o_c, here, seen, B * ROW, HELPED)
-    v, seen = _load_sum(p_row + 2 * C, 2 * C + o_c, here, seen, B * ROW, HELPED)
+    rs = ()
+    ks = ()
+    vs = ()
+    for i in gl.static_range((G + 3) // 4):
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        p_row = p_rows + (i_b + 4 * i + o_j) * R + o_c
+        r, seen = _load_sum(p_row, o_c, here, seen, B * R, HELPED)
+        k, seen = _load_sum(p_row + C, C + o_c, here, seen, B * R, HELPED)
+        v, seen = _load_sum(p_row + 2 * C, 2 * C + o_c, here, seen, B * R, HELPED)
+        rs = rs + (r,)  # noqa: RUF005 (no * in Gluon)
+        ks = ks + (k,)  # noqa: RUF005
+        vs = vs + (v,)  # noqa: RUF005
     lows = ()
     for j in gl.static_range(G):
-        p_low = p_rows + (i_b + j) * ROW
+        p_low = p_rows + (i_b + j) * R
         for rank in gl.static_range(0, SUM, BLOCK_LEN):
-            column = 3 * C + rank + o_r
-            mask = (rank + o_r < SUM) & (i_b + j < B)
-            low, seen = _load_sum(p_low + column, column, mask, seen, B * ROW, HELPED)
-            lows = lows + (low,)  # noqa: RUF005 (no * in Gluon)
-    return r, k, v, lows, seen
+            at = rank + o_r
+            # A LoRA's first halves are filled up to tiles of 64, its columns of `up` are not.
+            skip = gl.where(at < RW, 0, gl.where(at < RW + RA, LOW_A - RW, LOW_G - RW - RA))
+            skip = gl.where(at < RW + RA + RG, skip, LOW_V - RW - RA - RG)
+            column = 3 * C + at + skip
+            mask = (at < SUM) & (i_b + j < B)
+            low, seen = _load_sum(p_low + column, column, mask, seen, B * R, HELPED)
+            lows = lows + (low,)  # noqa: RUF005
+    return rs, ks, vs, lows, seen
+
+
+@gluon.jit
+def _are_rows(i_b, o_j, o_c, four, B: gl.constexpr, G: gl.constexpr):
+    """Return which of a unit's rows from `4 * four` on are rows [4, 64]."""
+    o_j = 4 * four + o_j
+    return (o_j < G) & (i_b + o_j < B) & (o_c >= 0)
 
 
 @gluon.jit
 def _stage_low(
-    inputs,
+    columns,
     lows,
     o_r,
     G: gl.constexpr,
@@ -103,77 +131,114 @@ def _stage_low(
     RG: gl.constexpr,
     RV: gl.constexpr,
 ):
-    """Put activated first halves into shared memory: column `4 * lora + row` holds a LoRA's."""
+    """Put activated first halves into shared memory: a LoRA and row a column, rows innermost."""
     LAYOUT: gl.constexpr = o_r.type.layout.parent
-    SHAPE: gl.constexpr = [inputs.shape[1], inputs.shape[2]]
+    NUM_COLUMNS: gl.constexpr = columns.shape[1]
     BLOCKS: gl.constexpr = (RW + RA + RG + RV + BLOCK_LEN - 1) // BLOCK_LEN
     # Columns lie in registers, so that to choose among them costs no more than what is stored.
-    o_n = gl.arange(0, inputs.shape[1], gl.SliceLayout(1, LAYOUT))[:, None]
+    o_n = gl.arange(0, NUM_COLUMNS, gl.SliceLayout(1, LAYOUT))[:, None]
     for i in gl.static_range(BLOCKS):
         at = i * BLOCK_LEN + o_r
         lora = gl.where(at < RW, 0, gl.where(at < RW + RA, 1, 2))
-        lora = gl.where(at < RW + RA + RG, lora, 3) * 4
-        tile = gl.zeros(SHAPE, inputs.dtype, LAYOUT)
+        lora = gl.where(at < RW + RA + RG, lora, 3) * (NUM_COLUMNS // 4)
+        tile = gl.zeros([NUM_COLUMNS, BLOCK_LEN], columns.dtype, LAYOUT)
         for j in gl.static_range(G):
-            z = _activate(lows[j * BLOCKS + i], at, RW, RA, RG).to(inputs.dtype)
+            z = _activate(lows[j * BLOCKS + i], at, RW, RA, RG).to(columns.dtype)
             tile = gl.where(o_n == (lora + j)[None, :], z[None, :], tile)
-        inputs.index(i).store(tile)
+        columns.index(i).store(tile)
     fence_async_shared()
     thread_barrier()
 
 
 @gluon.jit
-def _load_state(p_pool, slot, i_h, H: gl.constexpr):
-    """Return a head's state [64, 64], its addresses, and whether it is one."""
+def _state_at(p_pool, slot, i_h, H: gl.constexpr):
+    """Return the addresses of a head's state [64, 64], and whether it is one."""
     TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     o_v = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
     o_k = gl.arange(0, 64, gl.SliceLayout(0, TILE))[None, :]
     live = (o_v + o_k) * 0 + slot >= 0
-    p_s = p_pool + (slot * H + i_h) * 4096 + o_v * 64 + o_k
-    return gl.load(p_s, mask=live, other=0.0), p_s, live
+    return p_pool + (slot * H + i_h) * 4096 + o_v * 64 + o_k, live
 
 
 @gluon.jit
-def _advance(state, vectors, FIRST: gl.constexpr, ROW: gl.constexpr):
-    """Return a head's next state [64, 64] fp32 and its output [64, 1].
+def _advance(state, p_s, live, rows, first, at_y, keep):
+    """Store a head's next state [64, 64] where it was, and its output as a row of shared memory.
 
-    vectors: tiles [4, 64] in shared memory, from FIRST on: decay, removal key, a times it, key,
-    receptance, value.
+    rows: [n, 1, 64] in shared memory. From `first` on, in steps of four, the vectors that meet the
+    state: decay, removal key, a times it, key, receptance, value; at `at_y` the output.
     """
     TILE: gl.constexpr = state.type.layout
     s = state.to(gl.float32)
-    decay = vectors.index(FIRST).slice(ROW, 1).load(TILE)
-    kk = vectors.index(FIRST + 1).slice(ROW, 1).load(TILE)
-    a_kk = vectors.index(FIRST + 2).slice(ROW, 1).load(TILE)
-    k = vectors.index(FIRST + 3).slice(ROW, 1).load(TILE)
-    r = vectors.index(FIRST + 4).slice(ROW, 1).load(TILE)
-    v = vectors.index(FIRST + 5).slice(ROW, 1).permute((1, 0)).load(TILE)
+    decay = rows.index(first).load(TILE)
+    kk = rows.index(first + 4).load(TILE)
+    a_kk = rows.index(first + 8).load(TILE)
+    k = rows.index(first + 12).load(TILE)
+    r = rows.index(first + 16).load(TILE)
+    v = rows.index(first + 20).permute((1, 0)).load(TILE)
     removed = gl.sum(s * kk, 1, keep_dims=True)
     s = s * decay - removed * a_kk
     s += v * k
-    return s, gl.sum(s * r, 1, keep_dims=True)
+    rows.index(at_y).permute((1, 0)).store(gl.sum(s * r, 1, keep_dims=True))
+    s = s.to(p_s.dtype.element_ty)
+    if keep:
+        gl.store(p_s, s, mask=live, eviction_policy=KEEP)
+    else:
+        gl.store(p_s, s, mask=live)
 
 
 @gluon.jit
-def _store_columns(memory, ys, G: gl.constexpr):
-    """Store G columns [64, 1] as rows of 64 at the beginning of memory."""
-    O3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    O4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    if G == 1:
-        memory._reinterpret(gl.float32, [1, 64], LINEAR).permute((1, 0)).store(ys[0])
-    elif G == 2:
-        both = gl.join(ys[0], ys[1])
-        memory._reinterpret(gl.float32, [2, 1, 64], O3).permute((2, 1, 0)).store(both)
-    else:
-        tile = gl.join(gl.join(ys[0], ys[1]), gl.join(ys[2], ys[G - 1]))
-        memory._reinterpret(gl.float32, [2, 2, 1, 64], O4).permute((3, 2, 1, 0)).store(tile)
+def _vectors(r, k, v, kk, biases, tiles, groups, v_first, p_first, here, is_first,
+             FOUR: gl.constexpr, FOURS: gl.constexpr):  # fmt: skip
+    """Put what meets the states of four rows into shared memory; return gate and bonus [4, 64].
+
+    tiles: the LoRAs' outputs [4, 64], four rows of one after the other.
+    """
+    VECTOR: gl.constexpr = r.type.layout
+    w0, a0, v0, k_a, r_k = biases
+    w = -0.6065306597126334 * _sigmoid(w0 + tiles.index(FOUR).load(VECTOR))
+    a = _sigmoid(a0 + tiles.index(FOURS + FOUR).load(VECTOR))
+    gate = tiles.index(2 * FOURS + FOUR).load(VECTOR)
+    mixed = v + (v_first - v) * _sigmoid(v0 + tiles.index(3 * FOURS + FOUR).load(VECTOR))
+    gl.store(p_first, v, mask=here & is_first)
+    v = gl.where(is_first, v, mixed)
+    k = k * (1 + (a - 1) * k_a)
+    handed = gl.join(
+        gl.join(gl.join(gl.exp(w), kk), gl.join(kk * a, k)), gl.join(gl.join(r, v), gl.join(r, v))
+    )
+    groups.index(1 + FOUR).permute((3, 4, 2, 1, 0)).store(handed)
+    return gate, gl.sum(r * k * r_k, 1, keep_dims=True) * v
+
+
+@gluon.jit
+def _advance_from_ring(
+    ring, full, empty, block, rows, p_pool, p_slots, i_b, i_h, keep,
+    B: gl.constexpr, C: gl.constexpr, G: gl.constexpr, Y_ROW: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Advance a head's states of G rows as they come through the ring; return the next block."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    states = as_states(ring, p_pool.dtype.element_ty, STAGES)
+    PER_SLOT: gl.constexpr = states.shape[0] // STAGES
+    for i in range((G + PER_SLOT - 1) // PER_SLOT):
+        at = block % STAGES
+        mbarrier.wait(full.index(at), (block // STAGES) & 1)
+        for j in gl.static_range(PER_SLOT):
+            row = i * PER_SLOT + j
+            slot = gl.load(p_slots + i_b + row, mask=(row < G) & (i_b + row < B), other=-1)
+            p_s, live = _state_at(p_pool, slot, i_h, C // 64)
+            state = states.index(at * PER_SLOT + j).load(TILE)
+            first = 32 * (1 + row // 4) + row % 4
+            _advance(state, p_s, live, rows, first, Y_ROW + row, keep)
+        thread_barrier()
+        mbarrier.arrive(empty.index(at), count=1)
+        block += 1
+    return block
 
 
 @gluon.jit
 def time_mix_unit(
     unit,
     is_first,
+    keep,
     ring,
     full,
     empty,
@@ -190,90 +255,111 @@ def time_mix_unit(
     B: gl.constexpr,
     C: gl.constexpr,
     G: gl.constexpr,
+    R: gl.constexpr,
     RW: gl.constexpr,
     RA: gl.constexpr,
     RG: gl.constexpr,
     RV: gl.constexpr,
+    LOW_A: gl.constexpr,
+    LOW_G: gl.constexpr,
+    LOW_V: gl.constexpr,
     HELPED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Advance a head of G rows, from projections to Wo's input; return the next block of weights.
+    """Advance a head of G rows, from projections to Wo's input; return the next block of the ring.
 
-    States and vectors are read before the projections are waited for.
+    What a step does not write is read before the projections are waited for.
     """
     VECTOR: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    H: gl.constexpr = C // 64
-    SUM: gl.constexpr = RW + RA + RG + RV
-    NUM_LOWS: gl.constexpr = G * ((SUM + BLOCK_LEN - 1) // BLOCK_LEN)
     LOW: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, 4], [1, 0])
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     O5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    H: gl.constexpr = C // 64
+    BLOCKS: gl.constexpr = (RW + RA + RG + RV + BLOCK_LEN - 1) // BLOCK_LEN
+    # Of rows four at a time: tiles of shared memory [4, 64] have outputs of the LoRAs from 0 on,
+    # eight vectors for the states behind the first eight, outputs of the states at Y_TILE.
+    FOURS: gl.constexpr = (G + 3) // 4
+    Y_TILE: gl.constexpr = 4 if G <= 4 else 24
     i_h = unit % H
     i_b = unit // H * G
-    states = ()
-    for j in gl.static_range(G):
-        slot = gl.load(p_slots + i_b + j, mask=i_b + j < B, other=-1)
-        states = states + (_load_state(p_pool, slot, i_h, H),)  # noqa: RUF005 (no * in Gluon)
     o_j = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))[:, None]
     o_c = i_h * 64 + gl.arange(0, 64, gl.SliceLayout(0, VECTOR))[None, :]
-    here = (o_j < G) & (i_b + o_j < B) & (o_c >= 0)
-    at = (i_b + o_j) * C + o_c
-    v_first = gl.load(p_first + at, mask=here & (is_first ^ True), other=0.0)
-    w0 = gl.load(p_vectors + o_c)
-    a0 = gl.load(p_vectors + C + o_c)
-    v0 = gl.load(p_vectors + 2 * C + o_c)
+    if G == 1:
+        p_s, live = _state_at(p_pool, gl.load(p_slots + i_b), i_h, H)
+        if keep:
+            state = gl.load(p_s, mask=live, other=0.0, eviction_policy=KEEP)
+        else:
+            state = gl.load(p_s, mask=live, other=0.0)
+    v_firsts = ()
+    for i in gl.static_range(FOURS):
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        at = (i_b + 4 * i + o_j) * C + o_c
+        v_first = gl.load(p_first + at, mask=here & (is_first ^ True), other=0.0)
+        v_firsts = v_firsts + (v_first,)  # noqa: RUF005 (no * in Gluon)
+    biases = (
+        gl.load(p_vectors + o_c),
+        gl.load(p_vectors + C + o_c),
+        gl.load(p_vectors + 2 * C + o_c),
+        gl.load(p_vectors + 4 * C + o_c),
+        gl.load(p_vectors + 5 * C + o_c),
+    )
     k_k = gl.load(p_vectors + 3 * C + o_c)
-    k_a = gl.load(p_vectors + 4 * C + o_c)
-    r_k = gl.load(p_vectors + 5 * C + o_c)
     norm_weight = gl.load(p_vectors + 6 * C + o_c)
     norm_bias = gl.load(p_vectors + 7 * C + o_c)
     o_r = gl.arange(0, BLOCK_LEN, gl.SliceLayout(0, LOW))
-    r, k, v, lows, seen = _load_inputs(
-        p_projected, i_b, o_c, o_r, here, B, C, G, SUM, HELPED
+    rs, ks, vs, lows, seen = _load_inputs(
+        p_projected, i_b, o_c, o_r, B, C, G, R, RW, RA, RG, RV, LOW_A, LOW_G, LOW_V, HELPED
     )  # fmt: skip
     polls = gl.to_tensor(0)
     # Over all warps: they must agree on whether to read again.
     while gl.max(get_votes(put_votes(gl.max(seen, 1), votes)), 0) == BLANK:
         polls = count(polls)
-        r, k, v, lows, seen = _load_inputs(
-            p_projected, i_b, o_c, o_r, here, B, C, G, SUM, HELPED
+        rs, ks, vs, lows, seen = _load_inputs(
+            p_projected, i_b, o_c, o_r, B, C, G, R, RW, RA, RG, RV, LOW_A, LOW_G, LOW_V, HELPED
         )  # fmt: skip
-    columns = inputs._reinterpret(inputs.dtype, [NUM_LOWS // G, 16, BLOCK_LEN], inputs.layout)
+    columns = inputs._reinterpret(inputs.dtype, [BLOCKS, 16 * FOURS, BLOCK_LEN], inputs.layout)
     _stage_low(columns, lows, o_r, G, RW, RA, RG, RV)
-    kk = k * k_k
-    kk /= gl.maximum(gl.sqrt(gl.sum(kk * kk, 1, keep_dims=True)), 1e-12)
-    # As `mark`, before this layer's are stored.
-    gl.store(p_next_out + at, blank(p_out), mask=here, eviction_policy=KEEP)
-    acc, block = multiply(ring, full, empty, columns, 0, NUM_LOWS // G, block, STAGES)
+    kks = ()
+    for i in gl.static_range(FOURS):
+        kk = ks[i] * k_k
+        kk /= gl.maximum(gl.sqrt(gl.sum(kk * kk, 1, keep_dims=True)), 1e-12)
+        kks = kks + (kk,)  # noqa: RUF005
+        # As `mark`, before this layer's are stored.
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        at = (i_b + 4 * i + o_j) * C + o_c
+        gl.store(p_next_out + at, blank(p_out), mask=here, eviction_policy=KEEP)
+    acc, block = multiply(ring, full, empty, columns, 0, BLOCKS, block, STAGES)
     # The inputs are read: their place takes what threads hand to each other.
-    inputs._reinterpret(gl.float32, [16, 64], LINEAR).permute((1, 0)).store(acc)
-    tiles = inputs._reinterpret(gl.float32, [16, 4, 64], LINEAR)
+    inputs._reinterpret(gl.float32, [16 * FOURS, 64], LINEAR).permute((1, 0)).store(acc)
+    tiles = inputs._reinterpret(gl.float32, [16 * FOURS, 4, 64], LINEAR)
+    rows = inputs._reinterpret(gl.float32, [64 * FOURS, 1, 64], LINEAR)
+    groups = inputs._reinterpret(gl.float32, [2 * FOURS, 2, 2, 2, 4, 64], O5)
     thread_barrier()
-    w = -0.6065306597126334 * _sigmoid(w0 + tiles.index(0).load(VECTOR))
-    a = _sigmoid(a0 + tiles.index(1).load(VECTOR))
-    gate = tiles.index(2).load(VECTOR)
-    mixed = v + (v_first - v) * _sigmoid(v0 + tiles.index(3).load(VECTOR))
-    gl.store(p_first + at, v, mask=here & is_first)
-    v = gl.where(is_first, v, mixed)
-    k = k * (1 + (a - 1) * k_a)
-    handed = gl.join(
-        gl.join(gl.join(gl.exp(w), kk), gl.join(kk * a, k)), gl.join(gl.join(r, v), gl.join(r, v))
-    )
-    groups = inputs._reinterpret(gl.float32, [2, 2, 2, 2, 4, 64], O5)
-    groups.index(1).permute((3, 4, 2, 1, 0)).store(handed)
-    bonus = gl.sum(r * k * r_k, 1, keep_dims=True) * v
+    outs = ()
+    for i in gl.static_range(FOURS):
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        at = (i_b + 4 * i + o_j) * C + o_c
+        out = _vectors(
+            rs[i], ks[i], vs[i], kks[i], biases, tiles, groups, v_firsts[i], p_first + at, here,
+            is_first, i, FOURS,
+        )  # fmt: skip
+        outs = outs + (out,)  # noqa: RUF005
     thread_barrier()
-    ys = ()
-    for j in gl.static_range(G):
-        s, y = _advance(states[j][0], tiles, 8, j)
-        gl.store(states[j][1], s.to(p_pool.dtype.element_ty), mask=states[j][2])
-        ys = ys + (y,)  # noqa: RUF005
-    _store_columns(inputs, ys, G)
+    if G == 1:
+        _advance(state, p_s, live, rows, 32, 4 * Y_TILE, keep)
+    else:
+        block = _advance_from_ring(
+            ring, full, empty, block, rows, p_pool, p_slots, i_b, i_h, keep, B, C, G, 4 * Y_TILE,
+            STAGES,
+        )  # fmt: skip
     thread_barrier()
-    y = tiles.index(0).load(VECTOR)
-    y -= gl.sum(y, 1, keep_dims=True) / 64
-    deviation = gl.sqrt(gl.sum(y * y, 1, keep_dims=True) / 64 + GROUP_NORM_EPS)
-    y = (y / deviation * norm_weight + norm_bias + bonus) * gate
-    gl.store(p_out + at, y.to(p_out.dtype.element_ty), mask=here, eviction_policy=KEEP)
+    for i in gl.static_range(FOURS):
+        y = tiles.index(Y_TILE + i).load(VECTOR)
+        y -= gl.sum(y, 1, keep_dims=True) / 64
+        deviation = gl.sqrt(gl.sum(y * y, 1, keep_dims=True) / 64 + GROUP_NORM_EPS)
+        y = (y / deviation * norm_weight + norm_bias + outs[i][1]) * outs[i][0]
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        at = (i_b + 4 * i + o_j) * C + o_c
+        gl.store(p_out + at, y.to(p_out.dtype.element_ty), mask=here, eviction_policy=KEEP)
     thread_barrier()
     return block

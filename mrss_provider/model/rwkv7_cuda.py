@@ -11,7 +11,7 @@ layouts: kernels/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -132,7 +132,7 @@ class FusedDecoder:
         if self.persistent_obstacle is None:
             self._layers, stacked = stack_layers(layers, self._layers)
             self._persistent = persistent_ops.PersistentLayers7(stacked)
-        self.persistent_rows = range(0)
+        self.persistent_rows: Collection[int] = ()
         if self._persistent is not None:
             width = embedding.shape[1]
             self.persistent_rows = persistent_ops.rows_in_one_launch(embedding.device, width)

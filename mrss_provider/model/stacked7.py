@@ -10,8 +10,10 @@ import torch
 from mrss_kernels.persistent7 import StackedLayers7, persistent_obstacle
 from mrss_kernels.persistent7_cuts import FFN_FACTOR
 from torch import Tensor
+from torch.nn import functional as F
 
 from mrss_provider.model.linear import PlainLinear
+from mrss_provider.model.products import tensor_of
 from mrss_provider.model.rwkv7 import Layer7
 
 if TYPE_CHECKING:
@@ -65,11 +67,15 @@ def stack_layers(
             cast(PlainLinear, getattr(layer, name)).weight = stack[i]
             change: dict[str, Any] = {name: stack[i]}
             packed[i] = replace(packed[i], **change)
-    up = _stack(packed, "up", dim=1)
-    # Layer 0's rows are shorter than the stack's.
-    packed[1:] = [replace(each, up=new) for each, new in zip(packed[1:], up[1:], strict=True)]
-    torch.cuda.empty_cache()
     last = packed[-1]
+    up_ranks = ranks_of_up(last.ranks, _true_ranks(layers))
+    if up_ranks == last.ranks:
+        up = _stack(packed, "up", dim=1)
+        # Layer 0's rows are shorter than the stack's.
+        packed[1:] = [replace(each, up=new) for each, new in zip(packed[1:], up[1:], strict=True)]
+    else:
+        up = torch.stack([_without_filling(each, up_ranks) for each in packed])
+    torch.cuda.empty_cache()
     stacked = StackedLayers7(
         project=project.flatten(0, 1),
         up=up.flatten(0, 1),
@@ -83,8 +89,38 @@ def stack_layers(
         ffn_mix=torch.cat([each.ffn_mix for each in packed]).float(),
         vectors=torch.stack([each.vectors for each in packed]),
         ranks=last.ranks,
+        up_ranks=up_ranks,
     )
     return packed, stacked
+
+
+def ranks_of_up(ranks: Sequence[int], true_ranks: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return the ranks of LoRAs in `StackedLayers7.up`: `ranks`, or less where that saves a block.
+
+    A block is 256 columns. If none is saved, the stack is the layers' own weights.
+
+    Args:
+        ranks: multiples of 64, to which the LoRAs of w, a, g, v are filled up with zeros.
+        true_ranks: without these.
+    """
+    least = [min(-(-rank // 8) * 8, most) for rank, most in zip(true_ranks, ranks, strict=True)]
+    saves = -(-sum(least) // 256) < -(-sum(ranks) // 256)
+    rank_w, rank_a, rank_g, rank_v = least if saves else ranks
+    return rank_w, rank_a, rank_g, rank_v
+
+
+def _true_ranks(layers: Sequence[Layer7]) -> list[int]:
+    """Return the largest ranks of the LoRAs of w, a, g, v in any layer."""
+    loras = [(each.w1, each.a1, each.g1, each.v1) for each in layers[1:]]
+    return [max(len(tensor_of(linear)) for linear in column) for column in zip(*loras, strict=True)]
+
+
+def _without_filling(layer: PackedLayer, up_ranks: Sequence[int]) -> Tensor:
+    """Return a layer's `up` with fewer columns [C, sum(up_ranks)], zeros for what it has not."""
+    halves = []
+    for half, rank in zip(torch.split(layer.up, list(layer.ranks), 1), up_ranks, strict=True):
+        halves.append(F.pad(half[:, :rank], (0, max(rank - half.shape[1], 0))))
+    return torch.cat(halves, 1)
 
 
 def _stack(packed: Sequence[PackedLayer], name: str, *, dim: int = 0) -> Tensor:

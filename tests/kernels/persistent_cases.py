@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from mrss_kernels.linear_cuts import HOPPER_SHARED, NUM_MULTIPROCESSORS
-from mrss_kernels.persistent7_cuts import MAX_HELP, SLICE_LEN, find_cuts
+from mrss_kernels.persistent7_cuts import MAX_HELP, find_cuts
 from mrss_kernels.persistent7_kernel import NUM_COMPUTING_WARPS, persistent7_kernel
 from triton.experimental.gluon import language as gl
 
 RANKS = {1024: (64, 64, 128, 64), 2048: (128, 128, 256, 64), 4096: (128, 128, 512, 128)}
+UP_RANKS = RANKS | {2048: (96, 96, 256, 64)}
 FORMS = [
     # The first one is what CI compiles, so the quickest.
     (1024, "bf16", "fp32", 1),
     (2048, "fp16", "fp32", 8),
     (2048, "fp16", "fp16", 4),
-    (2048, "fp16", "fp32", 12),
+    (2048, "fp16", "fp32", 16),
     (4096, "bf16", "fp32", 8),
+    (4096, "fp16", "fp32", 9),
 ]
 
 
@@ -30,20 +32,33 @@ def _case(
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     layout = gl.NVMMASharedLayout(128, 16)
     weight = f"tensordesc<{dtype}[64, 256],{layout!r}>"
+    in_states = gl.NVMMASharedLayout(128, 32 if pool == "fp32" else 16)
     types = dict.fromkeys(("w_project", "w_up", "w_output", "w_key", "w_value"), weight)
+    types["w_states"] = f"tensordesc<{pool}[64, 64],{in_states!r}>"
     vectors = ("norm1", "norm2", "mix", "ffn_mix", "vectors", "shift_att", "shift_ffn", "x")
     types |= {f"p_{name}": "*fp32" for name in (*vectors, "first", "floats")}
     types |= {"p_mixed": f"*{dtype}", "p_halves": f"*{dtype}", "p_pool": f"*{pool}"}
     types |= {"p_groups": "*i32", "p_help": "*i32", "p_slots": "*i64"}
-    counts = ["num_layers", "num_programs", "pool_stride", "shift_stride"]
+    counts = [
+        "num_layers",
+        "keep_states",
+        "num_programs",
+        "num_slots",
+        "pool_stride",
+        "shift_stride",
+    ]
     counts += [f"ahead_{name}" for name in ("project", "up", "output", "key", "value")]
     types |= dict.fromkeys(counts, "i32")
-    cuts = find_cuts(rows, width, sum(RANKS[width]), NUM_MULTIPROCESSORS, HOPPER_SHARED)
+    ranks, up = RANKS[width], UP_RANKS[width]
+    cuts = find_cuts(rows, width, sum(ranks), sum(up), NUM_MULTIPROCESSORS, HOPPER_SHARED)
     constants = {"B": rows, "C": width, "F": 4 * width, "PDL": True, "G": cuts.group}
-    constants |= dict(zip(("RW", "RA", "RG", "RV"), RANKS[width], strict=True))
+    constants |= {"R": 3 * width + sum(ranks)}
+    constants |= dict(zip(("RW", "RA", "RG", "RV"), up, strict=True))
+    constants |= {f"LOW_{name}": sum(ranks[: i + 1]) for i, name in enumerate("AGV")}
     constants |= {"OUTPUT_PARTS": cuts.output_parts, "VALUE_PARTS": cuts.value_parts}
     constants |= {"HELPED": cuts.helped, "HELP_LEN": MAX_HELP[width] * 256}
-    constants |= {"STAGES": cuts.num_stages, "SLICE": SLICE_LEN}
+    constants |= {"STAGES": cuts.num_stages, "INPUT_BLOCKS": cuts.input_blocks}
+    constants |= {"CHUNK": cuts.chunk, "SLICE": cuts.slice_len}
     options = {"num_warps": NUM_COMPUTING_WARPS, "launch_pdl": True}
     return (
         f"persistent7_kernel {width} {dtype} {pool} {rows}",

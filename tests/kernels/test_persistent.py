@@ -15,7 +15,8 @@ CUDA = torch.device("cuda", 0)
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-RANK_SUMS = {1024: 320, 2048: 576, 4096: 896}
+# Of first halves, and columns of second halves.
+RANK_SUMS = {1024: (320, 320), 2048: (576, 512), 4096: (896, 896)}
 
 
 @pytest.mark.parametrize("num_programs", [78, 114, 132, 144])
@@ -34,13 +35,21 @@ def test_parts_fill_the_programs_in_whole_blocks_and_are_no_longer_than_a_row(
 
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
-    for rows in range(1, persistent7.MAX_ROWS + 1):
-        cuts = cuts7.find_cuts(rows, width, RANK_SUMS[width], 132, HOPPER_SHARED)
-        padded = 8 if rows <= 8 else 16
-        inputs = padded * 2 * max(width, 4 * width // cuts.value_parts)
-        # The second halves have a column a LoRA and row of four, on top of what inputs take.
-        assert inputs >= -(-RANK_SUMS[width] // 256) * 16 * 256 * 2
-        assert cuts.num_stages >= (4 if rows <= 8 or width < 4096 else 3)
+    for rows in persistent7.ROWS:
+        cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
+        padded = cuts7.padded(rows)
+        assert padded >= rows
+        inputs = cuts.input_blocks * 256 * padded * 2
+        longest = max(width, 4 * width // cuts.value_parts)
+        # All inputs of a product, or two chunks of them in turn.
+        assert inputs >= padded * 2 * (512 * cuts.chunk if cuts.chunk else longest)
+        # The second halves have a column a LoRA and row, which come by four.
+        fours = -(-cuts.group // 4)
+        assert inputs >= -(-RANK_SUMS[width][1] // 256) * 16 * fours * 256 * 2
+        # Then the LoRAs' outputs, eight vectors and an output of the states, each [4, 64] fp32.
+        assert inputs >= (4 + 8 + 1) * fours * 1024
+        assert inputs >= 4 * width
+        assert cuts.num_stages >= 5
         ring = cuts.num_stages * (64 * 256 * 2 + 2 * 8)
         assert ring + inputs + 3 * 16 < HOPPER_SHARED
 
@@ -67,8 +76,8 @@ def test_each_tile_has_one_helper_and_each_helper_tiles_in_a_row(
 def test_help_takes_load_off_the_programs_that_have_most(
     width: int, rows: int, num_programs: int
 ) -> None:
-    rank_sum = RANK_SUMS[width]
-    cuts = cuts7.find_cuts(rows, width, rank_sum, num_programs, HOPPER_SHARED)
+    rank_sum, up_sum = RANK_SUMS[width]
+    cuts = cuts7.find_cuts(rows, width, rank_sum, up_sum, num_programs, HOPPER_SHARED)
     num_tiles, blocks = (3 * width + rank_sum) // 64, width // 256
     num_helped, num_helpers = len(cuts.help), num_programs - len(cuts.help)
     assert cuts.helped % num_programs == 0
@@ -111,15 +120,17 @@ def test_digits_are_stretched_over_the_blocks_in_32_bits(num_blocks: int) -> Non
 
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_how_far_ahead_is_known_for_every_number_of_rows(width: int) -> None:
-    for rows in range(1, persistent7.MAX_ROWS + 1):
-        cuts = cuts7.find_cuts(rows, width, RANK_SUMS[width], 132, HOPPER_SHARED)
-        packed = ahead7.blocks_ahead(width, RANK_SUMS[width], rows, cuts)
+    for rows in persistent7.ROWS:
+        cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
+        packed = ahead7.blocks_ahead(ahead7.H100, width, RANK_SUMS[width][1], rows, cuts)
         assert len(packed) == 5
         # A program that may ask for more than the ring holds would wait for what it has not asked.
         most = 1 + max(each >> 2 * k & 3 for each in packed for k in range(16))
         assert most <= cuts.num_stages
-    for words in ahead7.AHEAD[width].values():
-        assert all(set(word) <= set("0123") for word in words.split())
+    for card in ahead7.AHEAD:
+        for words in ahead7.table_of(card, width).values():
+            assert len(words.split()) == 5
+            assert set(words) <= set("0123 ")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_a_card_that_was_not_measured_needs_to_be_told(monkeypatch: pytest.Monke
     monkeypatch.setenv("MRSS_DECODE", "persistent")
     assert persistent7.persistent_obstacle(CUDA, *shape) is None
     rows = persistent7.rows_in_one_launch(CUDA, 2048)
-    assert (rows[0], rows[-1]) == (1, persistent7.MAX_ROWS)
+    assert rows == persistent7.ROWS
     found = persistent7.persistent_obstacle(CUDA, 24, 768, 64)
     assert found == "the width 768 is none of 1024, 2048, 4096"
     monkeypatch.setenv("MRSS_DECODE", "launches")
@@ -204,6 +215,7 @@ def test_weights_on_a_cpu_are_refused() -> None:
         ffn_mix=norms,
         vectors=norms,
         ranks=(64, 64, 128, 64),
+        up_ranks=(64, 64, 128, 64),
     )
     with pytest.raises(ValueError, match="the device is no CUDA device"):
         persistent7.PersistentLayers7(layers)

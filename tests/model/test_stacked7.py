@@ -12,7 +12,7 @@ from tiny_model import Shape, checkpoint
 from mrss_provider.errors import ConfigError
 from mrss_provider.model import load_model
 from mrss_provider.model.rwkv7_cuda import FusedDecoder, PackedLayer, pack_layer
-from mrss_provider.model.stacked7 import stack_layers, stacking_obstacle
+from mrss_provider.model.stacked7 import ranks_of_up, stack_layers, stacking_obstacle
 
 SHAPE = Shape(num_layers=4, hidden_size=128, ffn_size=512, ranks=(16, 80, 8, 24))
 DOWNS = ("w1", "a1", "g1")
@@ -45,17 +45,37 @@ def test_linears_and_packed_layers_are_views_of_the_stack(tmp_path: Path) -> Non
             assert weight.untyped_storage().data_ptr() in storages
 
 
+@pytest.mark.parametrize(
+    ("ranks", "true_ranks", "wanted"),
+    [
+        ((128, 128, 256, 64), (96, 96, 256, 64), (96, 96, 256, 64)),
+        ((128, 128, 256, 64), (97, 90, 250, 64), (128, 128, 256, 64)),
+        ((128, 128, 512, 128), (128, 128, 480, 96), (128, 128, 512, 128)),
+        ((64, 64, 128, 64), (64, 64, 128, 32), (64, 64, 128, 64)),
+    ],
+)
+def test_second_halves_lose_their_filling_where_that_saves_a_block_of_256(
+    ranks: tuple[int, ...], true_ranks: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    assert ranks_of_up(ranks, true_ranks) == wanted
+
+
 def test_layer_0_is_filled_up_with_zeros(tmp_path: Path) -> None:
     packed, layers, _ = packed_model(tmp_path / "model.safetensors")
     _, stack = stack_layers(layers, list(packed))  # type: ignore[arg-type]
     project = stack.project.view(4, -1, 128)
-    up = stack.up.view(4, 128, -1)
+    # Of 16, 80, 24 and 8 ranks, filled up to 64, 128, 64 and 64: one block of columns and not two.
+    assert stack.up_ranks == (16, 80, 24, 8)
+    up = stack.up.view(4, 128, 128).split(stack.up_ranks, 2)
     for i, layer in enumerate(packed):
-        rows, columns = len(layer.project), layer.up.shape[1]
-        assert (rows, columns) == (3 * 128 + sum(layer.ranks), sum(layer.ranks))
-        assert torch.equal(up[i, :, :columns], layer.up)
+        rows = len(layer.project)
+        assert rows == 3 * 128 + sum(layer.ranks)
         assert not project[i, rows:].any()
-        assert not up[i, :, columns:].any()
+        for of_stack, of_layer in zip(up, layer.up.split(layer.ranks, 1), strict=True):
+            rank = min(of_stack.shape[2], of_layer.shape[1])
+            assert torch.equal(of_stack[i, :, :rank], of_layer[:, :rank])
+            assert not of_layer[:, rank:].any()
+            assert not of_stack[i, :, rank:].any()
         assert torch.equal(stack.norm1[i], torch.stack(layer.ln1))
         assert torch.equal(stack.norm2[i], torch.stack(layer.ln2))
         assert torch.equal(stack.vectors[i], layer.vectors)
