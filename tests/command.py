@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
+
+import typer
 
 from mrss_provider.cli.app import app
 from mrss_provider.cli.output import run
@@ -17,6 +21,12 @@ class Result:
     code: int
     out: str
     err: str
+
+
+@functools.cache
+def command() -> Any:
+    """Return the commands, made once; an app makes all of them anew each time that it is called."""
+    return typer.main.get_command(app)
 
 
 def mrss(*args: object, stdin: str = "") -> Result:
@@ -30,7 +40,7 @@ def mrss(*args: object, stdin: str = "") -> Result:
         contextlib.redirect_stderr(err),
     ):
         try:
-            run(lambda: app(prog_name="mrss"))
+            run(lambda: command()(prog_name="mrss"))
         except SystemExit as exc:
             code = exc.code if isinstance(exc.code, int) else 1 if exc.code else 0
     return Result(code, out.getvalue(), err.getvalue())

@@ -61,6 +61,8 @@ def test_version_is_the_packages() -> None:
         (["nosuch"], 2, "No such command 'nosuch'"),
         (["serve", "--dtype", "fp33"], 2, "'fp32', 'bf16', 'fp16'"),
         (["serve", "--port", "99999"], 1, "error: port must be in [1, 65535], got 99999"),
+        (["serve", "--socket", "/s", "--port", "9001"], 1, "error: --port means nothing on a Unix"),
+        (["serve", "--socket", "/s", "--host", "::1"], 1, "or listen on 127.0.0.1 too with --loop"),
         (["chat", "--server", "x", "--in-process"], 2, "give one or the other"),
         (["chat", "-m", "x", "--temperature", "-1"], 1, "error: temperature must be in [0, 100]"),
         (["chat", "-m", "x", "--server", "here"], 1, "error: an engine's address is http://"),

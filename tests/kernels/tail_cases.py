@@ -46,11 +46,12 @@ def _cases(
         ("gate_kernel", gates, gate | {"KL": 4096 // block}, warps),
         ("find_candidates_kernel", find_candidates.find_candidates_kernel, find, 4),
     ]
-    for truncate in (True, False):
+    # The first form of a kernel is what CI compiles, so the quickest.
+    for truncate in (False, True):
         label = "truncated" if truncate else "whole"
         flags = {"TRUNCATE": truncate}
         found.append((f"draw_token_kernel {label}", draw, pick | flags, 8))
-        for mixed in (True, False):
+        for mixed in (False, True):
             name = f"merge_rows_kernel {label} {'mixed' if mixed else 'single'}"
             found.append(
                 (

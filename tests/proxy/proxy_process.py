@@ -15,6 +15,7 @@ from mrss_provider.config import KEEP_ALIVE_S
 
 ROOT = Path(__file__).parent.parent.parent
 LITELLM = Path(sys.executable).parent / "litellm"
+QUICK_START = Path(__file__).parent / "quick_start"
 START_S = 90.0
 NUM_WORKERS = 2
 
@@ -37,9 +38,10 @@ class Proxy:
             *("--timeout_worker_healthcheck", "60"),
             *("--keepalive_timeout", str(KEEP_ALIVE_S)),
         ]
+        paths = filter(None, (str(QUICK_START), os.environ.get("PYTHONPATH")))
         self.process = subprocess.Popen(
             command,
-            env={**os.environ, **env},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
