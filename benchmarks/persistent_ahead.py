@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from measure import capture, time_replays
 from mrss_kernels import persistent7_ahead
-from mrss_kernels.persistent7 import ROWS, PersistentLayers7
+from mrss_kernels.persistent7 import PersistentLayers7
+from mrss_kernels.persistent7_choice import ROWS
 from random_models import SHAPES, random_model
 
 from mrss_provider.model.rwkv7_cuda import FusedDecoder

@@ -1,4 +1,4 @@
-"""All layers of RWKV-7's decode step in one launch: its weights, its buffers, and when it may run.
+"""All layers of RWKV-7's decode step in one launch: its weights, its buffers, its arguments.
 
 What it computes is what `add_norm_mix`, `rows_linear` and `time_mix7` compute launch by launch,
 with other cuts of the sums. Derivation and measurements: kernels/README.md.
@@ -6,8 +6,7 @@ with other cuts of the sums. Derivation and measurements: kernels/README.md.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +22,7 @@ from mrss_kernels._checks import (
 )
 from mrss_kernels._launch import dependent_launch, shared_bytes
 from mrss_kernels.persistent7_ahead import blocks_ahead
+from mrss_kernels.persistent7_choice import HEAD_SIZE, ROWS, obstacle_to_one_launch
 from mrss_kernels.persistent7_cuts import (
     FFN_FACTOR,
     MAX_HELP,
@@ -31,25 +31,6 @@ from mrss_kernels.persistent7_cuts import (
     find_cuts,
     keeps_states,
 )
-
-ROWS = (*range(1, 13), 14, 16)
-"""Numbers of rows that the kernel takes. Products are padded to 8 or 16."""
-
-FASTER: dict[str, dict[int, Collection[int]]] = {
-    "NVIDIA H100 80GB HBM3": dict.fromkeys((1024, 2048, 4096), ROWS),
-    "NVIDIA H200": {2048: range(1, 9)},
-}
-"""By card and C, with how many rows it was measured to be faster than launch by launch."""
-
-
-HEAD_SIZE = 64
-"""N of every RWKV-7 so far."""
-
-CAPABILITY = (9, 0)
-"""Of the only cards that have `wgmma`."""
-
-MIN_PROGRAMS = 128
-"""Multiprocessors: with fewer, more programs mark numbers as not written and pass no fence."""
 
 
 @dataclass(frozen=True)
@@ -87,102 +68,29 @@ class StackedLayers7:
     up_ranks: tuple[int, int, int, int]
 
 
-def decode_choice() -> str:
-    """Return what `MRSS_DECODE` chooses: "auto", "persistent" or "launches".
-
-    Raises:
-        ValueError: it says something else.
-    """
-    choice = os.environ.get("MRSS_DECODE", "auto")
-    if choice not in ("auto", "persistent", "launches"):
-        raise ValueError(f"MRSS_DECODE must be auto, persistent or launches, got {choice!r}")
-    return choice
-
-
-def persistent_obstacle(
-    device: torch.device,
-    num_layers: int,
-    channels: int,
-    head_size: int,
-    ranks: Sequence[int] = (),
-) -> str | None:
-    """Return why the kernel cannot or should not run a model's layers, None where it should.
-
-    `MRSS_DECODE` decides for a card and a width that `FASTER` has not.
-
-    Args:
-        device: of the weights.
-        num_layers: L.
-        channels: C, with an FFN of 4C.
-        head_size: N.
-        ranks: of the LoRAs of w, a, g, v, multiples of 64; none where they are not known.
-
-    Raises:
-        ValueError: `MRSS_DECODE` is no choice.
-    """
-    choice = decode_choice()
-    found = _obstacle(device, num_layers, channels, head_size, ranks)
-    if choice == "launches":
-        return "MRSS_DECODE is launches"
-    if choice == "auto" and found is None:
-        name = torch.cuda.get_device_name(device)
-        if channels not in FASTER.get(name, {}):
-            return f"it was not found to be faster on this card, {name}, for {channels} channels"
-    return found
-
-
-def rows_in_one_launch(device: torch.device, channels: int) -> Collection[int]:
-    """Return with how many rows the steps of a model that nothing is against use the kernel.
-
-    Raises:
-        ValueError: `MRSS_DECODE` is no choice.
-    """
-    if decode_choice() == "persistent":
-        return ROWS
-    return FASTER.get(torch.cuda.get_device_name(device), {}).get(channels, ())
-
-
-def _obstacle(
-    device: torch.device, num_layers: int, channels: int, head_size: int, ranks: Sequence[int]
-) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "the device is no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        return "the card has compute capability {}.{}, not 9.0".format(*capability)
-    num_programs = torch.cuda.get_device_properties(device).multi_processor_count
-    if num_programs < MIN_PROGRAMS:
-        return f"the card has {num_programs} multiprocessors, not {MIN_PROGRAMS} or more"
-    if channels not in MAX_HELP:
-        return f"the width {channels} is none of {', '.join(map(str, MAX_HELP))}"
-    if head_size != HEAD_SIZE:
-        return f"heads have {head_size} channels, not {HEAD_SIZE}"
-    if num_layers % 2 or num_layers < 2:
-        return f"{num_layers} layers are not an even number of them"
-    if not all(ranks) or sum(ranks) > channels // 2:
-        return f"LoRAs of ranks {list(ranks)} do not fit"
-    return None
-
-
 class PersistentLayers7:
-    """The layers of a decode step of a number of rows that `ROWS` has.
+    """The layers of a decode step of a number of rows that this is for.
 
     Steps must follow one another on one stream: they share their buffers. Between two steps the
     even layers' numbers all read as not written; a step's first layer sees to the odd ones'.
     """
 
-    def __init__(self, layers: StackedLayers7) -> None:
-        """Allocate the buffers; weights are kept, not copied.
+    def __init__(self, layers: StackedLayers7, rows: Collection[int] = ROWS) -> None:
+        """Allocate the buffers of steps of so many rows; weights are kept, not copied.
 
         Raises:
-            ValueError: weights whose shapes, dtypes or devices do not fit together.
+            ValueError: weights whose shapes, dtypes or devices do not fit together, or numbers of
+                rows that the kernel does not take.
         """
+        if not set(rows) <= set(ROWS):
+            raise ValueError(f"rows must be among {list(ROWS)}, got {list(rows)}")
         num_layers, _, channels = layers.norm1.shape
         _check_layers(layers, num_layers, channels)
         device = layers.project.device
         self._layers = layers
+        self._rows = sorted(rows)
         self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
-        self._cuts = {rows: self._find_cuts(rows) for rows in ROWS}
+        self._cuts = {rows: self._find_cuts(rows) for rows in self._rows}
         card = torch.cuda.get_device_name(device)
         sizes = (channels, sum(layers.up_ranks))
         self._ahead = {
@@ -193,7 +101,7 @@ class PersistentLayers7:
         }
         matrices = (layers.project, layers.up, layers.output, layers.ffn_key, layers.ffn_value)
         self._descriptors = [_descriptor(each, 256) for each in matrices]
-        self._buffers = {rows: self._blank_buffers(rows) for rows in ROWS}
+        self._buffers = {rows: self._blank_buffers(rows) for rows in self._rows}
 
     def _find_cuts(self, rows: int) -> Cuts:
         layers = self._layers
@@ -222,7 +130,7 @@ class PersistentLayers7:
         """Run all layers behind the first norm.
 
         Args:
-            x: residual stream [B, C] fp32, of a number of rows that `ROWS` has.
+            x: residual stream [B, C] fp32, of a number of rows that this is for.
             mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights. Neither may
                 hold a number all of whose bits are 1, which no arithmetic makes: it would trap.
             shift_att: normalised last tokens by layer and slot [L, S', C] fp32, *modified* but for
@@ -324,8 +232,8 @@ class PersistentLayers7:
     ) -> None:
         num_layers, _, channels = self._layers.norm1.shape
         rows = x.shape[0]
-        if rows and rows not in ROWS:
-            raise ValueError(f"x must have {', '.join(map(str, ROWS))} rows, got {rows}")
+        if rows and rows not in self._rows:
+            raise ValueError(f"x must have {', '.join(map(str, self._rows))} rows, got {rows}")
         shift_shape = (num_layers, *shift_att.shape[1:2], channels)
         expect_shape("x", x, (rows, channels))
         expect_shape("mixed", mixed, (6, rows, channels))
@@ -355,7 +263,9 @@ def _descriptor(matrix: Tensor, num_columns: int) -> Any:
 
 
 def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> None:
-    obstacle = _obstacle(layers.project.device, num_layers, channels, HEAD_SIZE, layers.ranks)
+    obstacle = obstacle_to_one_launch(
+        layers.project.device, num_layers, channels, HEAD_SIZE, layers.ranks
+    )
     if obstacle is not None:
         raise ValueError(f"layers must be ones that the kernel takes: {obstacle}")
     total, inner = sum(layers.ranks), FFN_FACTOR * channels

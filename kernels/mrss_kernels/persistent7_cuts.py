@@ -113,7 +113,7 @@ def keeps_states(channels: int, rows: int) -> bool:
 
 def padded(rows: int) -> int:
     """Return how many rows the products of so many rows have."""
-    return 8 if rows <= 8 else 16
+    return 8 if rows <= 8 else 16 if rows <= 16 else 32
 
 
 def num_parts(size_k: int, num_tiles: int, num_programs: int, longest: int) -> int:

@@ -263,7 +263,7 @@ def persistent7_kernel(
     dtype: gl.constexpr = w_key.dtype
     ring = gl.allocate_shared_memory(dtype, [STAGES, NUM_OUTPUTS, BLOCK_LEN], w_key.layout)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    ROWS: gl.constexpr = 8 if B <= 8 else 16
+    ROWS: gl.constexpr = 8 if B <= 8 else 16 if B <= 16 else 32
     shape: gl.constexpr = [INPUT_BLOCKS, ROWS, BLOCK_LEN]
     inputs = gl.allocate_shared_memory(dtype, shape, rows_layout)
     votes_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -6,7 +6,7 @@ Knows no kernels but their limits, so that it can be asked on any machine.
 from __future__ import annotations
 
 import torch
-from mrss_kernels import persistent7, persistent7_cuts
+from mrss_kernels import persistent7_choice, persistent7_cuts
 
 from mrss_provider.errors import ConfigError
 from mrss_provider.model.config import ModelConfig
@@ -85,7 +85,7 @@ def decode_choice() -> str:
         ConfigError: it says something else.
     """
     try:
-        return persistent7.decode_choice()
+        return persistent7_choice.decode_choice()
     except ValueError as error:
         raise ConfigError(str(error), param="MRSS_DECODE") from error
 
@@ -105,7 +105,7 @@ def persistent_rows(config: ModelConfig, device: torch.device) -> int:
     if config.ffn_size != persistent7_cuts.FFN_FACTOR * config.hidden_size:
         return 0
     shape = (config.num_layers, config.hidden_size, config.head_size)
-    obstacle = persistent7.persistent_obstacle(device, *shape)
+    obstacle = persistent7_choice.persistent_obstacle(device, *shape)
     if obstacle:
         return 0
-    return max(persistent7.rows_in_one_launch(device, config.hidden_size), default=0)
+    return max(persistent7_choice.rows_in_one_launch(device, config.hidden_size), default=0)

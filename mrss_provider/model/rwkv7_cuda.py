@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from mrss_kernels import add_norm_mix as norm_ops
 from mrss_kernels import persistent7 as persistent_ops
+from mrss_kernels import persistent7_choice
 from mrss_kernels import rows_linear as linear_ops
 from mrss_kernels import sparse_linear as sparse_ops
 from mrss_kernels import time_mix7 as time_ops
@@ -123,6 +124,7 @@ class FusedDecoder:
         self.sparse_rows = SPARSE_ROWS if sparse_ffn else 0
         self._layers = [pack_layer(layer, sparse_ffn=sparse_ffn) for layer in layers]
         self._persistent: persistent_ops.PersistentLayers7 | None = None
+        self.persistent_rows: Collection[int] = ()
         choice = decode_choice()
         self.persistent_obstacle = stacking_obstacle(self._layers, layers[0].r_k.shape[-1])
         if self.persistent_obstacle and choice == "persistent":
@@ -131,11 +133,9 @@ class FusedDecoder:
             )
         if self.persistent_obstacle is None:
             self._layers, stacked = stack_layers(layers, self._layers)
-            self._persistent = persistent_ops.PersistentLayers7(stacked)
-        self.persistent_rows: Collection[int] = ()
-        if self._persistent is not None:
-            width = embedding.shape[1]
-            self.persistent_rows = persistent_ops.rows_in_one_launch(embedding.device, width)
+            rows = persistent7_choice.rows_in_one_launch(embedding.device, embedding.shape[1])
+            self._persistent = persistent_ops.PersistentLayers7(stacked, rows)
+            self.persistent_rows = rows
         self._embedding = embedding
         self._ln0 = ln0
         self._ln_out = ln_out

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from mrss_kernels.persistent7 import StackedLayers7, persistent_obstacle
+from mrss_kernels.persistent7 import StackedLayers7
+from mrss_kernels.persistent7_choice import persistent_obstacle
 from mrss_kernels.persistent7_cuts import FFN_FACTOR
 from torch import Tensor
 from torch.nn import functional as F

@@ -177,8 +177,8 @@ def test_a_model_whose_layers_run_in_one_kernel_is_told(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MRSS_DECODE", raising=False)
-    monkeypatch.setattr("mrss_kernels.persistent7.MAX_HELP", {128: 1})
-    monkeypatch.setattr("mrss_kernels.persistent7.FASTER", {"Fast": {128: range(1, 9)}})
+    monkeypatch.setattr("mrss_kernels.persistent7_choice.MAX_HELP", {128: 1})
+    monkeypatch.setattr("mrss_kernels.persistent7_choice.FASTER", {"Fast": {128: range(1, 9)}})
     monkeypatch.setattr("mrss_kernels.persistent7_cuts.FFN_FACTOR", 2)
     card.set(
         get_device_capability=lambda device=None: (9, 0),

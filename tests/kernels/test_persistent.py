@@ -8,6 +8,7 @@ import pytest
 import torch
 from mrss_kernels import persistent7
 from mrss_kernels import persistent7_ahead as ahead7
+from mrss_kernels import persistent7_choice as choice7
 from mrss_kernels import persistent7_cuts as cuts7
 from mrss_kernels.linear_cuts import HOPPER_SHARED
 
@@ -35,7 +36,7 @@ def test_parts_fill_the_programs_in_whole_blocks_and_are_no_longer_than_a_row(
 
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
-    for rows in persistent7.ROWS:
+    for rows in choice7.ROWS:
         cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
         padded = cuts7.padded(rows)
         assert padded >= rows
@@ -49,7 +50,7 @@ def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
         # Then the LoRAs' outputs, eight vectors and an output of the states, each [4, 64] fp32.
         assert inputs >= (4 + 8 + 1) * fours * 1024
         assert inputs >= 4 * width
-        assert cuts.num_stages >= 5
+        assert cuts.num_stages >= (5 if rows <= 16 or width < 4096 else 4)
         ring = cuts.num_stages * (64 * 256 * 2 + 2 * 8)
         assert ring + inputs + 3 * 16 < HOPPER_SHARED
 
@@ -120,7 +121,7 @@ def test_digits_are_stretched_over_the_blocks_in_32_bits(num_blocks: int) -> Non
 
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_how_far_ahead_is_known_for_every_number_of_rows(width: int) -> None:
-    for rows in persistent7.ROWS:
+    for rows in choice7.ROWS:
         cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
         packed = ahead7.blocks_ahead(ahead7.H100, width, RANK_SUMS[width][1], rows, cuts)
         assert len(packed) == 5
@@ -149,7 +150,7 @@ def test_models_that_the_kernel_does_not_take_are_named_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], words: str | None
 ) -> None:
     card(monkeypatch)
-    assert persistent7.persistent_obstacle(CUDA, *shape) == words
+    assert choice7.persistent_obstacle(CUDA, *shape) == words
 
 
 def card(monkeypatch: pytest.MonkeyPatch, name: str = H100) -> None:
@@ -163,41 +164,41 @@ def card(monkeypatch: pytest.MonkeyPatch, name: str = H100) -> None:
 def test_cards_that_the_kernel_does_not_run_on_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch)
     shape = (24, 2048, 64)
-    assert "no CUDA" in (persistent7.persistent_obstacle(torch.device("cpu"), *shape) or "")
+    assert "no CUDA" in (choice7.persistent_obstacle(torch.device("cpu"), *shape) or "")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (12, 0))
-    found = persistent7.persistent_obstacle(CUDA, *shape)
+    found = choice7.persistent_obstacle(CUDA, *shape)
     assert found == "the card has compute capability 12.0, not 9.0"
     card(monkeypatch)
     about = SimpleNamespace(multi_processor_count=114)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: about)
-    found = persistent7.persistent_obstacle(CUDA, *shape)
+    found = choice7.persistent_obstacle(CUDA, *shape)
     assert found == "the card has 114 multiprocessors, not 128 or more"
     monkeypatch.setattr("torch.version.hip", "6.4")
-    assert "no CUDA" in (persistent7.persistent_obstacle(CUDA, *shape) or "")
+    assert "no CUDA" in (choice7.persistent_obstacle(CUDA, *shape) or "")
 
 
 def test_a_card_that_was_not_measured_needs_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, "Other")
     shape = (24, 2048, 64)
-    found = persistent7.persistent_obstacle(CUDA, *shape)
+    found = choice7.persistent_obstacle(CUDA, *shape)
     assert found == "it was not found to be faster on this card, Other, for 2048 channels"
-    assert not persistent7.rows_in_one_launch(CUDA, 2048)
+    assert not choice7.rows_in_one_launch(CUDA, 2048)
     card(monkeypatch, "NVIDIA H200")
-    assert persistent7.persistent_obstacle(CUDA, *shape) is None
-    assert 8 in persistent7.rows_in_one_launch(CUDA, 2048)
-    assert "for 4096" in (persistent7.persistent_obstacle(CUDA, 32, 4096, 64) or "")
+    assert choice7.persistent_obstacle(CUDA, *shape) is None
+    assert 8 in choice7.rows_in_one_launch(CUDA, 2048)
+    assert "for 4096" in (choice7.persistent_obstacle(CUDA, 32, 4096, 64) or "")
     card(monkeypatch, "Other")
     monkeypatch.setenv("MRSS_DECODE", "persistent")
-    assert persistent7.persistent_obstacle(CUDA, *shape) is None
-    rows = persistent7.rows_in_one_launch(CUDA, 2048)
-    assert rows == persistent7.ROWS
-    found = persistent7.persistent_obstacle(CUDA, 24, 768, 64)
+    assert choice7.persistent_obstacle(CUDA, *shape) is None
+    rows = choice7.rows_in_one_launch(CUDA, 2048)
+    assert rows == choice7.ROWS
+    found = choice7.persistent_obstacle(CUDA, 24, 768, 64)
     assert found == "the width 768 is none of 1024, 2048, 4096"
     monkeypatch.setenv("MRSS_DECODE", "launches")
-    assert persistent7.persistent_obstacle(CUDA, *shape) == "MRSS_DECODE is launches"
+    assert choice7.persistent_obstacle(CUDA, *shape) == "MRSS_DECODE is launches"
     monkeypatch.setenv("MRSS_DECODE", "fast")
     with pytest.raises(ValueError, match="must be auto, persistent or launches, got 'fast'"):
-        persistent7.persistent_obstacle(CUDA, *shape)
+        choice7.persistent_obstacle(CUDA, *shape)
 
 
 def test_weights_on_a_cpu_are_refused() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mrss_kernels.persistent7 import ROWS
+from mrss_kernels.persistent7_choice import ROWS
 from safetensors.torch import save_file
 from tiny_model import Shape, checkpoint
 
@@ -18,12 +18,13 @@ pytestmark = pytest.mark.gpu
 
 RANKS = {1024: (64, 64, 32, 128), 2048: (96, 96, 64, 256), 4096: (128, 128, 96, 480)}
 TOLERANCE = {"fp16": 2e-2, "bf16": 1.5e-1}
-NUM_SLOTS = 18
+NUM_SLOTS = 36
 SLOTS = {
     "few": ([3], [4, 0], [7, -1, 2], [9, 8, 7, 6]),
     "some": ([0, 2, 4, 6, 8], [5, 1, -1, 0, 3, 2], [*range(1, 8)], [9, 0, 8, -1, 7, 2, 6, 3]),
     "more": ([*range(8), 17], [-1, *range(8, 16), 2], [*range(11)]),
     "many": ([*range(5, 17)], [*range(3, 17)], [16, -1, *range(14)]),
+    "most": ([*range(20)], [*range(23), -1], [*range(2, 34)]),
 }
 
 
@@ -44,7 +45,7 @@ def checkpoint_file(folder, width, num_layers):
 @pytest.fixture(autouse=True)
 def _on_any_card(monkeypatch):
     faster = {torch.cuda.get_device_name(): dict.fromkeys(RANKS, ROWS)}
-    monkeypatch.setattr("mrss_kernels.persistent7.FASTER", faster)
+    monkeypatch.setattr("mrss_kernels.persistent7_choice.FASTER", faster)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_steps_of_all_row_counts_in_turn_do_not_disturb_each_other(build) -> Non
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         alone[rows] = twin.decode(ids, ids, pool)
-    for rows in (8, 11, 1, 5, 14, 12, 16, 2, 9, 7, 3, 6, 10, 4):
+    for rows in (8, 11, 1, 32, 5, 14, 12, 16, 2, 9, 20, 7, 3, 6, 10, 4):
         pool = filled_pool(twin)
         ids = torch.arange(rows, device="cuda")
         assert torch.equal(twin.decode(ids, ids, pool), alone[rows])
