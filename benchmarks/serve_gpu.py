@@ -45,6 +45,7 @@ SHARE_OF_BARE = 0.9
 # A client process keeps up with this many streams; more take more processes.
 STREAMS_A_CLIENT = 64
 _RESULT = "result: "
+_READY = "ready"
 
 
 def run_bare(args: argparse.Namespace, files: Files) -> None:
@@ -54,20 +55,21 @@ def run_bare(args: argparse.Namespace, files: Files) -> None:
     for load_ in loads:
         requests = []
         for index in range(load_.num_requests):
-            asked = load_.request(index, _num_tokens(args, load_), args.top_p)
+            asked = load_.request(index, args.tokens, args.top_p)
             assert isinstance(asked.prompt, tuple)
             mixture = loaded.library.resolve(asked.model, asked.mixture)
             sampling = resolve_sampling(asked.sampling, mixture)
             requests.append(EngineRequest(f"b{index}", asked.prompt, mixture, sampling))
-        # Once for nothing: kernels are compiled and graphs captured.
-        for num_tokens in (8, None):
+        # Once for nothing: kernels are compiled and graphs captured. Then up to the last token but
+        # one: the step in which all answers end, and their states are kept, is not one of many.
+        for num_tokens in (8, args.tokens - 1):
             tape = _bare_tape(loaded.engine, requests, num_tokens)
         rate = steady_window([tape]).tokens_per_s
         print(_RESULT + json.dumps({"rate": rate}), flush=True)
 
 
-def _bare_tape(engine: Any, requests: list[EngineRequest], num_tokens: int | None) -> Tape:
-    """Step the engine until all requests ended, or each has `num_tokens`; return the arrivals."""
+def _bare_tape(engine: Any, requests: list[EngineRequest], num_tokens: int) -> Tape:
+    """Step the engine until each request has `num_tokens`; return the arrivals."""
     tape = Tape(len(requests))
     numbers = {request.id: number for number, request in enumerate(requests)}
     deadline = time.monotonic() + PART_S
@@ -80,7 +82,7 @@ def _bare_tape(engine: Any, requests: list[EngineRequest], num_tokens: int | Non
             if output.error is not None:
                 raise output.error
             tape.add(numbers[output.request_id], now, 1)
-        if num_tokens is not None and tape.fewest() >= num_tokens:
+        if tape.fewest() >= num_tokens:
             for request in requests:
                 engine.abort(request.id)
         if now > deadline:
@@ -116,9 +118,12 @@ def run_client(args: argparse.Namespace) -> None:
     """Read a share of a load's streams; prints their arrivals as one line of JSON."""
     load_: Load = args.loads[0]
     mine = range(args.client[0], min(args.client[0] + STREAMS_A_CLIENT, load_.num_requests))
-    requests = [load_.request(i, _num_tokens(args, load_), args.top_p) for i in mine]
+    requests = [load_.request(i, args.tokens, args.top_p) for i in mine]
     tape = Tape(len(requests))
     gc.disable()
+    # All clients begin together, however long each has taken to get here.
+    print(_READY, flush=True)
+    sys.stdin.readline()
     asyncio.run(tape.read(Client(args.address), requests))
     print(_RESULT + json.dumps(tape.arrivals), flush=True)
 
@@ -128,12 +133,21 @@ def measure_http(args: argparse.Namespace, address: str, load_: Load) -> list[Ta
     text = f"{load_.num_requests}x{load_.num_states}"
     command = [*_me(), "--part", "client", "--address", address, "--loads", text]
     command += ["--tokens", str(args.tokens), "--top-p", str(args.top_p)]
+    pipe = subprocess.PIPE
     children = [
-        subprocess.Popen([*command, "--client", str(first)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, "--client", str(first)], stdin=pipe, stdout=pipe, text=True)
         for first in range(0, load_.num_requests, STREAMS_A_CLIENT)
     ]
     tapes = []
     deadline = time.monotonic() + PART_S
+    for child in children:
+        assert child.stdout is not None
+        if child.stdout.readline().strip() != _READY:
+            sys.exit(f"a client did not start at {text}")
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
     for child in children:
         try:
             said, _ = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
@@ -213,8 +227,9 @@ def measure_model(name: str, args: argparse.Namespace, on: Machine) -> None:
         rows = max(MIXED_STREAMS + 1, *(load_.rows for load_ in args.loads))
         with served(files.config(args, rows)) as address:
             for i, load_ in enumerate(args.loads if args.only != "mixed" else []):
-                # Once for nothing, as above.
-                measure_http(argparse.Namespace(**{**vars(args), "tokens": 16}), address, load_)
+                # Once for nothing, as above: long enough for all streams to run side by side.
+                few = {"tokens": max(16, min(args.tokens // 2, 2 * load_.num_requests))}
+                measure_http(argparse.Namespace(**(vars(args) | few)), address, load_)
                 tapes = measure_http(args, address, load_)
                 found = {part: rate[i] for part, rate in rates.items()}
                 found["http"] = steady_window(tapes).tokens_per_s
@@ -261,11 +276,6 @@ def main() -> None:
     print(on)
     for name in args.models:
         measure_model(name, args, on)
-
-
-def _num_tokens(args: argparse.Namespace, load_: Load) -> int:
-    """Return tokens a stream: fewer at high loads, whose steps are slower."""
-    return max(16, args.tokens // 2) if load_.num_requests > 64 else int(args.tokens)
 
 
 def _results(said: str) -> list[str]:

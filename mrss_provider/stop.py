@@ -24,11 +24,17 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def finds(self, text: str) -> bool:
-        """Tell whether this piece would complete a stop string; nothing is taken."""
-        if not self._held and self._first.search(text) is None:
-            return False
-        return any(stop in self._held + text for stop in self._stops)
+    def push_open(self, text: str) -> str | None:
+        """Take a piece as `push` does if it completes no stop string; else take nothing.
+
+        Returns:
+            What may be shown; None if the piece completes one, or one was complete before.
+        """
+        if not self._held and self.matched is None and self._first.search(text) is None:
+            return text
+        if self.matched is not None or any(stop in self._held + text for stop in self._stops):
+            return None
+        return self.push(text)
 
     def push(self, text: str) -> str:
         """Take a piece; return what may be shown. After a match nothing comes any more."""

@@ -163,28 +163,28 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Tokens to text, some at a time; a character comes out when its last byte is in."""
+    """Tokens to text, some at a time; a character comes out when its last byte is in.
+
+    Attributes:
+        rest: the unfinished character; set again, what was pushed since is forgotten.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    @property
-    def state(self) -> tuple[bytes, int]:
-        """The unfinished character, to be set again: what was pushed since is forgotten."""
-        return self._decoder.getstate()
-
-    @state.setter
-    def state(self, state: tuple[bytes, int]) -> None:
-        self._decoder.setstate(state)
+        # Looked up without a call of ours: a server does this for every token.
+        self._bytes_of = tokenizer.entries().get
+        self.rest = b""
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens; return the characters that they complete, maybe none."""
-        return self._decoder.decode(b"".join([self._token_bytes(i) or b"" for i in token_ids]))
+        data = self.rest + b"".join([self._bytes_of(i, b"") for i in token_ids])
+        text, num_read = codecs.utf_8_decode(data, "replace", False)
+        self.rest = data[num_read:]
+        return text
 
     def flush(self) -> str:
         """End the text; return U+FFFD if an unfinished character is left, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        data, self.rest = self.rest, b""
+        return data.decode("utf-8", "replace")
 
 
 def _read_world(path: Path, text: str) -> dict[int, bytes]:

@@ -1,16 +1,26 @@
 """AsyncEngine on a real engine and a tiny model: one text by every way, nothing left behind."""
 
 import asyncio
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from fakes import serving
 from tiny_model import write_model_folder, write_state
 
+from mrss_provider import model as model_package
 from mrss_provider.async_engine import AsyncEngine
+from mrss_provider.async_engine.loading import load
 from mrss_provider.backend import GenerateRequest, Message
 from mrss_provider.client import Client
 from mrss_provider.config import EngineConfig, ServerConfig
-from mrss_provider.errors import ContextLengthError, InvalidRequestError, UnknownNameError
+from mrss_provider.errors import (
+    ConfigError,
+    ContextLengthError,
+    InvalidRequestError,
+    UnknownNameError,
+)
 from mrss_provider.sampling_params import SamplingParams
 
 MAX_ROWS = 8
@@ -164,3 +174,41 @@ def test_names_are_listed_base_first(config):
         ("tone", "state"),
     ]
     assert {card.context_len for card in cards} == {200}
+
+
+def test_a_folder_that_may_not_be_read_is_told_in_one_sentence(config, monkeypatch):
+    is_dir = Path.is_dir
+
+    def refused(self):
+        # As for a user who is not root, of what is below a closed folder.
+        if self == config.model:
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(ConfigError, match=f"^{config.model} cannot be read: Permission denied$"):
+        load(config)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore words."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . can't allocate memory: 9 bytes."),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_too_little_memory_is_told_in_one_sentence(config, monkeypatch, error):
+    monkeypatch.setattr(model_package, "load_model", mock.Mock(side_effect=error))
+    with pytest.raises(ConfigError, match="memory for model with the states of 8 rows") as caught:
+        load(config)
+    assert (str(error).partition("\n")[0] or "MemoryError") in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_defect_while_a_model_loads_stays_one(config, monkeypatch):
+    defect = RuntimeError("shapes do not fit")
+    monkeypatch.setattr(model_package, "load_model", mock.Mock(side_effect=defect))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        load(config)

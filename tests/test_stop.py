@@ -27,8 +27,9 @@ def test_any_split_gives_the_text_before_the_first_complete_stop(text, stops, cu
     pieces = [text[a:b] for a, b in pairwise(edges)]
     shown = ""
     for at, piece in zip(edges[1:], pieces, strict=True):
-        is_open, finds = matcher.matched is None, matcher.finds(piece)
-        shown += matcher.push(piece)
+        is_open, passed = matcher.matched is None, matcher.push_open(piece)
+        finds = passed is None
+        shown += matcher.push(piece) if passed is None else passed
         so_far, matched = cut(text[:at], stops)
         # Nothing that could still be part of a stop string was shown, and nothing else is held.
         held = so_far[len(shown) :]

@@ -9,6 +9,7 @@ from mrss_provider.async_engine.traces import Tracer
 from mrss_provider.backend import (
     Delta,
     FinishReason,
+    TextPiece,
     TokenLogprob,
     TokenTrace,
     ToolCallDelta,
@@ -106,11 +107,25 @@ class Choice:
                 break
         return has_news
 
+    def take_text(self) -> TextPiece | None:
+        """Return what was read since the last time if it is content, and no end; else take nothing.
+
+        None also where more than text is told of each token.
+        """
+        if not self._is_plain or self._reader is not None or self.finish_reason is not None:
+            return None
+        if self._thoughts or self._calls:
+            return None
+        if self._past_reader is not None:
+            self._note_said()
+        piece = TextPiece(self.index, "".join(self._texts), self.num_tokens - self._num_taken)
+        self._num_taken = self.num_tokens
+        self._texts = []
+        return piece
+
     def take(self) -> Delta:
         """Return everything that was read since the last time."""
-        if self._past_reader is not None and self._reader is None:
-            self._past_reader.said += self._texts[self._num_said :]
-            self._num_said = 0
+        self._note_said()
         delta = Delta(
             index=self.index,
             text="".join(self._texts),
@@ -127,20 +142,25 @@ class Choice:
         self._thoughts, self._calls = [], ()
         return delta
 
+    def _note_said(self) -> None:
+        """Tell the reader that read the beginning what has come since without it."""
+        if self._past_reader is not None and self._reader is None:
+            self._past_reader.said += self._texts[self._num_said :]
+            self._num_said = 0
+
     def _read_together(self, outputs: Sequence[TokenOutput]) -> bool:
         """Read tokens at once, if none of them does more than add text; return whether it did."""
-        if len(outputs) < 2 or not (self._is_plain and self.is_running) or self._lead:
+        if not (self._is_plain and self.is_running) or self._lead or self._reader is not None:
             return False
-        if self._reader is not None:
-            return False
-        before = self._decoder.state
+        before = self._decoder.rest
         text = self._decoder.push([output.token_id or EOS_ID for output in outputs])
-        if self._matcher.finds(text):
+        shown = self._matcher.push_open(text)
+        if shown is None:
             # Which token completes the stop string is to be known.
-            self._decoder.state = before
+            self._decoder.rest = before
             return False
         self.num_tokens += len(outputs)
-        self._texts.append(self._matcher.push(text))
+        self._texts.append(shown)
         return True
 
     def _read_one(self, output: TokenOutput) -> bool:

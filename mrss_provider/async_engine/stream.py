@@ -10,7 +10,7 @@ from typing import Protocol
 
 from mrss_provider.async_engine.answer_reader import AnswerReader
 from mrss_provider.async_engine.choice import Choice
-from mrss_provider.backend import Delta, StreamInfo, Usage
+from mrss_provider.backend import Delta, StreamInfo, TextPiece, Usage
 from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.errors import MRSSError, RequestTimeoutError
 from mrss_provider.tokenizer import Tokenizer
@@ -73,6 +73,8 @@ class TextStream:
         self._has_ended = False
         self._has_told_usage = False
         self._waiter: asyncio.Future[None] | None = None
+        # Or who is called instead, once.
+        self._call: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._on_end: Callable[[TextStream], None] = lambda stream: None
         self._started = time.monotonic()
@@ -121,6 +123,21 @@ class TextStream:
         self._read_all()
         return bool(self._unread) or self._has_ended
 
+    def take_text(self) -> TextPiece | None:
+        """Return the next delta if it is here and is text only; else None, and nothing is taken."""
+        if not self._unread:
+            self._read_all()
+        for index in self._unread:
+            piece = self._choices[index].take_text()
+            if piece is not None:
+                del self._unread[index]
+            return piece
+        return None
+
+    def call_when_ready(self, call: Callable[[], None] | None) -> None:
+        """Call `call` once when `ready` becomes true, which it is not now; None takes that back."""
+        self._call = call
+
     async def aclose(self) -> None:
         """Abort what still runs; idempotent."""
         self._read_all()
@@ -146,8 +163,8 @@ class TextStream:
         if self._first_token is None:
             self._first_token = time.monotonic()
         choice.add(output)
-        is_due = not choice.is_running or choice.num_waiting == _MOST_WAITING
-        if self._waiter is not None or is_due:
+        is_awaited = self._waiter is not None or self._call is not None
+        if is_awaited or not choice.is_running or choice.num_waiting == _MOST_WAITING:
             self._read(choice)
 
     def on_failure(self, error: MRSSError) -> None:
@@ -203,6 +220,10 @@ class TextStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self._call is not None:
+            # Not at once: the other answers' tokens of this step are on their way.
+            self.loop.call_soon(self._call)
+            self._call = None
 
     def _log(self, reason: str) -> None:
         now = time.monotonic()

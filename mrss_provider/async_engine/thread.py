@@ -180,7 +180,8 @@ class EngineThread:
         with self._lock:
             self._closed_by = error
         self._set_loaded(error)
-        engine, self._engine = self._engine, None
+        # A reader that has not closed its answer holds this thread, and not the model's memory.
+        engine, self._engine, self._waits = self._engine, None, None
         while not self._inbox.empty():
             self._inbox.get()()
         self._fail_all(error)
@@ -202,11 +203,9 @@ class EngineThread:
 
     def _take_messages(self, engine: StepEngine) -> None:
         """Handle what is in the inbox; wait for a message when there is nothing else to do."""
-        try:
-            while not self._is_stopping:
-                self._inbox.get(block=not engine.has_work)()
-        except queue.Empty:
-            return
+        # Nobody else takes from the inbox.
+        while not self._is_stopping and not (engine.has_work and self._inbox.empty()):
+            self._inbox.get()()
 
     def _step(self, engine: StepEngine) -> None:
         try:
@@ -273,13 +272,15 @@ class EngineThread:
     def _publish(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand a step's outputs over, all those of one event loop in one call."""
         batches: dict[asyncio.AbstractEventLoop, list[tuple[Sink, TokenOutput]]] = {}
+        batch: list[tuple[Sink, TokenOutput]] = []
+        last_loop: asyncio.AbstractEventLoop | None = None
         for output in outputs:
             entry = self._entries.get(output.request_id)
             if entry is None:
                 continue
-            batch = batches.get(entry.loop)
-            if batch is None:
-                batch = batches[entry.loop] = []
+            if entry.loop is not last_loop:
+                last_loop = entry.loop
+                batch = batches.setdefault(last_loop, [])
             batch.append((entry.sink, output))
             if output.finish_reason is not None or output.error is not None:
                 entry.unfinished.discard(output.index)

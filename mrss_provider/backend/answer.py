@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 AGREED = "agreed"
 """Who spoke, in the sums of a trace, where all states would have said much the same."""
@@ -213,6 +213,35 @@ class DeltaStream(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+class TextPiece(NamedTuple):
+    """A piece of an answer that is text and nothing else, as most are: see `Delta`.
+
+    Attributes:
+        choice: which of the `n` answers.
+        text: new text.
+        num_tokens: how many sampled tokens it accounts for.
+    """
+
+    choice: int
+    text: str
+    num_tokens: int
+
+
+class CallsReaders(DeltaStream, Protocol):
+    """A `DeltaStream` that can be read by plain calls, which cost less than a task's turn.
+
+    Both methods belong to the reader's event loop; nobody awaits the stream meanwhile.
+    """
+
+    def take_text(self) -> TextPiece | None:
+        """Return the next delta if it is here and is text only; else None, and nothing is taken."""
+        ...
+
+    def call_when_ready(self, call: Callable[[], None] | None) -> None:
+        """Call `call` once when `ready` becomes true, which it is not now; None takes that back."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mrss_provider.backend import FinishReason
 from mrss_provider.engine.constraint import AllowedTokens
 from mrss_provider.engine.gates import Heard, gate_of, named_weights
 from mrss_provider.engine.lazy_rows import LazyRows
@@ -53,6 +54,7 @@ class Choice:
         num_reread: tokens of prompt and answer that its rows will have read again after the steps
             planned; None unless their states were lost.
         is_stateless: whether its rows must take their initial states first.
+        is_live: whether the answer has neither finished nor been dropped.
         allowed: what it may say, if a grammar constrains it.
     """
 
@@ -74,10 +76,15 @@ class Choice:
     )
     num_reread: int | None = None
     is_stateless: bool = False
+    is_live: bool = True
     allowed: AllowedTokens | None = field(init=False)
 
     def __post_init__(self) -> None:
-        constraint, bias = self.owner.request.constraint, self.owner.bias
+        request, bias = self.owner.request, self.owner.bias
+        # Looked at for every token.
+        self._max_tokens = request.sampling.max_tokens
+        self._end_id = None if request.forced or request.sampling.ignore_eos else EOS_ID
+        constraint = request.constraint
         self.allowed = AllowedTokens(constraint.fork(), bias.banned) if constraint else None
         self.mixture = self._whole = self.owner.request.mixture
         self._gate = gate_of(self._whole)
@@ -98,12 +105,19 @@ class Choice:
         if self.lazy is not None:
             self.lazy.take_up(answer)
 
-    def append(self, token_id: int) -> bool:
-        """Take in a token that was drawn; return whether a grammar lets none follow."""
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take in a token that was drawn; return why it ends the answer, None if it does not."""
         self.last_token = token_id
         self.num_sampled += 1
         self.answer.append(token_id)
-        return self.allowed is not None and self.allowed.advance(token_id)
+        # A grammar may let none follow.
+        if self.allowed is not None and self.allowed.advance(token_id):
+            return "stop"
+        if token_id == self._end_id:
+            return "stop"
+        if self.num_sampled != self._max_tokens:
+            return None
+        return "stop" if self.owner.request.forced else "length"
 
     def lose_states(self) -> None:
         """Note that all rows must read again what is committed, but for its last token.
@@ -134,20 +148,14 @@ class Choice:
         return self.num_read == num_planned and self.lazy.is_level(num_planned)
 
     @property
-    def is_live(self) -> bool:
-        """Whether the answer has neither finished nor been dropped."""
-        return self in self.owner.choices
-
-    @property
     def wants_more(self) -> bool:
         """Whether another step may be planned: a length that will be reached ends the answer.
 
         Nor may one before the gate's choice of a row is known, where it makes one.
         """
-        is_known = not self.is_probed or self.num_sampled == self.num_planned
-        is_whole = self.num_reread is None
-        max_tokens = self.owner.request.sampling.max_tokens
-        return is_known and is_whole and self.num_planned != max_tokens
+        if self.num_planned == self._max_tokens or self.num_reread is not None:
+            return False
+        return self.num_sampled == self.num_planned or not self.is_probed
 
     @property
     def position(self) -> int:
@@ -350,5 +358,5 @@ class Batch:
         was known when the step was planned.
         """
         for choice in self.sampling:
-            if choice.position == 0 or choice.is_heard:
+            if choice.position == 0 or (not choice.is_steady and choice.is_heard):
                 choice.look(choice.position)

@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 Tail = Callable[..., None]
 """`mrss_kernels.tail.launch_tail`, or a stand-in with its signature."""
 
+MAX_SINGLE_ROWS = 9
+"""Rows up to which a step with one mixture alone is prepared: eight states and the base."""
+
 Part = Callable[[int], tuple[Hashable, Callable[[], None]]]
 """Of a decode step, by how many rows it has: the key of its graph, and what launches it."""
 
@@ -112,8 +115,8 @@ class DeviceRunner:
         """
         if self._is_repeated(batch):
             return False
-        is_known = not batch.catching_up and all(self._layout.knows(c) for c in batch.decoding)
-        return not (is_known and _is_fused(batch))
+        is_known = not batch.catching_up and all(map(self._layout.knows, batch.decoding))
+        return not (is_known and self._is_fused(batch))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingTokens:
@@ -121,7 +124,7 @@ class DeviceRunner:
         if self._is_repeated(batch):
             return self._end(batch, self._decode(self._layout.num_rows, self._layout.flags))
         self._steady = []
-        if not _is_fused(batch):
+        if not self._is_fused(batch):
             self._layout.forget()
             return ReadyTokens(run_step(self._rows, batch, self._banned_ids, self._masks))
         self._rows.catch_up(batch.catching_up)
@@ -149,6 +152,12 @@ class DeviceRunner:
         """Know nothing of the answers any more: the next step uploads what it needs of them."""
         self._steady = []
         self._layout.forget()
+
+    def _is_fused(self, batch: Batch) -> bool:
+        """Tell whether the tail's kernels know every merge rule and gate of a batch."""
+        # Whose place is known has been looked at before, and is as it was if it is steady.
+        knows = self._layout.knows
+        return all((c.is_steady and knows(c)) or is_fused(c) for c in batch.sampling)
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Tell whether a batch is the last one again, so that nothing need be arranged."""
@@ -253,16 +262,15 @@ class DeviceRunner:
         Others are captured when they are first met, which takes seconds where their kernels are not
         in Triton's cache yet.
         """
-        alone = TailFlags(truncate=True, mixed=False, gated=False, constrained=False)
-        together = TailFlags(truncate=True, mixed=True, gated=True, constrained=False)
         wanted = [rows for rows in BUCKETS if rows <= min(max_rows, len(self._layout.slots))]
         if wanted:
             # The kernels of steps in halves; the first half leaves what second ones read.
             self._graphs.prepare(*self._reading(wanted[0]))
-            self._graphs.prepare(*self._picking(replace(alone, constrained=True), wanted[0]))
+            flags = replace(_flags_prepared(1)[0], constrained=True)
+            self._graphs.prepare(*self._picking(flags, wanted[0]))
         for done, rows in enumerate(wanted):
             log.info("preparing decode steps: %d of %d", done, len(wanted))
-            for flags in (alone, together) if rows > 1 else (alone,):
+            for flags in _flags_prepared(rows):
                 self._graphs.prepare(*self._step(flags, rows))
                 # What is left of such a step where it reads prompts too.
                 self._graphs.prepare(*self._picking(flags, rows))
@@ -281,7 +289,7 @@ class DeviceRunner:
             mixed=flags.mixed,
             gated=flags.gated,
             constrained=flags.constrained,
-            num_groups=num_groups,
+            num_groups=1 if flags.single else num_groups,
         )
 
     def _read(self, batch: Batch, scored: Mapping[Running, Tensor]) -> Tensor:
@@ -329,15 +337,21 @@ class DeviceRunner:
         return TopTokens(places, to_host(values), to_host(ids))
 
 
+def _flags_prepared(rows: int) -> tuple[TailFlags, ...]:
+    """Return for which answers a step of so many rows is prepared: single states, and mixtures."""
+    states = TailFlags(truncate=True, mixed=False, gated=False, constrained=False, single=rows == 1)
+    mixtures = replace(states, mixed=True, gated=True)
+    if rows == 1:
+        return (states,)
+    if rows <= MAX_SINGLE_ROWS:
+        return states, mixtures, replace(mixtures, single=True)
+    return states, mixtures
+
+
 def _errors(allowed: Sequence[AllowedTokens | None]) -> dict[int, MRSSError]:
     """Return by their places what ends answers that a grammar leaves no token."""
     errors = {g: own.error for g, own in enumerate(allowed) if own is not None}
     return {g: error for g, error in errors.items() if error is not None}
-
-
-def _is_fused(batch: Batch) -> bool:
-    """Tell whether the tail's kernels know every merge rule and gate of a batch."""
-    return all(is_fused(choice) for choice in batch.sampling)
 
 
 def _seats(batch: Batch) -> tuple[list[Seat], int]:

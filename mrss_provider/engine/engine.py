@@ -235,7 +235,8 @@ class Engine:
             else:
                 given = self._scheduler.commit(batch, picked)
                 # An answer may have ended since the step was launched: nobody gets its token.
-                self._num_sampled_tokens += sum(output.token_id is not None for output in given)
+                self._num_sampled_tokens += len(given)
+                self._num_sampled_tokens -= [output.token_id for output in given].count(None)
                 outputs += given
         return outputs
 

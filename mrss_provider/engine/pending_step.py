@@ -79,7 +79,9 @@ class PendingStep:
             self.arrived.synchronize()
         count = len(self.batch.sampling)
         ids: list[int] = self.received.ids[:count].tolist()
-        picked = [Picked(token if token >= 0 else None) for token in ids]
+        picked = list(map(Picked, ids))
+        if ids and min(ids) < 0:
+            picked = [Picked(token if token >= 0 else None) for token in ids]
         for g, error in self.errors.items():
             picked[g] = Picked(None, error=error)
         if not self.wanted.log_probs:

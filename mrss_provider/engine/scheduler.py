@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from mrss_provider.backend import FinishReason
 from mrss_provider.engine.batch import Batch, CatchUp, Choice, Chunk, Running
 from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN, deal, deal_alone, deal_beside
 from mrss_provider.engine.fair import Turns, WaitingRequests
@@ -22,7 +21,7 @@ from mrss_provider.engine.lazy_rows import LazyPolicy, make_lazy_rows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
 from mrss_provider.engine.prompt_reader import PromptNotes
 from mrss_provider.engine.recovery import LostAnswers, not_finite, parties, split
-from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
+from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.engine.slots import SlotAllocator
 from mrss_provider.engine.snapshots import SnapshotKeeper
 from mrss_provider.engine.tail import Picked
@@ -138,13 +137,10 @@ class Scheduler:
 
         Empty if there is nothing to do before a step under way is committed.
         """
-        wanting = [
-            choice
-            for running in self._running.values()
-            if not running.is_reading
-            for choice in running.choices
-            if choice.wants_more
-        ]
+        settled: Collection[Running] = self._running.values()
+        if self._reading:
+            settled = [running for running in settled if not running.is_reading]
+        wanting = [choice for each in settled for choice in each.choices if choice.wants_more]
         for choice in wanting:
             # What is heard is known when the step is launched.
             if not (choice.is_steady or choice.is_heard):
@@ -258,6 +254,8 @@ class Scheduler:
         Returns:
             The answers that can decode after it, and the pieces.
         """
+        if all(choice.lazy is None for choice in wanting):
+            return list(wanting), []
         ready: list[Choice] = []
         pieces: list[CatchUp] = []
         budget = self._chunk_len
@@ -306,10 +304,7 @@ class Scheduler:
 
     def _push(self, choice: Choice, token_id: int, token: Picked) -> TokenOutput:
         request = choice.owner.request
-        is_first = not choice.num_sampled
-        is_complete = choice.append(token_id)
-        reason = _finish_reason(request, token_id, choice.num_sampled)
-        reason = "stop" if is_complete else reason
+        reason = choice.append(token_id)
         if reason is not None:
             self._finish(choice)
         else:
@@ -317,17 +312,12 @@ class Scheduler:
             is_due = choice.num_sampled >= choice.keep_at or token_id in request.pauses
             if is_due and self._keeper is not None:
                 self._keeper.grew(choice)
-        return TokenOutput(
-            request.id,
-            choice.index,
-            token_id,
-            token.logprob,
-            token.top,
-            reason,
-            trace=token.trace,
-            num_cached=choice.owner.num_cached,
-            reading=choice.owner.notes.reading() if is_first and request.is_read_whole else None,
-        )
+        # By position, which costs less than by name: this is done for every token.
+        output = TokenOutput(request.id, choice.index, token_id, token.logprob, token.top, reason)
+        output.trace, output.num_cached = token.trace, choice.owner.num_cached
+        if choice.num_sampled == 1 and request.is_read_whole:
+            output.reading = choice.owner.notes.reading()
+        return output
 
     def _end_reading(self, running: Running) -> list[TokenOutput]:
         """End a request that wants no token, its prompt being read."""
@@ -356,6 +346,7 @@ class Scheduler:
     ) -> None:
         running = choice.owner
         running.choices.remove(choice)
+        choice.is_live = False
         if self._keeper is not None:
             is_lost = has_failed or choice.num_reread is not None
             self._keeper.ended(choice, is_aborted=is_aborted, has_failed=is_lost)
@@ -381,15 +372,6 @@ def _remember(choice: Choice, token_id: int, token: Picked) -> None:
         choice.lazy.commit(token_id, token.loudest)
     if token.row_log_probs is not None:
         choice.own_evidence.append(token.row_log_probs)
-
-
-def _finish_reason(request: EngineRequest, token_id: int, num_sampled: int) -> FinishReason | None:
-    """Return why an answer ends with this token, the `num_sampled`-th; None if it goes on."""
-    if request.forced:
-        return "stop" if num_sampled == len(request.forced) else None
-    if token_id == EOS_ID and not request.sampling.ignore_eos:
-        return "stop"
-    return "length" if num_sampled == request.sampling.max_tokens else None
 
 
 def _occurrences(request: EngineRequest) -> Occurrences | None:

@@ -6,6 +6,7 @@ Here parameters by name become the kernels' fields; `TailLayout` gives lanes the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from mrss_kernels.tail_tensors import FLOAT_FIELDS, GATES, INT_FIELDS, MAX_ENDS, ORDERS, RULES
@@ -41,12 +42,17 @@ def is_fused(choice: Choice) -> bool:
 
 @dataclass(frozen=True)
 class TailFlags:
-    """What any request of a step needs of the tail; each that is off saves launches."""
+    """What any request of a step needs of the tail; each that is off saves launches.
+
+    `single` says that it is the only one: then the launches are not as many requests wide as the
+    step has rows.
+    """
 
     truncate: bool
     mixed: bool
     gated: bool
     constrained: bool
+    single: bool = False
 
 
 @dataclass(eq=False)
@@ -63,8 +69,7 @@ class Lane:
     gate_row: int
 
 
-@dataclass(frozen=True)
-class Seat:
+class Seat(NamedTuple):
     """An answer's place in a step: the first of its rows of the logits, and their states' slots.
 
     Answers of one request that get their first token share the rows of the logits.

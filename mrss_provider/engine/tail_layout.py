@@ -7,6 +7,7 @@ change is one copy from the host: all arrays that the step reads lie in one bloc
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,48 +149,30 @@ class TailLayout:
         for choice in [choice for choice in self._lanes if choice not in staying]:
             self._release(choice)
         # Kept until it is said: what follows may fail.
-        self._has_grown |= self._grow_pools([seat.choice for seat in seats])
+        new = [seat.choice for seat in seats if seat.choice not in self._lanes]
+        self._has_grown |= self._grow_pools(new)
         staged = self._next_staged()
         staged["slots"].fill(-1)
         staged["ints"].fill(0)
-        constrained: dict[int, AllowedTokens] = {}
-        row_of: dict[Choice, int] = {}
-        row = 0
-        for g, seat in enumerate(seats):
-            choice = seat.choice
-            lane = self._lane(seat)
-            rows = len(seat.slots)
-            ints = staged["ints"][:, g]
-            ints[:] = lane.ints
-            ints[_INT_AT["first_row"]] = seat.first_row
-            ints[_INT_AT["next_row"]] = row
-            # `num_planned` counts the step to come; its random number does not.
-            ints[_INT_AT["position"]] = choice.num_planned - 1
-            # Answers that share rows share their mask, which is applied once.
-            if choice.allowed is not None and seat.first_row not in constrained:
-                ints[_INT_AT["allowed_row"]] = len(constrained)
-                constrained[seat.first_row] = choice.allowed
-            staged["floats"][:, g] = lane.floats
-            staged["seeds"][g] = lane.seed
-            staged["slots"][row : row + rows] = seat.slots
-            staged["tokens"][row : row + rows] = choice.last_token
-            before = self._row_of.get(choice, -1)
-            staged["source"][row : row + rows] = before
-            row_of[choice] = row
-            row += rows
+        lanes = [self._lane(seat) for seat in seats]
+        *first_rows, row = itertools.accumulate([len(seat.slots) for seat in seats], initial=0)
+        if seats:
+            self._write_lanes(seats, lanes, first_rows, staged)
+        self._constrained = _write_constrained(seats, lanes, staged["ints"])
         self._weights = _write_weights(seats, staged["named"])
         self._upload()
         source = self._device.tensors["source"][:row]
         moved = self.token_ids[source.clamp_min(0)]
         self.token_ids[:row] = torch.where(source < 0, self._device.tensors["tokens"][:row], moved)
-        self._seats, self._row_of, self.num_rows = list(seats), row_of, row
-        self._constrained = list(constrained.values())
-        lanes = [self._lanes[seat.choice].flags for seat in seats]
+        self._seats, self.num_rows = list(seats), row
+        self._row_of = dict(zip([seat.choice for seat in seats], first_rows, strict=True))
+        flags = [lane.flags for lane in lanes]
         self.flags = TailFlags(
-            truncate=any(flags.truncate for flags in lanes),
-            mixed=any(flags.mixed for flags in lanes),
-            gated=any(flags.gated for flags in lanes),
-            constrained=bool(constrained),
+            truncate=any(own.truncate for own in flags),
+            mixed=any(own.mixed for own in flags),
+            gated=any(own.gated for own in flags),
+            constrained=bool(self._constrained),
+            single=len(seats) == 1,
         )
         grown, self._has_grown = self._has_grown, False
         return grown
@@ -211,6 +194,41 @@ class TailLayout:
             yield
         finally:
             self._device.memory.copy_(kept)
+
+    def _write_lanes(
+        self,
+        seats: Sequence[Seat],
+        lanes: Sequence[Lane],
+        first_rows: Sequence[int],
+        staged: dict[str, NDArray[Any]],
+    ) -> None:
+        """Write what the kernels read of the answers of a step, and where their tokens are.
+
+        Field after field: an array operation for each answer would be a good part of a step's time.
+
+        Args:
+            seats: of the answers, one at least.
+            lanes: theirs.
+            first_rows: theirs in the step that is to come.
+            staged: the host's arrays.
+        """
+        count = len(seats)
+        sizes = [len(seat.slots) for seat in seats]
+        ints = staged["ints"][:, :count]
+        ints[:] = np.concatenate([lane.ints for lane in lanes]).reshape(count, -1).T
+        ints[_INT_AT["first_row"]] = [seat.first_row for seat in seats]
+        ints[_INT_AT["next_row"]] = first_rows
+        # `num_planned` counts the step to come; its random number does not.
+        ints[_INT_AT["position"]] = [seat.choice.num_planned - 1 for seat in seats]
+        floats = np.concatenate([lane.floats for lane in lanes])
+        staged["floats"][:, :count] = floats.reshape(count, -1).T
+        staged["seeds"][:count] = [lane.seed for lane in lanes]
+        slots = [slot for seat in seats for slot in seat.slots]
+        staged["slots"][: len(slots)] = slots
+        tokens = [seat.choice.last_token for seat in seats]
+        staged["tokens"][: len(slots)] = np.repeat(tokens, sizes)
+        before = [self._row_of.get(seat.choice, -1) for seat in seats]
+        staged["source"][: len(slots)] = np.repeat(before, sizes)
 
     def _rename(self) -> None:
         """Upload the named weights if the gate of an answer that stays has moved them."""
@@ -310,6 +328,24 @@ class TailLayout:
 def _write_weights(seats: Sequence[Seat], named: NDArray[np.float32]) -> list[tuple[float, ...]]:
     """Write the seats' weights to their rows of `named` [B]; return them."""
     weights = [seat.choice.mixture.weights for seat in seats]
-    for seat, own in zip(seats, weights, strict=True):
-        named[seat.first_row : seat.first_row + len(own)] = own
+    sizes = [range(len(own)) for own in weights]
+    rows = [seat.first_row + k for seat, size in zip(seats, sizes, strict=True) for k in size]
+    if rows:
+        named[rows] = list(itertools.chain.from_iterable(weights))
     return weights
+
+
+def _write_constrained(
+    seats: Sequence[Seat], lanes: Sequence[Lane], ints: NDArray[np.int32]
+) -> list[AllowedTokens]:
+    """Give answers that a grammar holds rows of masks; return what is to be written there.
+
+    Answers that share rows share their mask, which is applied once.
+    """
+    constrained: dict[int, AllowedTokens] = {}
+    for g in [g for g, lane in enumerate(lanes) if lane.flags.constrained]:
+        allowed, first_row = seats[g].choice.allowed, seats[g].first_row
+        if allowed is not None and first_row not in constrained:
+            ints[_INT_AT["allowed_row"], g] = len(constrained)
+            constrained[first_row] = allowed
+    return list(constrained.values())

@@ -53,11 +53,11 @@ class EmbeddingResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer (ASGI)."""
-        with self._service.stalls.watched(scope, send) as watched:
+        with self._service.stalls.watched(scope, send) as write:
             try:
-                await self._answer(receive, watched)
+                await self._answer(receive, write.send)
             except MRSSError as exc:
-                await error_response(exc)(scope, receive, watched)
+                await error_response(exc)(scope, receive, write.send)
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         wanted = num_tokens_of_inputs(self._request)

@@ -25,11 +25,13 @@ from mrss_provider.openai_schema import (
 )
 from mrss_provider.server import sse
 from mrss_provider.server.auth import Caller
+from mrss_provider.server.event_pump import EventPump, calls_readers
 from mrss_provider.server.limits import limited, num_tokens_of
 from mrss_provider.server.merged import merge
 from mrss_provider.server.metrics import Meter
 from mrss_provider.server.refusals import error_response
 from mrss_provider.server.service import Service
+from mrss_provider.server.stalls import Write
 
 logger = logging.getLogger(__name__)
 
@@ -58,23 +60,23 @@ class GenerationResponse(Response):
         service = self._service
         with (
             service.metrics.answer() as meter,
-            service.stalls.watched(scope, send) as watched,
+            service.stalls.watched(scope, send) as write,
             self._span(scope, meter),
         ):
             try:
-                await self._answer(scope, receive, watched, meter)
+                await self._answer(scope, receive, write, meter)
             except MRSSError as exc:
                 meter.fail(exc)
-                await error_response(exc)(scope, receive, watched)
+                await error_response(exc)(scope, receive, write.send)
             except Exception:
                 meter.fail(EngineError("a defect"))
                 raise
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, meter: Meter) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, write: Write, meter: Meter) -> None:
         taken = self._allowance.taken(self._caller.limits, num_tokens_of(self._requests))
         with self._service.lifecycle.running(), taken as reservation:
             try:
-                await until_disconnect(receive, self._run(scope, receive, send, meter))
+                await until_disconnect(receive, self._run(scope, receive, write, meter))
             finally:
                 reservation.num_used = meter.usage.total_tokens
 
@@ -86,7 +88,7 @@ class GenerationResponse(Response):
             else spans.span(self._parsed, scope, self._caller.id, meter)
         )
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, meter: Meter) -> None:
+    async def _run(self, scope: Scope, receive: Receive, write: Write, meter: Meter) -> None:
         streams: list[DeltaStream] = []
         try:
             for request in self._requests:
@@ -97,10 +99,10 @@ class GenerationResponse(Response):
             num_answers = self._requests[0].num_answers
             meter.admit(merged.info, num_answers * len(streams), head.id)
             if self._parsed.stream.stream:
-                await self._send_events(merged, head, send, meter)
+                await self._send_events(merged, head, write, meter)
             else:
                 response = await self._collect(merged, head, meter)
-                await response(scope, receive, send)
+                await response(scope, receive, write.send)
         finally:
             for stream in streams:
                 await stream.aclose()
@@ -126,11 +128,16 @@ class GenerationResponse(Response):
     def _headers_of(self, merged: DeltaStream) -> dict[str, str]:
         return info_to_headers(merged.info) | self._allowance.headers()
 
+    @property
+    def _is_text_only(self) -> bool:
+        """Whether nothing is told of a token but its text."""
+        return not any(r.sampling.logprobs or r.mixture.trace for r in self._requests)
+
     async def _send_events(
-        self, merged: DeltaStream, head: AnswerHead, send: Send, meter: Meter
+        self, merged: DeltaStream, head: AnswerHead, write: Write, meter: Meter
     ) -> None:
         headers = {**sse.HEADERS, **self._headers_of(merged)}
-        await send(
+        await write.send(
             {
                 "type": "http.response.start",
                 "status": 200,
@@ -142,17 +149,24 @@ class GenerationResponse(Response):
         events: list[bytes] = []
         # Several prompts' streams are read ahead: to hold them back would make them slower.
         is_paced = len(self._requests) == 1
+        pump: EventPump | None = None
+        if write.can_begin and self._is_text_only and calls_readers(merged):
+            pump = EventPump(merged, writer, write, meter, pacer)
+            events = pump.events
         try:
             with pacer.stream():
                 async for delta in merged:
                     meter.add(delta)
                     events.append(writer.write(delta))
                     # What is already here goes out in the same write.
-                    if not merged.ready() and any(events):
-                        await _send_body(send, b"".join(events))
-                        events.clear()
-                        if is_paced:
-                            await pacer.pause()
+                    if merged.ready() or not any(events):
+                        continue
+                    await _send_body(write, b"".join(events))
+                    events.clear()
+                    if is_paced:
+                        await pacer.pause()
+                    if pump is not None:
+                        await pump.run()
             events.append(sse.DONE)
         except MRSSError as exc:
             meter.fail(exc)
@@ -162,7 +176,7 @@ class GenerationResponse(Response):
             error = EngineError(f"a defect of the engine; its log tells more under {head.id}")
             meter.fail(error)
             events.append(sse.event(error_to_event(error)))
-        await _send_body(send, b"".join(events), is_last=True)
+        await _send_body(write, b"".join(events), is_last=True)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:
@@ -188,5 +202,5 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _send_body(send: Send, body: bytes, *, is_last: bool = False) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+async def _send_body(write: Write, body: bytes, *, is_last: bool = False) -> None:
+    await write.send({"type": "http.response.body", "body": body, "more_body": not is_last})

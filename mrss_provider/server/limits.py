@@ -115,7 +115,10 @@ class Allowances:
 
     def of(self, caller: Caller) -> Allowance:
         """Return a caller's; it outlives a reload of the keys."""
-        return self._by_id.setdefault(caller.id, Allowance())
+        found = self._by_id.get(caller.id)
+        if found is None:
+            found = self._by_id[caller.id] = Allowance()
+        return found
 
 
 def limited(request: GenerateRequest, caller: Caller, config: ServerConfig) -> GenerateRequest:

@@ -139,20 +139,23 @@ class Meter:
 
     def add(self, delta: Delta) -> None:
         """Note a piece of the answer."""
-        num_tokens = delta.num_tokens
-        if num_tokens:
-            now = self._metrics.clock()
-            last = self._last.get(delta.index)
-            if last is not None:
-                self._metrics.gap.add((now - last) / num_tokens, num_tokens)
-            elif not self._last:
-                self._metrics.first.add(now - self._began)
-            self._last[delta.index] = now
-            self._num_tokens += num_tokens
+        if delta.num_tokens:
+            self.add_tokens(delta.index, delta.num_tokens)
         if delta.finish_reason is not None:
             self._finish_reason = delta.finish_reason
         if delta.usage is not None:
             self._told = delta.usage
+
+    def add_tokens(self, index: int, num_tokens: int) -> None:
+        """Note a piece of the answer that has tokens and is text only."""
+        now = self._metrics.clock()
+        last = self._last.get(index)
+        if last is not None:
+            self._metrics.gap.add((now - last) / num_tokens, num_tokens)
+        elif not self._last:
+            self._metrics.first.add(now - self._began)
+        self._last[index] = now
+        self._num_tokens += num_tokens
 
     def fail(self, error: MRSSError) -> None:
         """Note what ends the answer."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from mrss_provider.backend import Delta
+from mrss_provider.backend import Delta, TextPiece
 from mrss_provider.openai_schema import ChunkWriter
 
 HEADERS = {
@@ -52,16 +51,23 @@ class EventWriter:
             if any(chunk["choices"] for chunk in chunks):
                 self._begun.add(delta.index)
             return b"".join(map(event, chunks))
-        frame = self._frames.get((delta.index, delta.num_tokens))
-        if frame is None:
-            frame = self._frame(delta)
-        return frame[0] + _ENCODE_TEXT(delta.text).encode() + frame[1]
+        return self._framed(delta.index, delta.text, delta.num_tokens)
 
-    def _frame(self, delta: Delta) -> tuple[bytes, bytes]:
-        (chunk,) = self._writer.chunks(replace(delta, text=_HOLE))
-        before, after = event(chunk).split(_ENCODE(_HOLE).encode())
-        self._frames[delta.index, delta.num_tokens] = before, after
-        return before, after
+    def write_text(self, piece: TextPiece) -> bytes:
+        """Return the event for a delta that is this text only."""
+        index, text, num_tokens = piece
+        frame = self._frames.get((index, num_tokens))
+        if frame is None:
+            return self.write(Delta(index, text, num_tokens))
+        return frame[0] + _ENCODE_TEXT(text).encode() + frame[1]
+
+    def _framed(self, index: int, text: str, num_tokens: int) -> bytes:
+        frame = self._frames.get((index, num_tokens))
+        if frame is None:
+            (chunk,) = self._writer.chunks(Delta(index, _HOLE, num_tokens))
+            before, after = event(chunk).split(_ENCODE(_HOLE).encode())
+            frame = self._frames[index, num_tokens] = before, after
+        return frame[0] + _ENCODE_TEXT(text).encode() + frame[1]
 
 
 def _is_plain(delta: Delta) -> bool:

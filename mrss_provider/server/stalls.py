@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
 _ABORT = "mrss.abort"
+_SEND = "mrss.send"
 # Looks at each write so often within the time that it may take.
 _LOOKS = 4
 
@@ -26,19 +28,54 @@ class Write:
     Args:
         send: ASGI.
         drop: ends the connection.
+        server_send: the server's own `send`, behind which nothing looks at a body; None where it
+            is not known.
     """
 
-    def __init__(self, send: Send, drop: Callable[[], object]) -> None:
+    def __init__(
+        self, send: Send, drop: Callable[[], object], server_send: Send | None = None
+    ) -> None:
         self.drop = drop
         self.num_looks = 0
         self._send = send
+        self._server_send = server_send
+        self._rest: _Rest | None = None
         self._is_writing = False
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether `begin` may be called, once the response has been started."""
+        return self._server_send is not None
+
+    def begin(self, body: bytes) -> bool:
+        """Write a piece of a body without waiting; tell whether that is done.
+
+        If it is not, the client reads too slowly: `finish` waits for it.
+        """
+        assert self._server_send is not None
+        message = {"type": "http.response.body", "body": body, "more_body": True}
+        steps = self._server_send(message).__await__()
+        try:
+            awaited = next(steps)
+        except StopIteration:
+            return True
+        self._rest = _Rest(steps, awaited)
+        return False
+
+    async def finish(self) -> None:
+        """Wait for what `begin` could not do, if anything."""
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            await self._watched(rest)
 
     async def send(self, message: Message) -> None:
         """Write one message; waits while the client does not read."""
+        await self._watched(self._send(message))
+
+    async def _watched(self, writing: Awaitable[None]) -> None:
         self.num_looks = 0
         self._is_writing = True
-        await self._send(message)
+        await writing
         self._is_writing = False
 
     def look(self) -> bool:
@@ -46,6 +83,19 @@ class Write:
         if self._is_writing:
             self.num_looks += 1
         return self._is_writing and self.num_looks > _LOOKS
+
+
+class _Rest:
+    """What is left of a coroutine that was begun without a task, for the task that goes on."""
+
+    def __init__(self, steps: Generator[Any, Any, None], awaited: Any) -> None:
+        self._steps = steps
+        self._awaited = awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        # The task waits for what the coroutine does, as if it had begun it.
+        yield self._awaited
+        yield from self._steps
 
 
 class Stalls:
@@ -63,16 +113,16 @@ class Stalls:
         self._timer: asyncio.TimerHandle | None = None
 
     @contextmanager
-    def watched(self, scope: Scope, send: Send) -> Iterator[Send]:
-        """Yield a `send` whose writes are looked after."""
+    def watched(self, scope: Scope, send: Send) -> Iterator[Write]:
+        """Yield what writes, and is looked after."""
         task = asyncio.current_task()
         assert task is not None
         # Behind another server than ours nobody knows the connection; its task must do.
-        write = Write(send, scope.get(_ABORT, task.cancel))
+        write = Write(send, scope.get(_ABORT, task.cancel), scope.get(_SEND))
         self._writes.add(write)
         self._schedule()
         try:
-            yield write.send
+            yield write
         finally:
             self._writes.discard(write)
 
@@ -92,9 +142,10 @@ class Stalls:
 
 
 class KnowsConnection:
-    """Tells the application how to end a connection at once, which ASGI has no word for (ASGI).
+    """Tells the application what ASGI has no words for: how to end a connection at once (ASGI).
 
     Only `abort` frees a connection whose client does not read: closing it waits for the client.
+    Also told is the server's own `send`, so that a stream's events do not pass each layer between.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -106,4 +157,5 @@ class KnowsConnection:
         transport = getattr(getattr(receive, "__self__", None), "transport", None)
         if transport is not None:
             scope[_ABORT] = transport.abort
+        scope[_SEND] = send
         await self._app(scope, receive, send)

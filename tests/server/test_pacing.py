@@ -7,11 +7,12 @@ import json
 import pytest
 from virtual_clock import run_virtually
 
-from mrss_provider.backend import Delta, StreamInfo, Usage
+from mrss_provider.backend import Delta, StreamInfo, TextPiece, Usage
 from mrss_provider.config import ServerConfig
 from mrss_provider.errors import EngineError
 from mrss_provider.server.app import create_app
 from mrss_provider.server.pacing import Pacer
+from mrss_provider.server.stalls import KnowsConnection
 
 LONGEST_S = 0.01
 STEP_S = 0.004
@@ -22,6 +23,7 @@ BODY = {
     "stream": True,
     "stream_options": {"include_num_tokens": True, "include_usage": True},
 }
+BOTH_WAYS = pytest.mark.parametrize("by_calls", [False, True])
 # Rounding of the clock, and turns that are taken together.
 SLACK_S = 6e-4
 
@@ -46,6 +48,10 @@ class StepStream:
             await asyncio.sleep(STEP_S)
             self.made.append(self._loop.time())
             self._made_one.set()
+            self._tell()
+
+    def _tell(self):
+        pass
 
     def __aiter__(self):
         return self
@@ -75,13 +81,35 @@ class StepStream:
         self._maker.cancel()
 
 
+class CallingStream(StepStream):
+    """The same for a reader that is called."""
+
+    _call = None
+
+    def take_text(self):
+        start, end = self._num_taken, len(self.made)
+        if start == end or (end == self._num_words and self._error is None):
+            return None
+        self._num_taken = end
+        return TextPiece(0, "".join(f" {n}" for n in range(start, end)), end - start)
+
+    def call_when_ready(self, call):
+        self._call = call
+
+    def _tell(self):
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+
 class StepBackend:
-    def __init__(self, num_words, error=None):
+    def __init__(self, num_words, error=None, new_stream=StepStream):
         self.streams = []
         self._arguments = num_words, error
+        self._new_stream = new_stream
 
     async def open(self, request):
-        self.streams.append(StepStream(*self._arguments))
+        self.streams.append(self._new_stream(*self._arguments))
         return self.streams[-1]
 
     async def models(self):
@@ -128,12 +156,12 @@ def chunks_of(sent):
     return [(when, json.loads(event[6:])) for when, event in events if b"[DONE]" not in event]
 
 
-def answers(num_streams, num_words, error=None, pacing_ms=1e3 * LONGEST_S):
+def answers(num_streams, num_words, error=None, pacing_ms=1e3 * LONGEST_S, *, by_calls=False):
     """Return the streams of a server, and what each of their readers got."""
 
     async def main():
-        backend = StepBackend(num_words, error)
-        app = create_app(backend, ServerConfig(pacing_ms=pacing_ms))
+        backend = StepBackend(num_words, error, CallingStream if by_calls else StepStream)
+        app = KnowsConnection(create_app(backend, ServerConfig(pacing_ms=pacing_ms)))
         sent = await asyncio.gather(*(post(app) for _ in range(num_streams)))
         return backend.streams, sent
 
@@ -150,8 +178,9 @@ def arrivals(chunks):
     ]
 
 
-def test_no_token_waits_longer_than_it_may_and_the_first_not_at_all():
-    streams, sent = answers(MANY, 40)
+@BOTH_WAYS
+def test_no_token_waits_longer_than_it_may_and_the_first_not_at_all(by_calls):
+    streams, sent = answers(MANY, 40, by_calls=by_calls)
     for stream, own in zip(streams, sent, strict=True):
         came = arrivals(chunks_of(own))
         late = [when - made for when, made in zip(came, stream.made, strict=True)]
@@ -161,8 +190,9 @@ def test_no_token_waits_longer_than_it_may_and_the_first_not_at_all():
     assert num_events <= 40 * STEP_S / LONGEST_S + 4
 
 
-def test_nothing_is_lost_and_the_end_comes_last():
-    _, sent = answers(MANY, 25)
+@BOTH_WAYS
+def test_nothing_is_lost_and_the_end_comes_last(by_calls):
+    _, sent = answers(MANY, 25, by_calls=by_calls)
     for own in sent:
         *content, usage = [chunk for _, chunk in chunks_of(own)]
         texts = [chunk["choices"][0]["delta"]["content"] for chunk in content]
@@ -172,25 +202,28 @@ def test_nothing_is_lost_and_the_end_comes_last():
         assert usage["usage"]["completion_tokens"] == 25
 
 
-def test_an_error_comes_after_every_token_before_it():
-    _, sent = answers(MANY, 7, EngineError("the engine failed"))
+@BOTH_WAYS
+def test_an_error_comes_after_every_token_before_it(by_calls):
+    _, sent = answers(MANY, 7, EngineError("the engine failed"), by_calls=by_calls)
     for own in sent:
         *content, last = [chunk for _, chunk in chunks_of(own)]
         assert sum(chunk["choices"][0]["num_tokens"] for chunk in content) == 7
         assert last["error"]["message"] == "the engine failed"
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(("num_streams", "pacing_ms"), [(1, 10.0), (32, 10.0), (MANY, 0.0)])
-def test_few_streams_and_a_pace_of_zero_hold_nothing_back(num_streams, pacing_ms):
-    streams, sent = answers(num_streams, 20, pacing_ms=pacing_ms)
+def test_few_streams_and_a_pace_of_zero_hold_nothing_back(num_streams, pacing_ms, by_calls):
+    streams, sent = answers(num_streams, 20, pacing_ms=pacing_ms, by_calls=by_calls)
     for stream, own in zip(streams, sent, strict=True):
         assert arrivals(chunks_of(own)) == stream.made
 
 
-def test_who_hangs_up_while_waiting_ends_at_once_and_holds_up_nobody():
+@BOTH_WAYS
+def test_who_hangs_up_while_waiting_ends_at_once_and_holds_up_nobody(by_calls):
     async def main():
-        backend = StepBackend(50)
-        app = create_app(backend, ServerConfig(pacing_ms=1e3 * LONGEST_S))
+        backend = StepBackend(50, new_stream=CallingStream if by_calls else StepStream)
+        app = KnowsConnection(create_app(backend, ServerConfig(pacing_ms=1e3 * LONGEST_S)))
         left = asyncio.Event()
         readers = [asyncio.create_task(post(app, left if n % 2 else None)) for n in range(MANY)]
         # Between two events of everybody.
@@ -220,6 +253,29 @@ def test_pauses_grow_with_the_streams_up_to_the_longest():
     assert pauses[:32] == [0.0] * 32
     assert pauses[-1] == LONGEST_S
     assert pacer.pause_s == 0.0
+
+
+def test_pauses_that_begin_at_the_end_of_others_have_one_timer():
+    async def main():
+        pacer = Pacer(LONGEST_S)
+        loop = asyncio.get_running_loop()
+        turns = []
+
+        def take_turn():
+            turns.append(loop.time())
+            assert len(loop._scheduled) <= 1
+            if len(turns) < 50:
+                pacer.call_after_pause(take_turn)
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(MANY):
+                stack.enter_context(pacer.stream())
+            pacer.call_after_pause(take_turn)
+            await asyncio.sleep(60 * LONGEST_S)
+        return turns
+
+    turns = run_virtually(main())
+    assert turns == pytest.approx([LONGEST_S * n for n in range(1, 51)])
 
 
 def test_turns_come_in_order_each_after_its_pause():
