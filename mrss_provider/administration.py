@@ -6,7 +6,7 @@ Whoever asks for it has already been let in; nothing here knows of keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -182,10 +182,17 @@ class Admin(Protocol):
         """Return what is loaded."""
         ...
 
-    async def load_model(self, order: ModelOrder) -> ModelInfo:
+    async def load_model(
+        self, order: ModelOrder, on_taken: Callable[[], None] = lambda: None
+    ) -> ModelInfo:
         """Put another model in the place of the loaded one, whose answers end first.
 
         Requests that come meanwhile wait for it. If it cannot be loaded the old one comes back.
+
+        Args:
+            order: what is asked for.
+            on_taken: called on this loop when the loaded one takes no more requests. What was
+                refused before stopped nothing.
 
         Raises:
             ModelFileError: no checkpoint that we run.
@@ -193,8 +200,13 @@ class Admin(Protocol):
         """
         ...
 
-    async def remove_model(self, drain_s: float) -> None:
-        """Unload the model, whose answers end first; requests get 503 until one is loaded."""
+    async def remove_model(
+        self, drain_s: float, on_taken: Callable[[], None] = lambda: None
+    ) -> None:
+        """Unload the model, whose answers end first; requests get 503 until one is loaded.
+
+        `on_taken` is called as by `load_model`.
+        """
         ...
 
     async def request_ids(self) -> list[str]:

@@ -5,6 +5,7 @@ Order of precedence: flag, then `MRSS_*` environment variable, then the default 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ StateDtype = Literal["fp32", "fp16"]
 Quantize = Literal["none", "int8", "int4", "fp8"]
 LazyRows = Literal["auto", "on", "off"]
 LogFormat = Literal["text", "json"]
+
+_MAX_THREADS = 1024
 
 KEEP_ALIVE_S = 180
 """How long a server keeps a connection that rests, in seconds.
@@ -117,6 +120,11 @@ class EngineConfig:
         _check_choices(self, device=Device, dtype=Dtype, quantize=Quantize)
         _check_choices(self, state_dtype=StateDtype, lazy_rows=LazyRows)
         _check_min(self, threads=0, max_rows=1, max_states=1, max_queued=0)
+        # With very many, torch ends the process.
+        if self.threads > _MAX_THREADS:
+            raise ConfigError(
+                f"threads must be in [0, {_MAX_THREADS}], got {self.threads}", param="threads"
+            )
         _check_min(self, prefill_chunk_len=1, prefill_alone_len=1, max_state_bytes=1024)
         _check_min(self, reprobe_tokens=0, prepare_rows=0, max_context_len=2)
         _check_min(self, cache_bytes=0, cache_disk_bytes=0, max_sessions=0, session_bytes=0)
@@ -227,8 +235,22 @@ class ServerConfig:
         return _from_env(cls, overrides or {}, os.environ if env is None else env)
 
 
+def misspelt_variables(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that nobody reads, with the one that each is probably meant to be.
+
+    Others begin with `MRSS_` too; only what is a letter or two beside one of ours is told.
+    """
+    names = (field.name for cls in (EngineConfig, ServerConfig) for field in fields(cls))
+    ours = {*(f"MRSS_{name.upper()}" for name in names), *_KEY_VARIABLES}
+    set_ones = os.environ if env is None else env
+    others = [name for name in sorted(set_ones) if name.startswith("MRSS_") and name not in ours]
+    near = {name: difflib.get_close_matches(name, ours, n=1, cutoff=0.9) for name in others}
+    return {name: found[0] for name, found in near.items() if found}
+
+
 _Config = TypeVar("_Config")
 
+_KEY_VARIABLES = ("MRSS_API_KEY", "MRSS_ADMIN_KEY")
 _ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+")
 
 

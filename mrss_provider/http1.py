@@ -40,7 +40,8 @@ class LeanTransport(httpx.AsyncBaseTransport):
         Raises:
             httpx.ConnectError: nobody listens.
             httpx.TimeoutException: the connection or the head took too long.
-            httpx.RemoteProtocolError: the answer is no HTTP/1.1, or the peer hung up.
+            httpx.RemoteProtocolError: the answer is no HTTP/1.1.
+            httpx.ReadError: the peer hung up. It may have read the request: nobody sends it twice.
         """
         timeouts = request.extensions.get("timeout", {})
         body = await request.aread()
@@ -133,7 +134,8 @@ class Connection(asyncio.Protocol, httpx.AsyncByteStream):
             if self._body is not None and self._body.ends_with_connection and exc is None:
                 self._ended = True
             else:
-                self._error = httpx.ReadError("the connection was closed in mid-answer")
+                where = "before an answer" if self._head is None else "in mid-answer"
+                self._error = httpx.ReadError(f"the connection was closed {where}")
         self._wake()
 
     def send(self, data: bytes) -> None:

@@ -411,7 +411,7 @@ def test_what_comes_together_is_one_delta(tmp_path):
 @pytest.mark.parametrize(
     ("pieces", "error", "words"),
     [
-        ([], EngineUnavailableError, "broke off"),
+        ([], EngineUnavailableError, "broke off .*before an answer"),
         ([b"SSH-2.0-x\r\n\r\n"], EngineUnavailableError, "not HTTP/1.1"),
         ([b"HTTP/1.1 200 OK\r\nbad line\r\n\r\n"], EngineUnavailableError, "not HTTP/1.1"),
         ([b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 20_000], EngineUnavailableError, "too long"),
@@ -428,7 +428,7 @@ def test_what_comes_together_is_one_delta(tmp_path):
             EngineUnavailableError,
             "speaks",
         ),
-        ([CHUNKED, chunked(CHUNK)], EngineUnavailableError, "broke off"),
+        ([CHUNKED, chunked(CHUNK)], EngineUnavailableError, "broke off .*in mid-answer"),
         ([CHUNKED, chunked(CHUNK), b"0\r\n\r\n"], EngineUnavailableError, "before its end"),
         ([HEAD + b"\r\n" + CHUNK], EngineUnavailableError, "before its end"),
         ([CHUNKED, b"zz\r\n"], EngineUnavailableError, "not HTTP/1.1"),
@@ -442,6 +442,34 @@ def test_what_comes_together_is_one_delta(tmp_path):
 def test_a_broken_answer_is_never_taken_for_a_whole_one(tmp_path, pieces, error, words):
     with raw_server(tmp_path / "s", pieces) as client, pytest.raises(error, match=words):
         asyncio.run(collect(client))
+
+
+def test_a_request_is_sent_once_on_a_connection_that_nobody_used_before(tmp_path):
+    body = b'{"object": "list", "data": []}'
+    kept = b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\ncontent-length: %d\r\n\r\n"
+    requests = []
+
+    async def answer(reader, writer):
+        """Offer to keep the first connection; hang up on the second, whose request was read."""
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(requests) == 1:
+            writer.write(kept % len(body) + body)
+            await writer.drain()
+            # Another request on this connection would be seen here.
+            requests.extend([rest] if (rest := await reader.read()) else [])
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_unix_server(answer, tmp_path / "s")
+        client = Client(f"unix://{tmp_path / 's'}")
+        assert await client.models() == []
+        with pytest.raises(EngineUnavailableError, match="closed before an answer"):
+            await client.models()
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(main())
+    assert len(requests) == 2
 
 
 @pytest.mark.parametrize("loop_factory", [None, _loop_factory()])

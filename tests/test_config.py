@@ -1,10 +1,12 @@
 """The limits of both configurations."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
-from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.config import EngineConfig, ServerConfig, misspelt_variables
 from mrss_provider.errors import ConfigError
 
 
@@ -18,9 +20,10 @@ from mrss_provider.errors import ConfigError
         (ServerConfig, "idle_exit_s", math.nan),
         (ServerConfig, "drain_s", -1.0),
         (EngineConfig, "max_rows", 0),
+        (EngineConfig, "threads", 100_000),
     ],
 )
-def test_a_value_below_its_limit_is_refused_by_name(cls, name, value):
+def test_a_value_beyond_its_limit_is_refused_by_name(cls, name, value):
     with pytest.raises(ConfigError, match=name) as caught:
         cls.from_env(env={f"MRSS_{name.upper()}": str(value)})
     assert caught.value.param == name
@@ -45,3 +48,25 @@ def test_an_origin_that_no_page_has_is_refused(origin):
 def test_origins_that_pages_have_are_taken():
     told = "https://a.example, http://localhost:3000,http://[::1]:8080,null,*,moz-extension://ab-cd"
     assert ServerConfig(cors_origins=told).cors_origins == told
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("MRSS_MAX_ROW", "MRSS_MAX_ROWS"),
+        ("MRSS_KEY_FILE", "MRSS_KEYS_FILE"),
+        ("MRSS_API_KEYS", "MRSS_API_KEY"),
+        ("MRSS_SESSION_DIR", "MRSS_SESSIONS_DIR"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_told_with_the_setting(variable, meant):
+    env = {variable: "1", meant: "2", "PATH": "/bin", "MRSS": "", "mrss_max_row": ""}
+    assert misspelt_variables(env) == {variable: meant}
+
+
+def test_no_variable_that_we_document_is_taken_for_a_misspelt_one():
+    root = Path(__file__).parent.parent
+    texts = [path.read_text() for path in [*root.glob("docs/*.md"), *root.glob("deploy/*.y*ml")]]
+    documented = set(re.findall(r"\bMRSS_[A-Z_]+\b", "".join(texts)))
+    assert {"MRSS_DECODE", "MRSS_ENGINE_KEY", "MRSS_SOCKET"} <= documented
+    assert misspelt_variables(dict.fromkeys(documented, "x")) == {}

@@ -12,6 +12,7 @@ PACKAGES = {"mrss_provider": ROOT / "mrss_provider", "mrss_kernels": ROOT / "ker
 LEAVES = {
     "administration",
     "appending",
+    "replacing",
     "errors",
     "config",
     "mixture",

@@ -12,6 +12,7 @@ from tiny_model import write_checkpoint, write_model_folder, write_state
 
 from mrss_provider.administration import Administers, Defaults, ModelOrder
 from mrss_provider.async_engine import AsyncEngine
+from mrss_provider.async_engine import admin as admin_module
 from mrss_provider.async_engine.loading import load
 from mrss_provider.config import EngineConfig
 from mrss_provider.errors import (
@@ -84,10 +85,9 @@ def test_the_running_answer_ends_and_who_comes_meanwhile_gets_the_new_model(conf
 
     async def main(engine):
         stream = await engine.open(LONG)
-        swap = asyncio.create_task(engine.admin.load_model(ModelOrder("second")))
-        await asyncio.sleep(0)
-        while engine._slot.loaded is not None:
-            await asyncio.sleep(0.001)
+        taken = asyncio.Event()
+        swap = asyncio.create_task(engine.admin.load_model(ModelOrder("second"), taken.set))
+        await taken.wait()
         waiting = asyncio.create_task(texts_of(engine, REQUEST))
         text = "".join([delta.text async for delta in stream])
         info = await swap
@@ -143,8 +143,10 @@ def test_what_cannot_be_loaded_leaves_the_model_at_work(config, order, error):
     async def main(engine):
         stream = await engine.open(LONG)
         before = engine._slot.loaded
+        taken = []
         with pytest.raises(error):
-            await engine.admin.load_model(order)
+            await engine.admin.load_model(order, lambda: taken.append(True))
+        assert not taken
         assert engine._slot.loaded is before
         async for _ in stream:
             pass
@@ -168,6 +170,64 @@ def test_a_load_that_fails_late_brings_the_old_model_back(config, texts):
         return await waiting
 
     assert run(config, main, loader=loader) == texts["first"]
+
+
+@pytest.mark.parametrize("fails", ["while it loads", "when it is loaded"])
+def test_of_a_load_that_fails_late_nothing_is_left_when_the_old_model_comes_back(
+    config, texts, monkeypatch, fails
+):
+    refs, alive = [], []
+
+    def loader(wanted):
+        if wanted.model.name != "second":
+            alive.extend(ref() is not None for ref in refs)
+            return load(wanted)
+        loaded = load(wanted)
+        refs.append(weakref.ref(loaded.engine))
+        if fails == "while it loads":
+            try:
+                raise MemoryError
+            except MemoryError as exc:
+                raise ModelFileError("no memory for it") from exc
+        return loaded
+
+    def finish(order, loaded):
+        raise ModelFileError("no memory for it")
+
+    async def main(engine):
+        with pytest.raises(ModelFileError, match="no memory"):
+            await engine.admin.load_model(ModelOrder("second"))
+        return await texts_of(engine, REQUEST)
+
+    monkeypatch.setattr(admin_module, "_finish", finish)
+    assert run(config, main, loader=loader) == texts["first"]
+    assert alive == [False]
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_reader_that_has_not_closed_its_answer_does_not_keep_the_old_model(config, texts, saves):
+    refs, alive = [], []
+
+    def loader(wanted):
+        alive.extend(ref() is not None for ref in refs)
+        loaded = load(wanted)
+        refs.append(weakref.ref(loaded.engine))
+        return loaded
+
+    async def main(engine):
+        request = LONG
+        if saves:
+            made = await engine.create_session(REQUEST)
+            request = replace(LONG, session=made.id, session_save=True)
+        stream = await engine.open(request)
+        await engine.admin.load_model(ModelOrder("second", drain_s=0))
+        with pytest.raises(EngineUnavailableError):
+            async for _ in stream:
+                pass
+        await stream.aclose()
+
+    run(config, main, loader=loader)
+    assert alive == [False]
 
 
 @pytest.mark.slow

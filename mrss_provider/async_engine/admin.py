@@ -113,7 +113,9 @@ class EngineAdmin:
             shape=library.model_config.shape_text(),
         )
 
-    async def load_model(self, order: ModelOrder) -> ModelInfo:
+    async def load_model(
+        self, order: ModelOrder, on_taken: Callable[[], None] = lambda: None
+    ) -> ModelInfo:
         """Put another model in the place of the loaded one.
 
         Raises:
@@ -121,16 +123,18 @@ class EngineAdmin:
         """
         config = await asyncio.to_thread(_checked_config, self._slot.settings, order)
         plan = Plan(config, partial(_finish, order))
-        await self._to_the_end(self._slot.replace(plan, order.drain_s))
+        await self._to_the_end(self._slot.replace(plan, order.drain_s, on_taken))
         return await self.model()
 
-    async def remove_model(self, drain_s: float) -> None:
+    async def remove_model(
+        self, drain_s: float, on_taken: Callable[[], None] = lambda: None
+    ) -> None:
         """Unload the model.
 
         Raises:
             ConflictError: another change is under way.
         """
-        await self._to_the_end(self._slot.remove(drain_s))
+        await self._to_the_end(self._slot.remove(drain_s, on_taken))
 
     async def request_ids(self) -> list[str]:
         """Return the names that RWKV-Infer's users ask for."""

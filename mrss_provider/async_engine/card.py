@@ -47,7 +47,7 @@ def read_card(model: Path) -> Card:
     """
     path = model_folder(model) / CARD_FILE
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return Card()
     except (OSError, ValueError, RecursionError) as exc:

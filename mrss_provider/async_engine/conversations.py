@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mrss_provider.engine.continuation import Capture
     from mrss_provider.engine.session import Session
     from mrss_provider.engine.session_store import SessionStore
-    from mrss_provider.model import StateSnapshot
+    from mrss_provider.model import ModelConfig, StateSnapshot
 
 # The engine ends an answer between two steps.
 _END_WAIT_S = 30.0
@@ -107,7 +107,7 @@ class Conversations:
             messages=request.messages,
             reinjections=engine_request.reinjections,
         )
-        return await asyncio.to_thread(self._put, session, loaded)
+        return await asyncio.to_thread(self._put, session, loaded.engine.model_config)
 
     async def resume(
         self, request: GenerateRequest, mixture: ResolvedMixture, loaded: Loaded
@@ -146,6 +146,16 @@ class Conversations:
             request: as the engine has it.
             loaded: the model.
         """
+        # Not `loaded` itself: who reads slowly would keep a model that has been replaced.
+        tokenizer, template = loaded.tokenizer, loaded.template
+        model_config = loaded.engine.model_config
+        asked = resumption.request
+
+        def run(text: str, reason: str) -> None:
+            opening, lead = opening_of(asked, template), lead_of(asked, template)
+            session = session_after(resumption, request, tokenizer, opening, lead, text, reason)
+            # Deleted meanwhile: it does not come back.
+            self._put(session, model_config, is_new=False)
 
         async def save(text: str, reason: str) -> None:
             assert resumption.capture is not None
@@ -154,7 +164,7 @@ class Conversations:
                 await asyncio.wait_for(asyncio.shield(ended), _END_WAIT_S)
             except TimeoutError as exc:
                 raise EngineUnavailableError("the engine ended before it was saved") from exc
-            await asyncio.to_thread(self._save, resumption, request, loaded, text, reason)
+            await asyncio.to_thread(run, text, reason)
 
         return SavedStream(inner, save, lambda: self.release(resumption))
 
@@ -209,11 +219,13 @@ class Conversations:
 
         return Session.from_bytes(data, loaded.engine.model_config, loaded.engine.state_dtype)
 
-    def _put(self, session: Session, loaded: Loaded, *, is_new: bool = True) -> SessionInfo:
+    def _put(
+        self, session: Session, model_config: ModelConfig, *, is_new: bool = True
+    ) -> SessionInfo:
         session = replace(session, rows=tuple([row.to_host() for row in session.rows]))
         if not all(row.is_finite for row in session.rows):
             raise EngineError("the states of the session are not finite, so it is not saved")
-        data = session.to_bytes(loaded.engine.model_config)
+        data = session.to_bytes(model_config)
         return self._get_store().put(session.info, data, is_new=is_new)
 
     def _import(self, data: bytes, owner: str, loaded: Loaded) -> SessionInfo:
@@ -221,7 +233,7 @@ class Conversations:
 
         session = self._read(data, loaded)
         info = new_info(owner, session.info.mixture, len(session.tokens))
-        return self._put(replace(session, info=info), loaded)
+        return self._put(replace(session, info=info), loaded.engine.model_config)
 
     def _resume(
         self,
@@ -235,32 +247,18 @@ class Conversations:
 
         session = self._read(self._get_store().get(info.id, request.owner), loaded)
         if session.states != states_of(mixture):
+            if session.info.mixture == mixture.canonical:
+                raise InvalidRequestError(
+                    f"the session {info.id} was made when a state of {mixture.canonical!r} was "
+                    "another, which has been replaced since; load that one again, or begin anew",
+                    param="mrss.session",
+                )
             raise InvalidRequestError(
                 f"the session {info.id} has the states of {session.info.mixture!r}, so it "
                 f"cannot go on as {mixture.canonical!r}",
                 param="model",
             )
         return resumption_of(session, request, loaded, capture)
-
-    def _save(
-        self,
-        resumption: Resumption,
-        request: EngineRequest,
-        loaded: Loaded,
-        text: str,
-        reason: str,
-    ) -> None:
-        session = session_after(
-            resumption,
-            request,
-            loaded.tokenizer,
-            opening_of(resumption.request, loaded.template),
-            lead_of(resumption.request, loaded.template),
-            text,
-            reason,
-        )
-        # Deleted meanwhile: it does not come back.
-        self._put(session, loaded, is_new=False)
 
 
 def _check_not_given(request: GenerateRequest) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mrss_provider.async_engine.card import Card, read_card
+from mrss_provider.async_engine.pauses import pause_ids
 from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.chat import ChatTemplate, load_template
 from mrss_provider.config import EngineConfig
-from mrss_provider.errors import MRSSError
+from mrss_provider.errors import ConfigError, MRSSError
 from mrss_provider.sampling_params import SamplingOrder
 from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 
@@ -81,14 +82,34 @@ def load(config: EngineConfig) -> Loaded:
     """Load model, tokenizer, card, template and states.
 
     Raises:
-        MRSSError: a file that is missing or not what its use needs.
+        MRSSError: a file that is missing or not what its use needs, or that may not be read; too
+            little memory.
     """
+    try:
+        return _load(config)
+    except PermissionError as exc:
+        raise ConfigError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
+    except (RuntimeError, MemoryError) as exc:
+        from mrss_provider.model.memory import lacked_memory
+
+        # The second is what torch says on a CPU.
+        if not (lacked_memory(exc) or "can't allocate memory" in str(exc)):
+            raise
+        raise ConfigError(
+            f"there is too little memory for {config.model.name} with the states of "
+            f"{config.max_rows} rows; take fewer (--max-rows), --quantize it, or take a smaller "
+            f"model ({(str(exc) or repr(exc)).splitlines()[0]:.200})"
+        ) from exc
+
+
+def _load(config: EngineConfig) -> Loaded:
     card = read_card(config.model)
     template, why = choose_template(config.template, card, config.model)
     logger.info("chat template %s: %s", template.name, why)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
-    # Its tables take some 20 ms of a large vocabulary, which an event loop should not wait for.
+    # Each takes some 20 ms of a large vocabulary, which an event loop should not wait for.
     tokenizer.byte_starts(())
+    pause_ids(tokenizer, template.stop)
 
     # torch takes a second to import: the server listens before.
     from mrss_provider.engine.engine import Engine

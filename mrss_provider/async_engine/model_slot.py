@@ -100,10 +100,13 @@ class ModelSlot:
                 if self.loaded is not None and self._thread is not None:
                     return self.loaded, self._thread
 
-    async def replace(self, plan: Plan, drain_s: float) -> None:
+    async def replace(
+        self, plan: Plan, drain_s: float, on_taken: Callable[[], None] = lambda: None
+    ) -> None:
         """Let the running answers end, then load another model in the place of this one.
 
         Whoever asks meanwhile waits. If it cannot be loaded, the one before is loaded again.
+        `on_taken` is called when the loaded one takes no more requests.
 
         Raises:
             ConflictError: another change is under way.
@@ -112,6 +115,7 @@ class ModelSlot:
         await self._settle()
         with self._changing():
             before, was_removed = self._plan, self._is_removed
+            on_taken()
             await self._empty(drain_s, "the model was replaced before the answer was complete")
             try:
                 await self._fill(plan)
@@ -123,14 +127,15 @@ class ModelSlot:
                     await self._fill(before)
                 raise
 
-    async def remove(self, drain_s: float) -> None:
-        """Let the running answers end, then unload the model.
+    async def remove(self, drain_s: float, on_taken: Callable[[], None] = lambda: None) -> None:
+        """Let the running answers end, then unload the model; `on_taken` as in `replace`.
 
         Raises:
             ConflictError: another change is under way.
         """
         await self._settle()
         with self._changing():
+            on_taken()
             await self._empty(drain_s, "the model was removed before the answer was complete")
             self._is_removed = True
             await asyncio.to_thread(_release_memory)
@@ -230,14 +235,27 @@ class ModelSlot:
     def _load(self, plan: Plan, thread: EngineThread) -> StepEngine:
         if self._change is not None:
             _release_memory()
-        loaded = self._loader(plan.config)
-        if plan.finish is not None:
-            loaded = plan.finish(loaded)
+        try:
+            loaded = self._make(plan)
+        except MRSSError as exc:
+            # Whoever keeps the error would keep what had been loaded: its frames have it.
+            _forget_frames(exc)
+            raise
         with self._lock:
             # Else it was taken away while it loaded.
             if self._thread is thread and not self._is_closed:
                 self.loaded = loaded
         return loaded.engine
+
+    def _make(self, plan: Plan) -> Loaded:
+        loaded = self._loader(plan.config)
+        return loaded if plan.finish is None else plan.finish(loaded)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _release_memory() -> None:

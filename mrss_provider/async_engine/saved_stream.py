@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from mrss_provider.async_engine.stream import TextStream
-from mrss_provider.backend import Delta, DeltaStream, StreamInfo
+from mrss_provider.backend import Delta, DeltaStream, StreamInfo, TextPiece
 from mrss_provider.engine.request import TokenOutput
 from mrss_provider.errors import MRSSError
 
@@ -53,6 +53,17 @@ class SavedStream:
     def ready(self) -> bool:
         """Whether the next delta, or the end, is already here."""
         return self._inner.ready()
+
+    def take_text(self) -> TextPiece | None:
+        """Return the next delta if it is here and is text only; else None, and nothing is taken."""
+        piece = self._inner.take_text()
+        if piece is not None:
+            self._texts.append(piece.text)
+        return piece
+
+    def call_when_ready(self, call: Callable[[], None] | None) -> None:
+        """Call `call` once when `ready` becomes true, which it is not now; None takes that back."""
+        self._inner.call_when_ready(call)
 
     async def aclose(self) -> None:
         """Abort what still runs, and save nothing of it; idempotent."""

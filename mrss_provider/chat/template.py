@@ -89,7 +89,7 @@ def load_template(name: str, folder: Path | None = None) -> ChatTemplate:
         )
     path = (folder or Path()) / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(
             f"cannot read the chat template {path} ({exc})", param="template"

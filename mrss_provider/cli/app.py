@@ -18,6 +18,7 @@ from mrss_provider.cli.session_app import session
 from mrss_provider.cli.states_app import states
 from mrss_provider.cli.tune_app import tune
 from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.errors import ConfigError
 
 app = typer.Typer(
     name="mrss",
@@ -85,7 +86,16 @@ def serve(overrides: dict[str, Any]) -> None:
     """
     from mrss_provider.cli.serve import serve as command
 
-    command(EngineConfig.from_env(overrides), ServerConfig.from_env(overrides))
+    config = ServerConfig.from_env(overrides)
+    for name in ("host", "port"):
+        if name in overrides and config.socket is not None:
+            where = "--socket" if "socket" in overrides else "MRSS_SOCKET"
+            raise ConfigError(
+                f"--{name} means nothing on a Unix socket ({where}): leave one of the two out, or "
+                "listen on 127.0.0.1 too with --loopback-port",
+                param=name,
+            )
+    command(EngineConfig.from_env(overrides), config)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from mrss_provider.backend import GenerateRequest, Message
 from mrss_provider.cli.ask import Reply, ask, ignore
 from mrss_provider.cli.output import CommandError, answer, answer_json, printable, quiet, size
-from mrss_provider.config import Dtype, EngineConfig
+from mrss_provider.config import Dtype, EngineConfig, misspelt_variables
 from mrss_provider.errors import ModelFileError, MRSSError
 from mrss_provider.sampling_params import SamplingParams
 
@@ -61,6 +61,8 @@ def _examine(overrides: Mapping[str, Any], proxy_config: Path | None) -> Iterato
     except MRSSError as exc:
         yield Finding("FAIL", "settings", str(exc))
         return
+    for variable, meant in misspelt_variables().items():
+        yield Finding("warn", "settings", f"{variable} is no setting", f"is it {meant}?")
     yield _guarded("torch", _torch)
     yield _guarded("device", lambda: _device(config))
     yield _guarded("triton", _triton)

@@ -140,6 +140,9 @@ _WHY = {
     "use_chat_completions_api": "For /v1/responses, which the engine has not.",
     "health_check_model": "A wildcard cannot be probed by itself.",
     "input_cost_per_token": "In USD, for spend tracking.",
+    "cache_read_input_token_cost": (
+        "Of prompts that the engine remembers. Unsaid, they are free in some versions of LiteLLM."
+    ),
     "max_input_tokens": "Prompt and answer together.",
 }
 

@@ -145,6 +145,7 @@ class Entries:
         limits: dict[str, Any] = {
             "input_cost_per_token": _per_token(self._wishes.input_cost),
             "output_cost_per_token": _per_token(self._wishes.output_cost),
+            "cache_read_input_token_cost": _per_token(self._wishes.input_cost),
         }
         context_len = self._cards["base"].context_len
         return limits | ({"max_input_tokens": context_len} if context_len else {})

@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
         CommandError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as exc:
         raise CommandError(f"{path} is not UTF-8 text (byte {exc.start}); convert it") from exc
     except OSError as exc:

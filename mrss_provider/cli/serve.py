@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.cli.output import note
-from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.config import EngineConfig, ServerConfig, misspelt_variables
 from mrss_provider.server.hosts import address_of, playground_url
 from mrss_provider.server.logs import log_to_stderr
 from mrss_provider.server.run import run_server
+
+log = logging.getLogger(__name__)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
@@ -19,6 +22,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         MRSSError: an address that is taken, a model that cannot be loaded, a device that is lost.
     """
     log_to_stderr(server_config.log_format)
+    for variable, meant in misspelt_variables().items():
+        log.warning("%s is no setting; is it %s that is meant?", variable, meant)
     engine = AsyncEngine(engine_config)
     announcements: set[asyncio.Task[None]] = set()
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from mrss_provider.cli.output import CommandError, answer, answer_json, note, size, table
 from mrss_provider.cli.server_calls import ServerCalls
+from mrss_provider.replacing import replace_file
 
 _SESSIONS = "/v1/sessions"
 
@@ -80,14 +81,7 @@ def export(calls: ServerCalls, session_id: str, file: Path, *, force: bool) -> N
     if file.exists() and not force:
         raise CommandError(f"{file} exists; choose another name, or replace it with --force")
     data = calls.download(f"{_path(session_id)}/export")
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        # Before anything is in it: it is nobody else's.
-        partial.touch(mode=0o600)
-        partial.write_bytes(data)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(file, data, mode=0o600)
     answer(str(file))
     note(f"{size(len(data))}; it has what the conversation left in the model: keep it as private")
 

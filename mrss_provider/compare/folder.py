@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from mrss_provider.compare.calls import Result
 from mrss_provider.compare.jsonl import read_lines
 from mrss_provider.compare.prompts import PromptFile, read_prompts
 from mrss_provider.errors import ConflictError, FileFormatError
+from mrss_provider.replacing import replace_file
 
 VERSION = 1
 
@@ -94,7 +94,8 @@ class Folder:
         prompts = prompt_file.read_bytes()
         _check_foreign(path, prompts)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "prompts.jsonl").write_bytes(prompts)
+        # In part, it would look like somebody else's.
+        _replace(path / "prompts.jsonl", prompts)
         write_whole(path / "run.json", json.dumps(asdict(settings), indent=2) + "\n")
         return cls.open(path)
 
@@ -164,10 +165,21 @@ def _check_foreign(path: Path, prompts: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(beside, path)
+    """Write a file so that it is there whole or as it was.
+
+    Raises:
+        OSError: it cannot be written; the file is named.
+    """
+    _replace(path, text.encode(errors="replace"))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    try:
+        replace_file(path, data)
+    except OSError as exc:
+        # A write that fails does not say where.
+        exc.filename = str(path)
+        raise
 
 
 def _differences(found: Settings, wanted: Settings) -> Iterable[tuple[str, str, str]]:

@@ -68,7 +68,7 @@ def read_prompts(path: Path) -> PromptFile:
     data = path.read_bytes()
     try:
         # Not `splitlines`: a JSON string may hold what Unicode calls the end of a line.
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as exc:
         raise FileFormatError(f"{path} is not UTF-8 text (byte {exc.start}); convert it") from exc
     prompts: dict[str, Prompt] = {}

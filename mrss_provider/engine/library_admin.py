@@ -160,6 +160,7 @@ class LibraryAdmin:
 
         def edit(entries: Entries) -> Entries:
             named = _named(state, changes.free_name(entries, display_name), display_name)
+            entries = changes.with_kept(entries, named, _is_of_files)
             sampling = SamplingDefaults(defaults.temperature, defaults.top_p, "rwkv")
             return changes.with_state(entries, named, sampling=sampling, replaces=True)
 
@@ -296,6 +297,11 @@ class LibraryAdmin:
                 f"{num_files} files",
                 param="state_filenames",
             )
+
+
+def _is_of_files(mixture: NamedMixture) -> bool:
+    """Tell whether a mixture was made of files, as RWKV-Infer's are, and not of names."""
+    return (mixture.merge, mixture.gate) == (_RWKV_MERGE, _RWKV_GATE) and bool(mixture.display_name)
 
 
 def _named(state: TunedState, name: str, display_name: str) -> TunedState:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -51,6 +51,34 @@ def with_state(
         problems=tuple(p for p in entries.problems if p.name != name),
         created={**entries.created, name: int(time.time())},
     )
+
+
+def with_kept(
+    entries: Entries, state: TunedState, keeps: Callable[[NamedMixture], bool]
+) -> Entries:
+    """Let mixtures that `keeps` tells keep, under another name, what `state` is to replace."""
+    replaced = entries.states.get(state.name)
+    holders = {
+        name: mixture
+        for name, mixture in entries.mixtures.items()
+        if keeps(mixture) and any(term.name == state.name for term in mixture.terms)
+    }
+    if replaced is None or not holders or _is_same(replaced, state):
+        return entries
+    copy = free_name(entries, f"{state.name} {replaced.sha256[:8]}")
+    unshown = replace(replaced.metadata, display_name=None)
+    moved = {
+        name: replace(
+            mixture,
+            terms=tuple(
+                replace(term, name=copy) if term.name == state.name else term
+                for term in mixture.terms
+            ),
+        )
+        for name, mixture in holders.items()
+    }
+    entries = with_state(entries, replace(replaced, name=copy, metadata=unshown))
+    return replace(entries, mixtures={**entries.mixtures, **moved})
 
 
 def without_state(entries: Entries, name: str) -> Entries:
@@ -164,9 +192,13 @@ def free_name(entries: Entries, display_name: str) -> str:
 def same_state(entries: Entries, state: TunedState) -> str | None:
     """Return the name of a loaded state with the same content, if there is one."""
     for name, loaded in sorted(entries.states.items()):
-        if loaded.sha256 == state.sha256 and loaded.metadata.bos == state.metadata.bos:
+        if _is_same(loaded, state):
             return name
     return None
+
+
+def _is_same(one: TunedState, other: TunedState) -> bool:
+    return one.sha256 == other.sha256 and one.metadata.bos == other.metadata.bos
 
 
 def padded(weights: Sequence[float] | None, rows: int) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from mrss_provider.errors import (
     StorageError,
 )
 from mrss_provider.model import ModelConfig, TunedState, save_tuned_state
+from mrss_provider.replacing import replace_file
 
 
 def find_inside(folder: Path, text: str, param: str) -> Path:
@@ -130,37 +131,15 @@ def edit_mixtures(folder: Path, edit: Callable[[str], str]) -> None:
     _check_writable(folder)
     try:
         with _locked(folder):
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
             changed = edit(text)
             if changed != text:
                 _sweep(folder, path.name)
-                write_atomically(path, changed.encode())
+                replace_file(path, changed.encode())
     except UnicodeDecodeError as exc:
         raise ConflictError(f"{path.name} is no UTF-8; mend it by hand") from exc
     except OSError as exc:
         raise StorageError(f"{path.name} cannot be written: {exc.strerror or exc}") from exc
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one.
-
-    Raises:
-        OSError: it cannot be written; the old one is as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

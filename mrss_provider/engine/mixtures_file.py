@@ -76,7 +76,7 @@ def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, Config
     if not path.exists():
         return {}, {}
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as exc:
         # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets may be nested too deeply.
         return {}, {path.name: ConfigError(f"{path.name} cannot be read: {exc}")}

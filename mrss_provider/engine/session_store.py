@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -22,11 +22,15 @@ from mrss_provider.errors import (
     StorageError,
 )
 from mrss_provider.model.snapshot_file import read_metadata
+from mrss_provider.replacing import replace_file
 
 log = logging.getLogger(__name__)
 
 _ID = re.compile(r"ses_[0-9a-f]{24}")
 _SUFFIX = ".safetensors"
+_PARTIAL = re.compile(rf"\.{_ID.pattern}{re.escape(_SUFFIX)}\.[0-9.]+\.partial")
+# Another engine that shares the folder may be writing; no write takes that long.
+_STALE_S = 3600.0
 _MAX_HEAD_BYTES = 100 << 20
 
 
@@ -198,15 +202,7 @@ class SessionStore:
             with self._lock:
                 self._data[session_id] = data
             return
-        path = self._path(session_id)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(self._path(session_id), data, mode=0o600)
 
     def _remove(self, session_id: str) -> None:
         with self._lock:
@@ -222,6 +218,7 @@ class SessionStore:
     def _read_folder(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _sweep(folder)
             paths = sorted(folder.glob("ses_*" + _SUFFIX))
         except OSError as exc:
             raise ConfigError(
@@ -238,6 +235,17 @@ class SessionStore:
                 log.warning("the session file %s is left alone: %s", path.name, exc)
             else:
                 self._infos[info.id] = info
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what engines that were killed have left of sessions that they were writing."""
+    for path in folder.glob(".ses_*.partial"):
+        try:
+            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE_S:
+                # Another engine that starts sweeps, too.
+                path.unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("the unfinished session file %s stays: %s", path.name, exc)
 
 
 def _not_found(session_id: str) -> NotFoundError:

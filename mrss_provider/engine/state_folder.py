@@ -100,10 +100,22 @@ def load_folder(folder: Path, model_config: ModelConfig, *, strict: bool) -> Ent
     """Read every state file, `mixtures.toml` and every gate of a folder.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or it cannot be read.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"the folder of states {str(folder)!r} does not exist", param="states")
+    try:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the folder of states {str(folder)!r} does not exist", param="states"
+            )
+        return _load_files(folder, model_config, strict=strict)
+    except OSError as exc:
+        raise ConfigError(
+            f"the folder of states {str(folder)!r} cannot be read: {exc.strerror}: {exc.filename}",
+            param="states",
+        ) from exc
+
+
+def _load_files(folder: Path, model_config: ModelConfig, *, strict: bool) -> Entries:
     states: dict[str, TunedState] = {}
     created: dict[str, int] = {}
     problems: list[Problem] = []
@@ -162,7 +174,11 @@ def _load_gates(
 ) -> tuple[dict[str, Learned], list[Problem]]:
     gates: dict[str, Learned] = {}
     problems: list[Problem] = []
-    for path in sorted(folder.glob(f"*{GATE_SUFFIX}")):
+    # Not glob, which takes a folder that cannot be read for an empty one.
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
+        if path.suffix != GATE_SUFFIX:
+            continue
         try:
             check_name(path.stem, "gate")
             gates[path.stem] = load_gate(path, model_config, name=path.stem)

@@ -79,6 +79,8 @@ def read_tensors(path: Path, fail: Fail) -> tuple[Tensors, dict[str, str]]:
 
 
 def _read_safetensors(path: Path, fail: Fail) -> tuple[Tensors, dict[str, str]]:
+    # Of any file that it cannot open, safetensors says that it is not there.
+    path.open("rb").close()
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

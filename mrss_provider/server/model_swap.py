@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
 from mrss_provider.administration import Admin, ModelInfo, ModelOrder
-from mrss_provider.errors import ConflictError, MRSSError
+from mrss_provider.errors import MRSSError
 from mrss_provider.server.lifecycle import Lifecycle
+
+_Result = TypeVar("_Result")
 
 
 async def load_model(admin: Admin, lifecycle: Lifecycle, order: ModelOrder) -> ModelInfo:
@@ -13,15 +19,8 @@ async def load_model(admin: Admin, lifecycle: Lifecycle, order: ModelOrder) -> M
     Raises:
         MRSSError: as `Admin.load_model`; the server is ready again if a model is loaded.
     """
-    lifecycle.set_unready("another model is being loaded; try again soon")
-    try:
-        info = await admin.load_model(order)
-    except ConflictError:
-        # The change that is under way tells how it went; who has to wait for it learns so at once.
-        raise
-    except BaseException:
-        await _ready_if_loaded(admin, lifecycle)
-        raise
+    why = "another model is being loaded; try again soon"
+    info = await _change(admin, lifecycle, why, partial(admin.load_model, order))
     lifecycle.set_ready()
     return info
 
@@ -32,15 +31,32 @@ async def remove_model(admin: Admin, lifecycle: Lifecycle, drain_s: float) -> No
     Raises:
         MRSSError: as `Admin.remove_model`.
     """
-    lifecycle.set_unready("the model is being removed")
-    try:
-        await admin.remove_model(drain_s)
-    except ConflictError:
-        raise
-    except BaseException:
-        await _ready_if_loaded(admin, lifecycle)
-        raise
+    why = "the model is being removed"
+    await _change(admin, lifecycle, why, partial(admin.remove_model, drain_s))
     lifecycle.set_unready("no model is loaded; load one with POST /v1/model")
+
+
+async def _change(
+    admin: Admin,
+    lifecycle: Lifecycle,
+    why: str,
+    change: Callable[[Callable[[], None]], Awaitable[_Result]],
+) -> _Result:
+    """Make a change; the server is unready from when the model is really taken away."""
+    is_taken = False
+
+    def on_taken() -> None:
+        nonlocal is_taken
+        is_taken = True
+        lifecycle.set_unready(why)
+
+    try:
+        return await change(on_taken)
+    except BaseException:
+        # What was refused before it began stopped nothing, also not a change that is under way.
+        if is_taken:
+            await _ready_if_loaded(admin, lifecycle)
+        raise
 
 
 async def _ready_if_loaded(admin: Admin, lifecycle: Lifecycle) -> None:

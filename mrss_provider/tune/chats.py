@@ -100,7 +100,7 @@ def _each_line(path: Path, read: Callable[[int, Any], T]) -> list[T]:
     """Return what `read` makes of every line, or raise with all lines that it refuses."""
     try:
         # Not splitlines: JSON strings may hold U+2028, U+2029 and U+0085 as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise FileFormatError(f"cannot read the chats in {path} ({exc})") from exc
     found: list[T] = []

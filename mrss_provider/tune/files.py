@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from mrss_provider.errors import StateFileError
 from mrss_provider.model import ModelConfig, StateMetadata, TunedState, save_tuned_state
 from mrss_provider.model.weights import Weights as CheckpointWeights
 from mrss_provider.model.weights import load_weights
+from mrss_provider.replacing import replace_file
 from mrss_provider.tune.config import TuneConfig, TuneResult
 
 _LORA = re.compile(r"att\.([wavg][12]|time_maa_w[12]|time_decay_w[12])$")
@@ -111,14 +111,10 @@ def save_result(
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
     except OSError as exc:
         raise StateFileError(f"{path} cannot be written: {exc}") from exc
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _config(checkpoint: CheckpointWeights) -> ModelConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from mrss_provider.engine.gate_metadata import GateMetadata
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.errors import FileFormatError
 from mrss_provider.model import ModelConfig
+from mrss_provider.replacing import replace_file
 from mrss_provider.tune.gate_data import GateData
 from mrss_provider.tune.gate_report import GateReport
 from mrss_provider.tune.gate_training import GateConfig, GateResult
@@ -72,19 +72,10 @@ def save_gate(
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, save(result.tensors, metadata=metadata.to_strings()))
+        replace_file(path, save(result.tensors, metadata=metadata.to_strings()))
     except OSError as exc:
         raise FileFormatError(f"{path} cannot be written: {exc}") from exc
     return metadata
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rounded(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mrss_provider.errors import ConflictError, FileFormatError
+from mrss_provider.replacing import replace_file
 
 SUFFIX = ".unfinished"
 
@@ -77,17 +78,13 @@ def save_run(path: Path, run: Unfinished) -> None:
         "learner": dict(run.learner),
         "best": dict(run.best),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Straight to a file, torch hides why it could not be written.
+    data = io.BytesIO()
+    torch.save(content, data)
     try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as exc:
+        replace_file(path, data.getbuffer())
+    except OSError as exc:
         raise FileFormatError(f"{path} cannot be written: {exc}") from exc
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_run(path: Path, settings: Mapping[str, Any]) -> Unfinished:

@@ -70,6 +70,8 @@ def test_group_has_weights_that_are_not_those_of_the_mixture():
 def test_prices_are_told_for_a_million_and_written_for_one():
     info = entries(written(input_cost=0.1, output_cost=30.0), "mrss/tone")[0]["model_info"]
     assert (info["input_cost_per_token"], info["output_cost_per_token"]) == (1e-7, 3e-5)
+    # Said, or the oldest LiteLLM that we support counts cached tokens as free.
+    assert info["cache_read_input_token_cost"] == 1e-7
 
 
 def test_key_is_a_variable_and_the_address_stands_in_every_entry():

@@ -1,6 +1,7 @@
 """`mrss compare` as it is typed, with a connection that has no network."""
 
 import json
+import resource
 
 import pytest
 from command import mrss
@@ -225,6 +226,21 @@ def test_files_of_somebody_else_are_not_written_over(folder, connect, name):
     assert f"own holds no comparison, and has {name}, which would be written over" in found.err
     assert [path.name for path in (folder / "own").iterdir()] == [name]
     assert (folder / "own" / name).read_text() == "my only copy"
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_same_command_runs_when_there_is_room(
+    folder, connect
+):
+    connection = connect({"good": "right", "bad": "wrong"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        found = mrss(*RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (found.code, connection.calls) == (1, [])
+    assert "comparison/prompts.jsonl" in found.err
+    assert mrss(*RUN).code == 0
 
 
 def test_a_comparison_may_be_kept_beside_its_own_prompts(folder, connect):

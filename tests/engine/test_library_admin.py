@@ -275,6 +275,42 @@ def test_loading_the_same_name_again_replaces_it(admin, library):
     assert library.resolve("State/Test").canonical == "State-Test-2"
 
 
+def test_a_mixture_of_rwkv_infer_keeps_the_states_that_it_was_loaded_with(admin, library):
+    admin.serve_state("more/a.pth", "State Test", NONE)
+    admin.serve_mixture(
+        ["more/a.pth", "tone.pth"], "MRSS Test", with_base=True, weights=[1, 2, 3], defaults=NONE
+    )
+    before = library.resolve("MRSS Test")
+    first = library.get("State-Test")
+    admin.serve_state("more/b.pth", "State Test", NONE)
+    assert library.get("State-Test").sha256 != first.sha256
+    after = library.resolve("MRSS Test")
+    shares = [
+        {
+            state and state.sha256: ratio
+            for state, ratio in zip(mixture.states, mixture.ratios, strict=True)
+        }
+        for mixture in (before, after)
+    ]
+    assert shares[0] == shares[1]
+    # Its rows are in the order of the files still.
+    admin.reweigh("MRSS Test", [1, 0, 0], NONE)
+    (alone,) = library.resolve("MRSS Test").states
+    assert alone.sha256 == first.sha256
+    # The same content again, and one that no mixture holds: no more states than names.
+    admin.serve_state("more/b.pth", "State Test", NONE)
+    admin.serve_state("more/c.pth", "State Test", NONE)
+    assert len(library.states) == 4
+
+
+def test_a_mixture_that_names_its_states_follows_the_names(admin, library):
+    admin.serve_state("more/a.pth", "tone", NONE)
+    assert [state.sha256 for state in library.resolve("story").states[1:]] == [
+        library.get(name).sha256 for name in ("knowledge", "tone")
+    ]
+    assert sorted(library.states) == ["knowledge", "tone"]
+
+
 PATHS = ("states/more/a.pth", "states/more/b.pth", "more/c.pth")
 
 

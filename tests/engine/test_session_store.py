@@ -1,6 +1,7 @@
 """Sessions that are deleted, held and written by several at once: nobody undoes another's work."""
 
 import os
+import time
 
 import pytest
 
@@ -77,3 +78,23 @@ def test_only_the_holder_lets_go(store):
     store.release(INFO.id, first)
     with pytest.raises(ConflictError):
         store.hold(INFO.id, object())
+
+
+def test_a_start_sweeps_what_a_killed_engine_left_and_nothing_else(tmp_path):
+    old = time.time() - 2 * 3600
+    partial = f".{INFO.id}.safetensors.7.9.partial"
+    for name, is_old in {
+        partial: True,
+        # Another engine's, that shares the folder and is writing.
+        partial.replace("7.9", "8.9"): False,
+        # Nobody's session.
+        ".ses_notes.partial": True,
+        f".{INFO.id}.partial": True,
+        f"{INFO.id}.txt": True,
+    }.items():
+        (tmp_path / name).write_bytes(b"cut")
+        if is_old:
+            os.utime(tmp_path / name, (old, old))
+    before = {path.name for path in tmp_path.iterdir()}
+    SessionStore(**ROOMY, folder=tmp_path)
+    assert before - {path.name for path in tmp_path.iterdir()} == {partial}

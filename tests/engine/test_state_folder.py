@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,28 @@ def test_a_folder_that_does_not_exist_is_an_error(
     with pytest.raises(ConfigError, match=r"folder of states .*nowhere' does not exist"):
         StateLibrary(tmp_path / "nowhere", model_config)
     assert [card.id for card in StateLibrary(tmp_path, model_config).cards()] == ["base"]
+
+
+@pytest.mark.parametrize("part", [".", "added", "gates"])
+def test_a_folder_that_may_not_be_read_is_an_error_that_names_it(
+    model_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    closed = tmp_path / part
+    closed.mkdir(exist_ok=True)
+    listed = Path.iterdir
+
+    def refused(self: Path) -> Iterator[Path]:
+        # As for a user who is not root.
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(
+        ConfigError, match=f"cannot be read: Permission denied: {closed}$"
+    ) as caught:
+        StateLibrary(tmp_path, model_config)
+    assert caught.value.param == "states"
 
 
 def test_strict_refuses_states_of_other_weights(tmp_path: Path, model_config: ModelConfig) -> None:

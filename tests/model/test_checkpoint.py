@@ -106,3 +106,11 @@ def test_a_tensor_that_is_far_larger_than_its_file_costs_nothing(tmp_path, key):
     assert (tmp_path / "state.pth").stat().st_size < 1 << 20
     with pytest.raises(StateFileError, match=key):
         load_tuned_state(tmp_path / "state.pth", config, name="huge")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_why_a_file_cannot_be_opened_is_what_the_system_says(tmp_path, suffix):
+    path = tmp_path / f"loop{suffix}"
+    path.symlink_to(path)
+    with pytest.raises(ModelFileError, match="cannot be read: Too many levels of symbolic links"):
+        read_tensors(path, ModelFileError)

@@ -8,9 +8,14 @@ import pytest
 from fakes import FakeBackend, Wait, text
 from starlette.testclient import TestClient
 
-from mrss_provider.administration import ModelOrder
+from mrss_provider.administration import ModelInfo, ModelOrder
 from mrss_provider.config import KEEP_ALIVE_S, ServerConfig
-from mrss_provider.errors import ConflictError, EngineUnavailableError, ModelFileError
+from mrss_provider.errors import (
+    ConflictError,
+    EngineUnavailableError,
+    ModelFileError,
+    NotFoundError,
+)
 from mrss_provider.server.app import create_app
 from mrss_provider.server.lifecycle import Lifecycle
 from mrss_provider.server.model_swap import load_model, remove_model
@@ -281,10 +286,10 @@ def test_who_may_not_change_the_model_now_is_told_at_once(change):
     class Busy:
         """Another change is under way, and never ends."""
 
-        async def load_model(self, order):
+        async def load_model(self, order, on_taken):
             raise ConflictError("wait for it")
 
-        async def remove_model(self, drain_s):
+        async def remove_model(self, drain_s, on_taken):
             raise ConflictError("wait for it")
 
         async def model(self):
@@ -307,5 +312,42 @@ def test_who_may_not_change_the_model_now_is_told_at_once(change):
         # Whether a model is ready is for the change that is under way to say.
         with pytest.raises(EngineUnavailableError):
             lifecycle.check_ready()
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_server_is_ready_until_its_model_is_really_taken_away(is_good):
+    class Slow:
+        """Each stage of a load ends when the test says so."""
+
+        def __init__(self):
+            self.checked, self.loaded = asyncio.Event(), asyncio.Event()
+
+        async def load_model(self, order, on_taken):
+            await self.checked.wait()
+            if not is_good:
+                raise NotFoundError("there is no such file")
+            on_taken()
+            await self.loaded.wait()
+            return ModelInfo("second", "second", "second", "")
+
+    async def main():
+        lifecycle, admin = Lifecycle(), Slow()
+        lifecycle.set_ready()
+        loading = asyncio.create_task(load_model(admin, lifecycle, ModelOrder("second")))
+        await asyncio.sleep(0)
+        lifecycle.check_ready()
+        admin.checked.set()
+        if is_good:
+            await asyncio.sleep(0)
+            with pytest.raises(EngineUnavailableError, match="is being loaded"):
+                lifecycle.check_ready()
+            admin.loaded.set()
+            await loading
+        else:
+            with pytest.raises(NotFoundError):
+                await loading
+        lifecycle.check_ready()
 
     run(main)

@@ -179,6 +179,23 @@ def test_a_session_of_a_model_that_was_replaced_is_refused(client):
     assert go_on(client, made["id"]) == expected
 
 
+def test_a_session_whose_state_was_replaced_is_told_so_and_goes_on_with_the_old_one(client):
+    def load(file):
+        client.delete("/v1/states/fresh")
+        added = client.post("/v1/states", json={"path": f"more/{file}.pth", "name": "fresh"})
+        assert added.status_code == 201, added.text
+
+    load("a")
+    made = make(client, model="fresh")
+    body = {**SAMPLING, "model": "fresh", "prompt": " and", "mrss": {"session": made["id"]}}
+    expected = text_of(client, **body)
+    load("b")
+    refused = client.post("/v1/completions", json=body).json()["error"]
+    assert (refused["param"], "has been replaced" in refused["message"]) == ("mrss.session", True)
+    load("a")
+    assert text_of(client, **body) == expected
+
+
 def test_an_engine_without_sessions_says_so():
     with TestClient(create_app(FakeBackend()), base_url="http://127.0.0.1:9000") as client:
         assert client.get("/v1/sessions").status_code == 404
