@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
-"""All layers of RWKV-7's decode step in one launch, for up to 12 rows.
+"""All layers of RWKV-7's decode step in one launch, for up to 32 rows.
 
 A program a multiprocessor. One warp asks for the blocks of weights that its program will need, in
 that order, through a ring in shared memory, from layer to layer without waiting for anybody; four

@@ -162,6 +162,31 @@ def test_answers_that_begin_beside_others_are_all_picked_and_each_step_as_one_pa
     assert len(parts) == len(picked) - 1
 
 
+def test_the_tail_of_an_answer_alone_is_as_wide_as_one_request_however_many_rows_it_has() -> None:
+    widths: list[int] = []
+
+    def tail(logits: Tensor, inputs: Any, outputs: Any, *, num_groups: int, **_: Any) -> None:
+        widths.append(num_groups)
+        reference_tail.tail(logits, inputs, outputs)
+
+    def requests() -> dict[int, list[EngineRequest]]:
+        asked = [("mixture", DELTA, 12, 1), ("other", LINEAR, 3, 2)]
+        return {
+            4 * i: [request(name, [1, 2 + i], of, max_tokens=n, temperature=1.0, seed=seed)]
+            for i, (name, of, n, seed) in enumerate(asked)
+        }
+
+    banned = torch.tensor([VOCAB - 1])
+    runner = DeviceRunner(FakeModel(), CONFIG, banned, tail=tail)  # type: ignore[arg-type]
+    engine = Engine(FakeModel(), None, CONFIG, allowed_ids=ALLOWED, runner=runner)  # type: ignore[arg-type]
+    assert_same(run(engine, requests()), run(host_engine(FakeModel()), requests()))
+    alone = [width == 1 for width in widths]
+    # Four rows, then six of two answers, then four again; one step more than tokens is launched.
+    assert alone == [True] * 4 + [False] * 3 + [True] * (len(alone) - 7)
+    assert len(alone) >= 12
+    assert min(width for width in widths if width > 1) >= 4
+
+
 def test_a_prepared_runner_captures_nothing_more_where_a_prompt_is_read_beside_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
