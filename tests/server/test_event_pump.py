@@ -159,9 +159,27 @@ def test_the_bytes_are_those_that_a_task_writes(answers, stop, sizes, logprobs):
             left = left[size:]
             await asyncio.sleep(STEP_S)
         await asked
-        return connection.text(), backend.aborted
+        return connection.text()
 
     assert run_virtually(main(by_calls=True)) == run_virtually(main(by_calls=False))
+
+
+@pytest.mark.parametrize("by_calls", [True, False])
+def test_a_stop_string_ends_its_answer_in_the_engine_before_the_next_token(by_calls):
+    async def main():
+        backend, connection = Backend(), Connection(n=2, stop=["!!"])
+        asked = connection.ask(app_of(backend, by_calls=by_calls))
+        stream = await stream_of(backend)
+        aborted = []
+        for token_id in TOKENS.ids(*"ab!!"):
+            give(stream, [TokenOutput("r", 1, token_id), TokenOutput("r", 0, PIECES[0])])
+            await asyncio.sleep(STEP_S)
+            aborted.append(list(backend.aborted))
+        give(stream, [TokenOutput("r", 0, EOS_ID, finish_reason="stop")])
+        await asked
+        return aborted, backend.aborted
+
+    assert run_virtually(main()) == ([[], [], [], [("r", 1)]], [("r", 1)])
 
 
 def test_each_tokens_event_leaves_in_its_step_in_one_write():
