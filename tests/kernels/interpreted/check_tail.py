@@ -82,6 +82,20 @@ class TestDraw:
             batch.launch()
             assert_same(batch, picked)
 
+    def test_draws_from_everything_find_the_token_within_its_block(self):
+        """Weights that are one percent off, or a block that is a token short, draw others."""
+        params = [sampling(seed=seed) for seed in range(12)] + [sampling(temperature=0.7)]
+        picks = [pick_of([0], MIXTURES[0], p, position=g) for g, p in enumerate(params)]
+        last = pick_of([1], MIXTURES[0], sampling())
+        logits = randn(2, 300, seed=6, scale=2.0)
+        logits[1, 299] = 30.0
+        batch = Batch(logits, [*picks, last])
+        picked, _ = batch.expected()
+        batch.launch(mixed=False, truncate=False)
+        assert_same(batch, picked)
+        assert batch.ids[-1] == 299
+        assert len(set(batch.ids)) > 8
+
     @pytest.mark.slow
     @pytest.mark.parametrize("vocab", [SMALL, LARGE])
     def test_draws_from_many_candidates_equal_the_engines(self, vocab, monkeypatch):
@@ -264,6 +278,16 @@ class TestPenalties:
             assert batch.inputs.counts[g].cpu().equal(counts)
             assert batch.inputs.marks[g].cpu().equal(marks)
             assert int(batch.inputs.column("position")[g]) == pick.position
+
+    def test_every_tokens_bias_counts(self):
+        values = (torch.arange(SMALL) * 7 % 13 - 6.0).tolist()
+        biased = sampling(logit_bias=dict(enumerate(values)))
+        batch = batch_of([MIXTURES[0], MIXTURES[1]], [biased, biased], SMALL, seed=8)
+        picked, _ = batch.expected()
+        batch.launch()
+        assert_same(batch, picked)
+        bias = torch.tensor(values, device=DEVICE)
+        assert batch.outputs.scratch.scores[:2].equal(batch.outputs.merged[:2] + bias)
 
     def test_bans_come_before_the_gate_and_bias_after_the_penalties(self):
         """A banned token sets no threshold; a positive bias is not divided by a penalty."""
