@@ -32,7 +32,9 @@ _DRIFT = 25
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["1.5b"], choices=sorted(SHAPES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 5, 8, 12])
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 2, 4, 5, 8, 12], choices=ROWS, metavar="N"
+    )
     parser.add_argument("--seconds", type=float, default=12.0)
     options = parser.parse_args()
     os.environ["MRSS_DECODE"] = "persistent"
@@ -73,7 +75,7 @@ def _search(
 
     def time_of(words: list[str], budget_s: float = 0.04) -> float:
         by_rows[rows] = " ".join(words)
-        fused._persistent = PersistentLayers7(layers)
+        fused._persistent = PersistentLayers7(layers, [rows])
         return time_replays(capture(step), budget_s=budget_s).median_ms
 
     nearest = min((limit for limit in by_rows if limit >= rows), default=max(by_rows))

@@ -268,6 +268,7 @@ def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> Non
     )
     if obstacle is not None:
         raise ValueError(f"layers must be ones that the kernel takes: {obstacle}")
+    _check_ranks(layers)
     total, inner = sum(layers.ranks), FFN_FACTOR * channels
     projected = 3 * channels + total
     shapes = {
@@ -297,3 +298,14 @@ def _check_layers(layers: StackedLayers7, num_layers: int, channels: int) -> Non
         else:
             expect_dtype(field.name, tensor, (torch.float32,))
     expect_dtype("project", layers.project, (torch.float16, torch.bfloat16))
+
+
+def _check_ranks(layers: StackedLayers7) -> None:
+    if any(rank % 64 for rank in layers.ranks):
+        raise ValueError(f"ranks must be multiples of 64, got {list(layers.ranks)}")
+    pairs = zip(layers.up_ranks, layers.ranks, strict=True)
+    if not all(0 < up <= rank and up % 8 == 0 for up, rank in pairs):
+        raise ValueError(
+            f"up_ranks must be multiples of 8 of at least 8 and at most {list(layers.ranks)}, "
+            f"got {list(layers.up_ranks)}"
+        )

@@ -91,7 +91,7 @@ def put(p_y, acc, stride, B: gl.constexpr):
 def multiply(ring, full, empty, inputs, first, num_blocks, block, STAGES: gl.constexpr):
     """Return the product of the next blocks of weights and of inputs, and the block behind them.
 
-    The product is [64, 8 or 16] fp32; inputs are those from block `first` on. A block's slot is
+    The product is [64, 8, 16 or 32] fp32; inputs are those from block `first` on. A block's slot is
     given back when the product of the next one is under way.
     """
     ROWS: gl.constexpr = inputs.shape[1]

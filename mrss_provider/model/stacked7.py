@@ -111,9 +111,10 @@ def ranks_of_up(ranks: Sequence[int], true_ranks: Sequence[int]) -> tuple[int, i
 
 
 def _true_ranks(layers: Sequence[Layer7]) -> list[int]:
-    """Return the largest ranks of the LoRAs of w, a, g, v in any layer."""
-    loras = [(each.w1, each.a1, each.g1, each.v1) for each in layers[1:]]
-    return [max(len(tensor_of(linear)) for linear in column) for column in zip(*loras, strict=True)]
+    """Return the largest ranks of the LoRAs of w, a, g, v in any layer; layer 0 has none of v."""
+    columns = [[each.w1 for each in layers], [each.a1 for each in layers]]
+    columns += [[each.g1 for each in layers], [each.v1 for each in layers[1:]]]
+    return [max(len(tensor_of(linear)) for linear in column) for column in columns]
 
 
 def _without_filling(layer: PackedLayer, up_ranks: Sequence[int]) -> Tensor:

@@ -153,7 +153,9 @@ def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], o
     """Compile one kernel as a launch on aligned tensors would."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.startswith("p_")}
+    # Strides of a layer's states too: without it they are read one number at a time.
+    multiples = [n for n in names if n.startswith("p_") or n in ("pool_stride", "shift_stride")]
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     form = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = form(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -34,10 +36,15 @@ def test_parts_fill_the_programs_in_whole_blocks_and_are_no_longer_than_a_row(
         assert 2 * tiles * parts > num_programs or size // parts == 256
 
 
+def rank_sums(width: int) -> list[tuple[int, int]]:
+    """Return a model's, the least and the most that the kernel takes, and wide ones hardly used."""
+    return [RANK_SUMS[width], (256, 32), (width // 2, width // 2), (width // 2, 32)]
+
+
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
-def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
-    for rows in choice7.ROWS:
-        cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
+def test_ring_inputs_and_barriers_fit_one_program_whatever_the_ranks(width: int) -> None:
+    for rows, (rank_sum, up_sum) in product(choice7.ROWS, rank_sums(width)):
+        cuts = cuts7.find_cuts(rows, width, rank_sum, up_sum, 132, HOPPER_SHARED)
         padded = cuts7.padded(rows)
         assert padded >= rows
         inputs = cuts.input_blocks * 256 * padded * 2
@@ -46,13 +53,24 @@ def test_ring_inputs_and_barriers_fit_one_program(width: int) -> None:
         assert inputs >= padded * 2 * (512 * cuts.chunk if cuts.chunk else longest)
         # The second halves have a column a LoRA and row, which come by four.
         fours = -(-cuts.group // 4)
-        assert inputs >= -(-RANK_SUMS[width][1] // 256) * 16 * fours * 256 * 2
-        # Then the LoRAs' outputs, eight vectors and an output of the states, each [4, 64] fp32.
-        assert inputs >= (4 + 8 + 1) * fours * 1024
+        assert inputs >= -(-up_sum // 256) * 16 * fours * 256 * 2
+        # Then tiles [4, 64] in fp32, sixteen for each four rows: outputs of the LoRAs and of the
+        # states, and eight vectors that meet the states.
+        assert inputs >= 16 * fours * 1024
         assert inputs >= 4 * width
-        assert cuts.num_stages >= (5 if rows <= 16 or width < 4096 else 4)
+        # A program that may ask for more than the ring holds would wait for what it has not asked.
+        for card in ahead7.AHEAD:
+            packed = ahead7.blocks_ahead(card, width, up_sum, rows, cuts)
+            assert len(packed) == 5
+            assert 1 + max(each >> 2 * k & 3 for each in packed for k in range(16)) <= (
+                cuts.num_stages
+            )
         ring = cuts.num_stages * (64 * 256 * 2 + 2 * 8)
         assert ring + inputs + 3 * 16 < HOPPER_SHARED
+    cuts = [
+        cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED) for rows in choice7.ROWS
+    ]
+    assert all(each.num_stages >= 5 for each in cuts)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +90,7 @@ def test_each_tile_has_one_helper_and_each_helper_tiles_in_a_row(
 
 
 @pytest.mark.parametrize("num_programs", [128, 132, 144])
-@pytest.mark.parametrize("rows", [1, 4, 8, 12])
+@pytest.mark.parametrize("rows", [1, 4, 8, 12, 32])
 @pytest.mark.parametrize("width", cuts7.MAX_HELP)
 def test_help_takes_load_off_the_programs_that_have_most(
     width: int, rows: int, num_programs: int
@@ -119,16 +137,8 @@ def test_digits_are_stretched_over_the_blocks_in_32_bits(num_blocks: int) -> Non
     assert "".join(map(str, unpacked)) == wanted[num_blocks]
 
 
-@pytest.mark.parametrize("width", cuts7.MAX_HELP)
-def test_how_far_ahead_is_known_for_every_number_of_rows(width: int) -> None:
-    for rows in choice7.ROWS:
-        cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
-        packed = ahead7.blocks_ahead(ahead7.H100, width, RANK_SUMS[width][1], rows, cuts)
-        assert len(packed) == 5
-        # A program that may ask for more than the ring holds would wait for what it has not asked.
-        most = 1 + max(each >> 2 * k & 3 for each in packed for k in range(16))
-        assert most <= cuts.num_stages
-    for card in ahead7.AHEAD:
+def test_how_far_ahead_is_said_in_a_word_a_product() -> None:
+    for card, width in product(ahead7.AHEAD, cuts7.MAX_HELP):
         for words in ahead7.table_of(card, width).values():
             assert len(words.split()) == 5
             assert set(words) <= set("0123 ")
@@ -201,9 +211,11 @@ def test_a_card_that_was_not_measured_needs_to_be_told(monkeypatch: pytest.Monke
         choice7.persistent_obstacle(CUDA, *shape)
 
 
-def test_weights_on_a_cpu_are_refused() -> None:
+def stacked_layers(
+    ranks: tuple[int, int, int, int], up: tuple[int, int, int, int]
+) -> persistent7.StackedLayers7:
     norms, matrix = torch.zeros(2, 2, 1024), torch.zeros(2048, 1024, dtype=torch.float16)
-    layers = persistent7.StackedLayers7(
+    return persistent7.StackedLayers7(
         project=matrix,
         up=matrix,
         output=matrix,
@@ -215,8 +227,32 @@ def test_weights_on_a_cpu_are_refused() -> None:
         mix=norms,
         ffn_mix=norms,
         vectors=norms,
-        ranks=(64, 64, 128, 64),
-        up_ranks=(64, 64, 128, 64),
+        ranks=ranks,
+        up_ranks=up,
     )
+
+
+def test_weights_on_a_cpu_are_refused() -> None:
+    layers = stacked_layers((64, 64, 128, 64), (64, 64, 128, 64))
     with pytest.raises(ValueError, match="the device is no CUDA device"):
         persistent7.PersistentLayers7(layers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "up", "words"),
+    [
+        ((64, 72, 128, 64), (64, 64, 128, 64), "ranks must be multiples of 64, got [64, 72, "),
+        ((64, 64, 128, 64), (64, 72, 128, 64), "at most [64, 64, 128, 64], got [64, 72, 128, 64]"),
+        ((64, 64, 128, 64), (64, 64, 100, 64), "up_ranks must be multiples of 8 of at least 8 and"),
+        ((64, 64, 128, 64), (0, 64, 128, 64), "up_ranks must be multiples of 8 of at least 8 and"),
+    ],
+)
+def test_ranks_that_the_kernel_would_misread_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: tuple[int, int, int, int],
+    up: tuple[int, int, int, int],
+    words: str,
+) -> None:
+    monkeypatch.setattr("mrss_kernels.persistent7.obstacle_to_one_launch", lambda *_: None)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        persistent7.PersistentLayers7(stacked_layers(ranks, up))

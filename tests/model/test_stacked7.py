@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_layer_0_is_filled_up_with_zeros(tmp_path: Path) -> None:
     assert project[0, -64:].shape == (64, 128)
     assert len(packed[0].project) == project.shape[1] - 64
     assert torch.equal(stack.groups, packed[1].groups)
+
+
+def test_layer_0_may_have_the_largest_rank(tmp_path: Path) -> None:
+    _, layers, _ = packed_model(tmp_path / "model.safetensors")
+    wider = tmp_path / "wider.safetensors"
+    save_file(checkpoint(7, replace(SHAPE, ranks=(40, 80, 8, 24))), wider)
+    layers[0] = load_model(wider, device="cpu", dtype="fp32", packed=False)._layers[0]  # type: ignore[attr-defined]
+    packed = [pack_layer(layer) for layer in layers]  # type: ignore[arg-type]
+    _, stack = stack_layers(layers, list(packed))  # type: ignore[arg-type]
+    assert stack.up_ranks == (40, 80, 24, 8)
+    up = stack.up.view(4, 128, -1)[:, :, :40]
+    assert up[0].any(0).all()
+    for i, layer in enumerate(packed):
+        assert torch.equal(up[i], layer.up[:, :40])
 
 
 def test_what_cannot_be_stacked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
