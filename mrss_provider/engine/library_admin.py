@@ -160,7 +160,7 @@ class LibraryAdmin:
 
         def edit(entries: Entries) -> Entries:
             named = _named(state, changes.free_name(entries, display_name), display_name)
-            entries = changes.with_kept(entries, named, _is_of_files)
+            entries = changes.with_kept(entries, named)
             sampling = SamplingDefaults(defaults.temperature, defaults.top_p, "rwkv")
             return changes.with_state(entries, named, sampling=sampling, replaces=True)
 
@@ -204,6 +204,8 @@ class LibraryAdmin:
                 top_p=defaults.top_p,
                 sampling_order="rwkv",
                 display_name=display_name,
+                # It was made of files, and not of names.
+                keeps_states=True,
             )
             name = changes.free_name(entries, display_name)
             return self._with_mixture(entries, name, mixture)
@@ -297,11 +299,6 @@ class LibraryAdmin:
                 f"{num_files} files",
                 param="state_filenames",
             )
-
-
-def _is_of_files(mixture: NamedMixture) -> bool:
-    """Tell whether a mixture was made of files, as RWKV-Infer's are, and not of names."""
-    return (mixture.merge, mixture.gate) == (_RWKV_MERGE, _RWKV_GATE) and bool(mixture.display_name)
 
 
 def _named(state: TunedState, name: str, display_name: str) -> TunedState:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -53,15 +53,13 @@ def with_state(
     )
 
 
-def with_kept(
-    entries: Entries, state: TunedState, keeps: Callable[[NamedMixture], bool]
-) -> Entries:
-    """Let mixtures that `keeps` tells keep, under another name, what `state` is to replace."""
+def with_kept(entries: Entries, state: TunedState) -> Entries:
+    """Let mixtures that keep their states keep, under another name, what `state` is to replace."""
     replaced = entries.states.get(state.name)
     holders = {
         name: mixture
         for name, mixture in entries.mixtures.items()
-        if keeps(mixture) and any(term.name == state.name for term in mixture.terms)
+        if mixture.keeps_states and any(term.name == state.name for term in mixture.terms)
     }
     if replaced is None or not holders or _is_same(replaced, state):
         return entries

@@ -52,7 +52,11 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class NamedMixture:
-    """One table of the file. None is "not said": the default of the request takes its place."""
+    """One table of the file. None is "not said": the default of the request takes its place.
+
+    `keeps_states` is in no file: whether its terms stay what they were when one of their names gets
+    another state.
+    """
 
     terms: tuple[Term, ...]
     merge: Method | None = None
@@ -65,6 +69,7 @@ class NamedMixture:
     template: str | None = None
     description: str = ""
     display_name: str = ""
+    keeps_states: bool = False
 
 
 def read_mixtures(path: Path) -> tuple[dict[str, NamedMixture], dict[str, ConfigError]]:

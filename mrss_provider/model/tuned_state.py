@@ -7,9 +7,9 @@ Read are RWKV-PEFT's `.pth`, our safetensors form and web-rwkv's `.st`. In files
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from mrss_provider.model.checkpoint import Tensors, read_tensors
 from mrss_provider.model.config import ModelConfig
 from mrss_provider.model.model import Model
 from mrss_provider.model.state_metadata import ORIENTATIONS, Orientation, StateMetadata
+from mrss_provider.replacing import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -168,31 +169,16 @@ def save_tuned_state(path: Path, state: TunedState, config: ModelConfig) -> None
         if state.time_offset is not None:
             tensors[f"blocks.{i}.att.time_offset"] = state.time_offset[i].clone()
     tensors |= {key: shift.contiguous() for key, shift in shifts.items() if shift is not None}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = io.BytesIO()
+    if path.suffix == ".pth":
+        torch.save(tensors, data)
+    else:
+        metadata = replace(state.metadata, orientation="vk")
+        data.write(save(tensors, metadata=metadata.to_strings(config)))
     try:
-        if path.suffix == ".pth":
-            torch.save(tensors, partial)
-        else:
-            metadata = replace(state.metadata, orientation="vk")
-            # Not save_file: it makes files that only their owner can read, whatever the umask.
-            partial.write_bytes(save(tensors, metadata=metadata.to_strings(config)))
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as exc:
-        # torch.save has an error of its own for a full disk or a missing folder.
+        replace_file(path, data.getbuffer())
+    except OSError as exc:
         raise StateFileError(f"{path} cannot be written: {exc}") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def average_states(

@@ -55,13 +55,15 @@ async def _change(
     except BaseException:
         # What was refused before it began stopped nothing, also not a change that is under way.
         if is_taken:
-            await _ready_if_loaded(admin, lifecycle)
+            await _tell_what_is_left(admin, lifecycle)
         raise
 
 
-async def _ready_if_loaded(admin: Admin, lifecycle: Lifecycle) -> None:
+async def _tell_what_is_left(admin: Admin, lifecycle: Lifecycle) -> None:
     try:
         await admin.model()
-    except MRSSError:
-        return
-    lifecycle.set_ready()
+    except MRSSError as exc:
+        # The model that was on its way does not come.
+        lifecycle.set_unready(exc.message)
+    else:
+        lifecycle.set_ready()

@@ -200,6 +200,35 @@ def test_each_tokens_event_leaves_in_its_step_in_one_write():
     assert end[1].endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize(("logprobs", "num_passed"), [(False, 2), (True, 11)])
+def test_only_what_is_not_text_alone_passes_the_layers_between(logprobs, num_passed):
+    passed = []
+
+    async def main():
+        backend, connection = Backend(), Connection(logprobs=logprobs)
+        app = app_of(backend, by_calls=False)
+
+        async def layer(scope, receive, send):
+            async def counted(message):
+                passed.append(bool(message.get("body")))
+                await send(message)
+
+            await app(scope, receive, counted)
+
+        asked = connection.ask(KnowsConnection(layer))
+        stream = await stream_of(backend)
+        for token_id in TOKENS.ids(*"Hello!!!!!"):
+            give(stream, [TokenOutput("r", 0, token_id, -0.5 if logprobs else None)])
+            await asyncio.sleep(STEP_S)
+        give(stream, [TokenOutput("r", 0, EOS_ID, finish_reason="stop")])
+        await asked
+        return len(connection.bodies)
+
+    assert run_virtually(main()) == 11
+    # The first event and the last ones, if not all.
+    assert sum(passed) == num_passed
+
+
 def test_a_client_that_does_not_read_for_a_while_gets_all_in_order():
     text = "abcdefghij" * 5
 

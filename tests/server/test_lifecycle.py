@@ -351,3 +351,34 @@ def test_a_server_is_ready_until_its_model_is_really_taken_away(is_good):
         lifecycle.check_ready()
 
     run(main)
+
+
+@pytest.mark.parametrize("change", ["load", "remove"])
+def test_a_change_that_leaves_no_model_promises_none(change):
+    class Empty:
+        """A load into nothing fails late; who asks for a removal leaves in its midst."""
+
+        async def load_model(self, order, on_taken):
+            on_taken()
+            raise ModelFileError("half a model")
+
+        async def remove_model(self, drain_s, on_taken):
+            on_taken()
+            raise asyncio.CancelledError
+
+        async def model(self):
+            raise EngineUnavailableError("no model is loaded")
+
+    async def main():
+        lifecycle, admin = Lifecycle(), Empty()
+        lifecycle.set_ready()
+        changes = {
+            "load": lambda: load_model(admin, lifecycle, ModelOrder("half")),
+            "remove": lambda: remove_model(admin, lifecycle, 0.0),
+        }
+        with pytest.raises((ModelFileError, asyncio.CancelledError)):
+            await changes[change]()
+        with pytest.raises(EngineUnavailableError, match="no model is loaded"):
+            lifecycle.check_ready()
+
+    run(main)
