@@ -25,7 +25,6 @@ from mrss_kernels.persistent7_ahead import blocks_ahead
 from mrss_kernels.persistent7_choice import HEAD_SIZE, ROWS, obstacle_to_one_launch
 from mrss_kernels.persistent7_cuts import (
     FFN_FACTOR,
-    MAX_HELP,
     Cuts,
     buffer_sizes,
     find_cuts,
@@ -195,7 +194,7 @@ class PersistentLayers7:
             LOW_G=sum(layers.ranks[:2]),
             LOW_V=sum(layers.ranks[:3]),
             HELPED=cuts.helped,
-            HELP_LEN=MAX_HELP[channels] * 256,
+            HELP_LEN=max(cuts.help) * 256,
             OUTPUT_PARTS=cuts.output_parts,
             VALUE_PARTS=cuts.value_parts,
             STAGES=cuts.num_stages,

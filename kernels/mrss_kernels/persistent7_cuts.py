@@ -32,6 +32,18 @@ KEPT_ROWS = {1024: range(1, 17), 2048: range(3, 9)}
 MAX_HELP = {1024: 2, 2048: 2, 4096: 8}
 """By C, how many blocks of a tile of the first product another program takes at most."""
 
+MAX_HELP_PADDED_TO_32 = MAX_HELP | {2048: 1}
+"""The same where products are padded to 32 rows. Measured."""
+
+SLICES = {
+    1024: {8: 256, 32: 512},
+    2048: {6: 256, 7: 512, 8: 1024, 16: 512, 32: 1024},
+    4096: {8: 256, 32: 512},
+}
+"""By C and up to how many rows, columns of a row that one unit of a norm writes.
+
+Fewer columns are written sooner, but by more programs that all look for the whole row. Measured."""
+
 
 @dataclass(frozen=True)
 class Cuts:
@@ -90,7 +102,8 @@ def find_cuts(
     helped = num_tiles // num_programs * num_programs
     for unit in range(helped):
         loads[unit % num_programs] += channels // 256
-    help_ = plan_help(loads, num_tiles - helped, channels // 256, MAX_HELP[channels])
+    max_help = MAX_HELP_PADDED_TO_32 if padded(rows) == 32 else MAX_HELP
+    help_ = plan_help(loads, num_tiles - helped, channels // 256, max_help[channels])
     chunk = CHUNK_BLOCKS if channels * padded(rows) * 2 > MAX_STAGED_BYTES else 0
     blocks = input_blocks(rows, channels, up_sum, group, chunk)
     return Cuts(
@@ -99,7 +112,7 @@ def find_cuts(
         value_parts=value_parts,
         helped=helped,
         help=help_,
-        slice_len=256 if rows * channels <= 256 * num_programs else 512,
+        slice_len=SLICES[channels][min(most for most in SLICES[channels] if rows <= most)],
         chunk=chunk,
         input_blocks=blocks,
         num_stages=(shared_bytes - _OTHER_SHARED - blocks * padded(rows) * 512) // BLOCK_BYTES,

@@ -12,11 +12,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from mrss_kernels.persistent7_await import await_word
 from mrss_kernels.persistent7_norm import norm_unit
 from mrss_kernels.persistent7_parts import (
     BLOCK_LEN,
     NUM_OUTPUTS,
-    await_word,
     blank,
     fence,
     gdc_wait,
@@ -82,6 +82,8 @@ def compute(
     """Compute this program's units of every layer, each as soon as its inputs are there."""
     NORM_UNITS: gl.constexpr = B * (C // SLICE)
     VALUE_UNITS: gl.constexpr = C // NUM_OUTPUTS * VALUE_PARTS
+    # A helper's units mostly have the same inputs: those of one chunk are staged but once.
+    HELP_CHUNK: gl.constexpr = 0 if HELP_LEN <= CHUNK * BLOCK_LEN else CHUNK
     # A layer's buffers, in elements: see `buffer_sizes`.
     TILES: gl.constexpr = R // NUM_OUTPUTS
     ATT_PARTS: gl.constexpr = 2 * B * R
@@ -114,7 +116,7 @@ def compute(
             at = unit * NUM_OUTPUTS
             blocks = C // BLOCK_LEN - help_of(p_help, unit, HELPED)
             block = product(
-                ring, full, empty, inputs, votes, p_inputs + gl.load(p_groups + unit) * B * C, C, 0,
+                ring, full, empty, inputs, p_inputs + gl.load(p_groups + unit) * B * C, C, 0,
                 blocks, block, floats + at, next_floats + at, R, B, C, STAGES, CHUNK,
             )  # fmt: skip
         first, end = helped_units(pid, num_programs, TILES, HELPED)
@@ -126,8 +128,8 @@ def compute(
             # Inputs of the last blocks that may be helped with.
             p_last = p_inputs + group * B * C + C - HELP_LEN
             block = product(
-                ring, full, empty, inputs, votes, p_last, C, HELP_LEN // BLOCK_LEN - blocks, blocks,
-                block, floats + at, next_floats + at, R, B, HELP_LEN, STAGES, CHUNK,
+                ring, full, empty, inputs, p_last, C, HELP_LEN // BLOCK_LEN - blocks, blocks,
+                block, floats + at, next_floats + at, R, B, HELP_LEN, STAGES, HELP_CHUNK,
                 is_staged=group == staged,
             )  # fmt: skip
             staged = group
@@ -136,7 +138,7 @@ def compute(
                 # It has no part in what it reads next: not before all have left the last layer.
                 await_word(p_inputs)
             block = time_mix_unit(
-                unit, i == 0, keep_states > 0, ring, full, empty, inputs, votes, block, floats,
+                unit, i == 0, keep_states > 0, ring, full, empty, inputs, block, floats,
                 p_vectors + i * 8 * C, p_first, p_pool + i * pool_stride, p_slots,
                 halves + ATT, next_halves + ATT, B, C, G, R, RW, RA, RG, RV,
                 LOW_A, LOW_G, LOW_V, HELPED, STAGES,
@@ -146,7 +148,7 @@ def compute(
             part = unit % OUTPUT_PARTS
             at = ATT_PARTS + part * B * C + unit // OUTPUT_PARTS * NUM_OUTPUTS
             block = product(
-                ring, full, empty, inputs, votes, halves + ATT + part * PART, C, 0,
+                ring, full, empty, inputs, halves + ATT + part * PART, C, 0,
                 PART // BLOCK_LEN, block, floats + at, next_floats + at, C, B, PART, STAGES,
                 CHUNK,
             )  # fmt: skip
@@ -160,7 +162,7 @@ def compute(
         for unit in range(pid, F // NUM_OUTPUTS, num_programs):
             at = SQUARED + unit * NUM_OUTPUTS
             block = product(
-                ring, full, empty, inputs, votes, halves + FFN_IN, C, 0, C // BLOCK_LEN, block,
+                ring, full, empty, inputs, halves + FFN_IN, C, 0, C // BLOCK_LEN, block,
                 halves + at, next_halves + at, F, B, C, STAGES, CHUNK, SQUARED=True,
             )  # fmt: skip
         for unit in range(pid, VALUE_UNITS, num_programs):
@@ -173,7 +175,7 @@ def compute(
             fence()
             at = FFN_PARTS + part * B * C + unit // VALUE_PARTS * NUM_OUTPUTS
             block = product(
-                ring, full, empty, inputs, votes, halves + SQUARED + part * LONG, F, 0,
+                ring, full, empty, inputs, halves + SQUARED + part * LONG, F, 0,
                 LONG // BLOCK_LEN, block, floats + at, next_floats + at, C, B, LONG, STAGES,
                 CHUNK, POSITIVE=True,
             )  # fmt: skip

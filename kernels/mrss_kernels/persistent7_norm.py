@@ -8,14 +8,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mrss_kernels.caching import KEEP
+from mrss_kernels.persistent7_await import await_words
 from mrss_kernels.persistent7_parts import (
-    BLANK,
     LN_EPS,
     bits_at,
     blank,
-    count,
     get_votes,
-    load_missing,
     put_votes,
     thread_barrier,
 )
@@ -70,31 +68,14 @@ def norm_unit(
     for i in gl.static_range(MIXES):
         at = (i * B + i_b) * C + o_s
         gl.store(p_next_out + at, blank(p_out), eviction_policy=KEEP)
-    row = o_c * 0 - 1
-    parts = ()
-    for _ in gl.static_range(PARTS):
-        parts = parts + (row,)  # noqa: RUF005
-    x = row.to(gl.float32)
-    total = gl.to_tensor(0.0)
-    squares = gl.to_tensor(0.0)
-    missing = gl.to_tensor(True)
-    polls = gl.to_tensor(0)
-    while missing:
-        polls = count(polls)
-        row = load_missing(bits_at(p_x + i_b * C + o_c), row, o_c >= 0, False)
-        x = row.to(gl.float32, bitcast=True)
-        again = ()
-        for i in gl.static_range(PARTS):
-            p_part = bits_at(p_parts + (i * B + i_b) * C + o_c)
-            part = load_missing(p_part, parts[i], o_c >= 0, False)
-            x += part.to(gl.float32, bitcast=True)
-            again = again + (part,)  # noqa: RUF005
-        parts = again
-        total, squares = _statistics(x, scratch, votes, more_votes)
-        # A number that is not there is a NaN, but not every NaN is one.
-        missing = total != total
-        if missing:
-            missing = _is_missing(row, parts, votes, PARTS)
+    ps = (bits_at(p_x + i_b * C + o_c),)
+    for i in gl.static_range(PARTS):
+        ps = ps + (bits_at(p_parts + (i * B + i_b) * C + o_c),)  # noqa: RUF005
+    words = await_words(ps, 4, SAMPLED=True)
+    x = words[0].to(gl.float32, bitcast=True)
+    for i in gl.static_range(PARTS):
+        x += words[1 + i].to(gl.float32, bitcast=True)
+    total, squares = _statistics(x, scratch, votes, more_votes)
     thread_barrier()
     x_all = x
     x = scratch._reinterpret(gl.float32, [C // SLICE, 1, SLICE], LINEAR).index(i_s).load(OWN)
@@ -123,12 +104,3 @@ def _statistics(x, scratch, votes, more_votes):
     totals = put_votes(gl.sum(gl.sum(x, 2), 1), votes)
     squares = put_votes(gl.sum(gl.sum(x * x, 2), 1), more_votes)
     return gl.sum(get_votes(totals), 0), gl.sum(get_votes(squares), 0)
-
-
-@gluon.jit
-def _is_missing(x, parts, votes, PARTS: gl.constexpr):
-    """Return whether one of the numbers is not there, the same in all threads."""
-    seen = x.to(gl.uint32, bitcast=True)
-    for i in gl.static_range(PARTS):
-        seen = gl.maximum(seen, parts[i].to(gl.uint32, bitcast=True))
-    return gl.max(get_votes(put_votes(gl.max(gl.max(seen, 2), 1), votes)), 0) == BLANK

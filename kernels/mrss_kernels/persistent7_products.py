@@ -16,25 +16,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mrss_kernels.caching import KEEP
+from mrss_kernels.persistent7_await import await_words
 from mrss_kernels.persistent7_parts import (
-    BLANK,
     BLOCK_LEN,
     NUM_OUTPUTS,
-    SIGNS,
     bits_at,
     blank,
-    count,
-    either,
-    get_votes,
-    load_missing,
-    put_votes,
     thread_barrier,
 )
 
 
 @gluon.jit
 def product(
-    ring, full, empty, inputs, votes, p_x, x_stride, first, num_blocks, block, p_y, p_next, stride,
+    ring, full, empty, inputs, p_x, x_stride, first, num_blocks, block, p_y, p_next, stride,
     B: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
     POSITIVE: gl.constexpr = False, SQUARED: gl.constexpr = False, is_staged=False,
 ):  # fmt: skip
@@ -46,13 +40,13 @@ def product(
     if CHUNK > 0:
         p_x += first * BLOCK_LEN
         acc, block = multiply_chunks(
-            ring, full, empty, inputs, votes, p_x, x_stride, num_blocks, block, B, CHUNK, STAGES,
+            ring, full, empty, inputs, p_x, x_stride, num_blocks, block, B, CHUNK, STAGES,
             POSITIVE,
         )  # fmt: skip
         mark(p_next, stride, B, inputs.shape[1])
     else:
         if is_staged ^ True:
-            stage_rows(inputs, votes, p_x, x_stride, B, K, POSITIVE)
+            stage_rows(inputs, p_x, x_stride, B, K, POSITIVE)
         mark(p_next, stride, B, inputs.shape[1])
         acc, block = multiply(ring, full, empty, inputs, first, num_blocks, block, STAGES)
     if SQUARED:
@@ -115,15 +109,7 @@ def multiply(ring, full, empty, inputs, first, num_blocks, block, STAGES: gl.con
 
 
 @gluon.jit
-def stage_rows(
-    inputs,
-    votes,
-    p_x,
-    stride,
-    B: gl.constexpr,
-    K: gl.constexpr,
-    POSITIVE: gl.constexpr = False,
-):
+def stage_rows(inputs, p_x, stride, B: gl.constexpr, K: gl.constexpr, POSITIVE: gl.constexpr):
     """Put B rows of K columns of 16 bits into shared memory, once they are there."""
     # Rows lie in registers, so that those from B on cost no instructions.
     WIDE: gl.constexpr = 4 if K >= 1024 else K // 256
@@ -134,15 +120,9 @@ def stage_rows(
     o_k = gl.arange(0, K // 2 // WIDE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     o_w = gl.arange(0, WIDE, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     at = o_b * (stride // 2) + o_k[None, :, None] * WIDE + o_w
-    p_words = bits_at(p_x) + at
-    mask = (o_b < B) & (o_k >= 0)[None, :, None] & (o_w >= 0)
-    words = gl.where(mask, -1, 0)
-    missing = gl.to_tensor(True)
-    polls = gl.to_tensor(0)
-    while missing:
-        polls = count(polls)
-        words = load_missing(p_words, words, mask, POSITIVE)
-        missing = not _are_there(words, votes, POSITIVE)
+    words = await_words((bits_at(p_x) + at,), WIDE, B * (K // 256 // WIDE), POSITIVE, SAMPLED=True)[
+        0
+    ]
     words = gl.reshape(words, [ROWS, K // 2])
     inputs._reinterpret(gl.int32, [ROWS, K // 2], WORDS).store(words)
     fence_async_shared()
@@ -150,28 +130,13 @@ def stage_rows(
 
 
 @gluon.jit
-def _are_there(words, votes, POSITIVE: gl.constexpr):
-    """Return whether all words [rows, n, m] have been written, the same in all threads."""
-    if POSITIVE:
-        seen = gl.reduce(gl.reduce(words, 2, either), 0, either)
-        seen = gl.reshape(seen, [seen.shape[0] // 128, 4, 32])
-        seen = gl.reduce(gl.reduce(seen, 2, either), 0, either)
-        return gl.reduce(get_votes(put_votes(seen, votes)), 0, either) & SIGNS == 0
-    else:  # noqa: RET505 (Gluon compiles what follows a return)
-        seen = gl.max(gl.max(words.to(gl.uint32, bitcast=True), 2), 0)
-        seen = gl.reshape(seen, [seen.shape[0] // 128, 4, 32])
-        seen = gl.max(gl.max(seen, 2), 0)
-        return gl.max(get_votes(put_votes(seen, votes)), 0) != BLANK
-
-
-@gluon.jit
 def multiply_chunks(
-    ring, full, empty, inputs, votes, p_x, stride, num_blocks, block,
+    ring, full, empty, inputs, p_x, stride, num_blocks, block,
     B: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, POSITIVE: gl.constexpr,
 ):  # fmt: skip
     """As `stage_rows` and `multiply`, with CHUNK blocks of the inputs at a time in shared memory.
 
-    While a chunk is multiplied the next one is on its way into registers.
+    While a chunk is multiplied the next two are on their way into registers.
     """
     ROWS: gl.constexpr = inputs.shape[1]
     NUM_WORDS: gl.constexpr = CHUNK * BLOCK_LEN // 2
@@ -186,16 +151,25 @@ def multiply_chunks(
     of_block = gl.where(o_b < B, o_k // (BLOCK_LEN // 8), 1 << 20) + o_w * 0
     places = inputs._reinterpret(gl.int32, [2, ROWS, NUM_WORDS], WORDS)
     acc = gl.zeros([NUM_OUTPUTS, ROWS], gl.float32, ACC)
-    mask = of_block < num_blocks
-    words = gl.load(p_words, mask=mask, other=0, volatile=True)
+    # Chunks on their way into registers, as many as these hold.
+    DEEP: gl.constexpr = ROWS * CHUNK <= 32
+    words = gl.load(p_words, mask=of_block < num_blocks, other=0, volatile=True)
+    next_words = words
+    if DEEP:
+        mask = of_block < num_blocks - CHUNK
+        next_words = gl.load(p_words + NUM_WORDS, mask=mask, other=0, volatile=True)
     gl.assume(num_blocks > 0)
     for k in range(num_blocks):
         if k % CHUNK == 0:
-            mask = of_block < num_blocks - k
-            _stage_chunk(places.index(k // CHUNK % 2), votes, words, p_words, mask, POSITIVE)
+            _stage_chunk(places.index(k // CHUNK % 2), words, p_words, POSITIVE)
             p_words += NUM_WORDS
-            mask = of_block < num_blocks - k - CHUNK
-            words = gl.load(p_words, mask=mask, other=0, volatile=True)
+            if DEEP:
+                words = next_words
+                mask = of_block < num_blocks - k - 2 * CHUNK
+                next_words = gl.load(p_words + NUM_WORDS, mask=mask, other=0, volatile=True)
+            else:
+                mask = of_block < num_blocks - k - CHUNK
+                words = gl.load(p_words, mask=mask, other=0, volatile=True)
         slot = block % STAGES
         mbarrier.wait(full.index(slot), (block // STAGES) & 1)
         columns = inputs.index(k % (2 * CHUNK)).permute((1, 0))
@@ -212,31 +186,9 @@ def multiply_chunks(
 
 
 @gluon.jit
-def _stage_chunk(place, votes, words, p_words, mask, POSITIVE: gl.constexpr):
-    """Put words [rows, n, 4], read before, into shared memory; read them again till all are there.
-
-    Stored before they are looked at, so that one barrier serves both.
-    """
-    missing = gl.to_tensor(True)
-    polls = gl.to_tensor(0)
-    while missing:
-        place.store(gl.reshape(words, place.shape))
-        fence_async_shared()
-        missing = not _chunk_is_there(words, votes, POSITIVE)
-        if missing:
-            polls = count(polls)
-            words = load_missing(p_words, words, mask, POSITIVE)
-
-
-@gluon.jit
-def _chunk_is_there(words, votes, POSITIVE: gl.constexpr):
-    """As `_are_there`, of words [rows, n, 4], every fourth row the same warp's."""
-    ROWS: gl.constexpr = words.shape[0]
-    if POSITIVE:
-        seen = gl.reshape(gl.reduce(gl.reduce(words, 2, either), 1, either), [ROWS // 4, 4])
-        seen = gl.reduce(seen, 0, either)
-        return gl.reduce(get_votes(put_votes(seen, votes)), 0, either) & SIGNS == 0
-    else:  # noqa: RET505 (Gluon compiles what follows a return)
-        seen = gl.max(gl.max(words.to(gl.uint32, bitcast=True), 2), 1)
-        seen = gl.max(gl.reshape(seen, [ROWS // 4, 4]), 0)
-        return gl.max(get_votes(put_votes(seen, votes)), 0) != BLANK
+def _stage_chunk(place, words, p_words, POSITIVE: gl.constexpr):
+    """Put words [rows, n, 4], read before, into shared memory, once they are there."""
+    words = await_words((p_words,), 4, POSITIVE=POSITIVE, given=(words,))[0]
+    place.store(gl.reshape(words, place.shape))
+    fence_async_shared()
+    thread_barrier()

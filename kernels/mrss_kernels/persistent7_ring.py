@@ -140,7 +140,7 @@ def push_states(
     pool: [n, 64], states one below the other. A row without a slot has zeros.
     """
     states = as_states(ring, pool.dtype, STAGES)
-    PER_SLOT: gl.constexpr = states.shape[0] // STAGES
+    PER_SLOT: gl.constexpr = states_a_slot(pool.dtype)
     for i in range((G + PER_SLOT - 1) // PER_SLOT):
         at = block % STAGES
         mbarrier.wait(empty.index(at), ((block // STAGES) & 1) ^ 1)
@@ -155,9 +155,15 @@ def push_states(
     return block
 
 
+@gluon.constexpr_function
+def states_a_slot(dtype):
+    """Return how many states [64, 64] a slot of the ring holds: two in fp32 or four in fp16."""
+    return 64 // dtype.primitive_bitwidth
+
+
 @gluon.jit
 def as_states(ring, dtype: gl.constexpr, STAGES: gl.constexpr):
-    """Return the ring as places for states [64, 64]: two of them in fp32 or four in fp16 a slot."""
-    PER_SLOT: gl.constexpr = NUM_OUTPUTS * BLOCK_LEN * 16 // (4096 * dtype.primitive_bitwidth)
+    """Return the ring as places for states [64, 64]."""
+    PER_SLOT: gl.constexpr = states_a_slot(dtype)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth)
     return ring._reinterpret(dtype, [STAGES * PER_SLOT, 64, 64], LAYOUT)

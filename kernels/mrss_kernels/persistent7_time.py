@@ -15,19 +15,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from mrss_kernels.caching import KEEP
+from mrss_kernels.persistent7_await import await_words
 from mrss_kernels.persistent7_parts import (
-    BLANK,
     BLOCK_LEN,
     NUM_OUTPUTS,
-    bits,
+    bits_at,
     blank,
-    count,
-    get_votes,
-    put_votes,
     thread_barrier,
 )
 from mrss_kernels.persistent7_products import multiply
-from mrss_kernels.persistent7_ring import as_states
+from mrss_kernels.persistent7_ring import as_states, states_a_slot
 
 GROUP_NORM_EPS = gl.constexpr(64e-5)
 
@@ -46,17 +43,15 @@ def _activate(z, o_r, RW: gl.constexpr, RA: gl.constexpr, RG: gl.constexpr):
 
 
 @gluon.jit
-def _load_sum(p, column, mask, seen, ROWS_LEN: gl.constexpr, HELPED: gl.constexpr):
-    """Return numbers of the first product, and the largest of seen and their bits [4, 64].
+def _with_part(ps, asked, p, column, mask, ROWS_LEN: gl.constexpr, HELPED: gl.constexpr):
+    """Append where a number of the first product and its second part are, and which to read.
 
-    From unit HELPED on they are a sum of two parts.
+    From unit HELPED on it is a sum of two parts. mask: [4, 64].
     """
-    x = gl.load(p, mask=mask, other=0.0, volatile=True)
     part_mask = mask & (column >= HELPED * NUM_OUTPUTS)
-    part = gl.load(p + ROWS_LEN, mask=part_mask, other=0.0, volatile=True)
-    largest = gl.reshape(gl.maximum(bits(x), bits(part)), [4, 64])
-    largest = gl.convert_layout(largest, seen.type.layout, assert_trivial=True)
-    return x + part, gl.maximum(seen, largest)
+    ps = ps + (bits_at(p), bits_at(p + ROWS_LEN))  # noqa: RUF005 (no * in Gluon)
+    asked = asked + (gl.where(mask, -1, 0), gl.where(part_mask, -1, 0))  # noqa: RUF005
+    return ps, asked
 
 
 @gluon.jit
@@ -78,39 +73,56 @@ def _load_inputs(
     LOW_V: gl.constexpr,
     HELPED: gl.constexpr,
 ):
-    """Return r, k, v of a head, first halves of LoRAs, and the largest of their bits [4, 64].
+    """Return r, k, v of a head and first halves of LoRAs, once they are there.
 
     r, k, v are tuples, four rows [4, 64] each; first halves too, 256 ranks of a row each, in the
     order of `up`'s columns.
     """
     SUM: gl.constexpr = RW + RA + RG + RV
-    o_j = gl.arange(0, 4, gl.SliceLayout(1, o_c.type.layout))[:, None]
-    seen = (o_j * 0 + o_c * 0).to(gl.uint32)
+    FOURS: gl.constexpr = (G + 3) // 4
+    VECTOR: gl.constexpr = o_c.type.layout
+    o_j = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))[:, None]
+    ps = ()
+    asked = ()
+    for i in gl.static_range(FOURS):
+        here = _are_rows(i_b, o_j, o_c, i, B, G)
+        for j in gl.static_range(3):
+            column = j * C + o_c
+            p = p_rows + (i_b + 4 * i + o_j) * R + column
+            ps, asked = _with_part(ps, asked, p, column, here, B * R, HELPED)
+    # As many rows' first halves at once as registers hold.
+    AT_ONCE: gl.constexpr = G if G * SUM <= 4096 else 4
+    sums = ()
+    for first in gl.static_range(0, G, AT_ONCE):
+        for j in gl.static_range(first, min(first + AT_ONCE, G)):
+            for rank in gl.static_range(0, SUM, BLOCK_LEN):
+                at = gl.reshape(rank + o_r, [4, 64])
+                at = gl.convert_layout(at, VECTOR, assert_trivial=True)
+                # A LoRA's first halves are filled up to tiles of 64, its columns of `up` are not.
+                skip = gl.where(at < RW, 0, gl.where(at < RW + RA, LOW_A - RW, LOW_G - RW - RA))
+                skip = gl.where(at < RW + RA + RG, skip, LOW_V - RW - RA - RG)
+                column = 3 * C + at + skip
+                mask = (at < SUM) & (i_b + j < B)
+                p = p_rows + (i_b + j) * R + column
+                ps, asked = _with_part(ps, asked, p, column, mask, B * R, HELPED)
+        words = await_words(ps, 2, given=asked, SAMPLED=B <= 8)
+        for i in gl.static_range(len(words) // 2):
+            x = words[2 * i].to(gl.float32, bitcast=True)
+            sums = sums + (x + words[2 * i + 1].to(gl.float32, bitcast=True),)  # noqa: RUF005
+        ps = ()
+        asked = ()
     rs = ()
     ks = ()
     vs = ()
-    for i in gl.static_range((G + 3) // 4):
-        here = _are_rows(i_b, o_j, o_c, i, B, G)
-        p_row = p_rows + (i_b + 4 * i + o_j) * R + o_c
-        r, seen = _load_sum(p_row, o_c, here, seen, B * R, HELPED)
-        k, seen = _load_sum(p_row + C, C + o_c, here, seen, B * R, HELPED)
-        v, seen = _load_sum(p_row + 2 * C, 2 * C + o_c, here, seen, B * R, HELPED)
-        rs = rs + (r,)  # noqa: RUF005 (no * in Gluon)
-        ks = ks + (k,)  # noqa: RUF005
-        vs = vs + (v,)  # noqa: RUF005
+    for i in gl.static_range(FOURS):
+        rs = rs + (sums[3 * i],)  # noqa: RUF005
+        ks = ks + (sums[3 * i + 1],)  # noqa: RUF005
+        vs = vs + (sums[3 * i + 2],)  # noqa: RUF005
     lows = ()
-    for j in gl.static_range(G):
-        p_low = p_rows + (i_b + j) * R
-        for rank in gl.static_range(0, SUM, BLOCK_LEN):
-            at = rank + o_r
-            # A LoRA's first halves are filled up to tiles of 64, its columns of `up` are not.
-            skip = gl.where(at < RW, 0, gl.where(at < RW + RA, LOW_A - RW, LOW_G - RW - RA))
-            skip = gl.where(at < RW + RA + RG, skip, LOW_V - RW - RA - RG)
-            column = 3 * C + at + skip
-            mask = (at < SUM) & (i_b + j < B)
-            low, seen = _load_sum(p_low + column, column, mask, seen, B * R, HELPED)
-            lows = lows + (low,)  # noqa: RUF005
-    return rs, ks, vs, lows, seen
+    for i in gl.static_range(3 * FOURS, len(sums)):
+        low = gl.reshape(sums[i], [BLOCK_LEN])
+        lows = lows + (gl.convert_layout(low, o_r.type.layout, assert_trivial=True),)  # noqa: RUF005
+    return rs, ks, vs, lows
 
 
 @gluon.jit
@@ -150,10 +162,16 @@ def _stage_low(
     thread_barrier()
 
 
+@gluon.constexpr_function
+def _tile(dtype):
+    """Return how threads hold a state: 16 bytes of a row at a time, so that eight fill 128."""
+    return gl.BlockedLayout([1, 128 // dtype.primitive_bitwidth], [4, 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _state_at(p_pool, slot, i_h, H: gl.constexpr):
     """Return the addresses of a head's state [64, 64], and whether it is one."""
-    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    TILE: gl.constexpr = _tile(p_pool.dtype.element_ty)
     o_v = gl.arange(0, 64, gl.SliceLayout(1, TILE))[:, None]
     o_k = gl.arange(0, 64, gl.SliceLayout(0, TILE))[None, :]
     live = (o_v + o_k) * 0 + slot >= 0
@@ -161,11 +179,11 @@ def _state_at(p_pool, slot, i_h, H: gl.constexpr):
 
 
 @gluon.jit
-def _advance(state, p_s, live, rows, first, at_y, keep):
-    """Store a head's next state [64, 64] where it was, and its output as a row of shared memory.
+def _advance(state, p_s, live, rows, first, keep):
+    """Store a head's next state S' [64, 64] where it was; return its output S' r [64, 1].
 
-    rows: [n, 1, 64] in shared memory. From `first` on, in steps of four, the vectors that meet the
-    state: decay, removal key, a times it, key, receptance, value; at `at_y` the output.
+    That is taken from two sums over the old state, side by side. rows: [n, 1, 64] in shared memory,
+    from `first` on, in steps of four, what `_vectors` puts there.
     """
     TILE: gl.constexpr = state.type.layout
     s = state.to(gl.float32)
@@ -173,17 +191,21 @@ def _advance(state, p_s, live, rows, first, at_y, keep):
     kk = rows.index(first + 4).load(TILE)
     a_kk = rows.index(first + 8).load(TILE)
     k = rows.index(first + 12).load(TILE)
-    r = rows.index(first + 16).load(TILE)
+    r_decayed = rows.index(first + 16).load(TILE)
     v = rows.index(first + 20).permute((1, 0)).load(TILE)
+    r_a_kk = rows.index(first + 24).permute((1, 0)).load(TILE)
+    r_k = rows.index(first + 28).permute((1, 0)).load(TILE)
     removed = gl.sum(s * kk, 1, keep_dims=True)
+    y = gl.sum(s * r_decayed, 1, keep_dims=True)
+    y += v * r_k - removed * r_a_kk
     s = s * decay - removed * a_kk
     s += v * k
-    rows.index(at_y).permute((1, 0)).store(gl.sum(s * r, 1, keep_dims=True))
     s = s.to(p_s.dtype.element_ty)
     if keep:
         gl.store(p_s, s, mask=live, eviction_policy=KEEP)
     else:
         gl.store(p_s, s, mask=live)
+    return y
 
 
 @gluon.jit
@@ -191,6 +213,8 @@ def _vectors(r, k, v, kk, biases, tiles, groups, v_first, p_first, here, is_firs
              FOUR: gl.constexpr, FOURS: gl.constexpr):  # fmt: skip
     """Put what meets the states of four rows into shared memory; return gate and bonus [4, 64].
 
+    That is decay, removal key, a times it, key, receptance times decay, value, and, in all columns,
+    the products of a times the removal key and of the key with the receptance.
     tiles: the LoRAs' outputs [4, 64], four rows of one after the other.
     """
     VECTOR: gl.constexpr = r.type.layout
@@ -202,8 +226,13 @@ def _vectors(r, k, v, kk, biases, tiles, groups, v_first, p_first, here, is_firs
     gl.store(p_first, v, mask=here & is_first)
     v = gl.where(is_first, v, mixed)
     k = k * (1 + (a - 1) * k_a)
+    decay = gl.exp(w)
+    a_kk = kk * a
+    r_a_kk = gl.sum(r * a_kk, 1, keep_dims=True) + r * 0
+    r_k_sum = gl.sum(r * k, 1, keep_dims=True) + r * 0
     handed = gl.join(
-        gl.join(gl.join(gl.exp(w), kk), gl.join(kk * a, k)), gl.join(gl.join(r, v), gl.join(r, v))
+        gl.join(gl.join(decay, kk), gl.join(a_kk, k)),
+        gl.join(gl.join(r * decay, v), gl.join(r_a_kk, r_k_sum)),
     )
     groups.index(1 + FOUR).permute((3, 4, 2, 1, 0)).store(handed)
     return gate, gl.sum(r * k * r_k, 1, keep_dims=True) * v
@@ -211,23 +240,33 @@ def _vectors(r, k, v, kk, biases, tiles, groups, v_first, p_first, here, is_firs
 
 @gluon.jit
 def _advance_from_ring(
-    ring, full, empty, block, rows, p_pool, p_slots, i_b, i_h, keep,
-    B: gl.constexpr, C: gl.constexpr, G: gl.constexpr, Y_ROW: gl.constexpr, STAGES: gl.constexpr,
+    ring, full, empty, block, rows, p_pool, slots, i_h, keep,
+    C: gl.constexpr, G: gl.constexpr, Y_ROW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Advance a head's states of G rows as they come through the ring; return the next block."""
-    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """Advance a head's states of G rows as they come through the ring; return the next block.
+
+    slots: of the rows, -1 for none; as many as the ring has places for them.
+    """
+    TILE: gl.constexpr = _tile(p_pool.dtype.element_ty)
     states = as_states(ring, p_pool.dtype.element_ty, STAGES)
-    PER_SLOT: gl.constexpr = states.shape[0] // STAGES
+    PER_SLOT: gl.constexpr = states_a_slot(p_pool.dtype.element_ty)
     for i in range((G + PER_SLOT - 1) // PER_SLOT):
         at = block % STAGES
         mbarrier.wait(full.index(at), (block // STAGES) & 1)
+        ys = ()
         for j in gl.static_range(PER_SLOT):
             row = i * PER_SLOT + j
-            slot = gl.load(p_slots + i_b + row, mask=(row < G) & (i_b + row < B), other=-1)
-            p_s, live = _state_at(p_pool, slot, i_h, C // 64)
+            slot = slots[j]
+            for n in gl.static_range(1, len(slots) // PER_SLOT):
+                slot = gl.where(i == n, slots[n * PER_SLOT + j], slot)
+            p_s, live = _state_at(p_pool, slot.to(gl.int64), i_h, C // 64)
             state = states.index(at * PER_SLOT + j).load(TILE)
             first = 32 * (1 + row // 4) + row % 4
-            _advance(state, p_s, live, rows, first, Y_ROW + row, keep)
+            y = _advance(state, p_s, live, rows, first, keep)
+            ys = ys + (y,)  # noqa: RUF005 (no * in Gluon)
+        # Behind all reads of these rows: a store would let them wait.
+        for j in gl.static_range(PER_SLOT):
+            rows.index(Y_ROW + i * PER_SLOT + j).permute((1, 0)).store(ys[j])
         thread_barrier()
         mbarrier.arrive(empty.index(at), count=1)
         block += 1
@@ -243,7 +282,6 @@ def time_mix_unit(
     full,
     empty,
     inputs,
-    votes,
     block,
     p_projected,
     p_vectors,
@@ -290,6 +328,13 @@ def time_mix_unit(
             state = gl.load(p_s, mask=live, other=0.0, eviction_policy=KEEP)
         else:
             state = gl.load(p_s, mask=live, other=0.0)
+    slots = ()
+    if G > 1:
+        PER_SLOT: gl.constexpr = states_a_slot(p_pool.dtype.element_ty)
+        for j in gl.static_range((G + PER_SLOT - 1) // PER_SLOT * PER_SLOT):
+            mask = (j < G) & (i_b + j < B)
+            slot = gl.load(p_slots + i_b + j, mask=mask, other=-1).to(gl.int32)
+            slots = slots + (slot,)  # noqa: RUF005 (no * in Gluon)
     v_firsts = ()
     for i in gl.static_range(FOURS):
         here = _are_rows(i_b, o_j, o_c, i, B, G)
@@ -307,16 +352,9 @@ def time_mix_unit(
     norm_weight = gl.load(p_vectors + 6 * C + o_c)
     norm_bias = gl.load(p_vectors + 7 * C + o_c)
     o_r = gl.arange(0, BLOCK_LEN, gl.SliceLayout(0, LOW))
-    rs, ks, vs, lows, seen = _load_inputs(
+    rs, ks, vs, lows = _load_inputs(
         p_projected, i_b, o_c, o_r, B, C, G, R, RW, RA, RG, RV, LOW_A, LOW_G, LOW_V, HELPED
     )  # fmt: skip
-    polls = gl.to_tensor(0)
-    # Over all warps: they must agree on whether to read again.
-    while gl.max(get_votes(put_votes(gl.max(seen, 1), votes)), 0) == BLANK:
-        polls = count(polls)
-        rs, ks, vs, lows, seen = _load_inputs(
-            p_projected, i_b, o_c, o_r, B, C, G, R, RW, RA, RG, RV, LOW_A, LOW_G, LOW_V, HELPED
-        )  # fmt: skip
     columns = inputs._reinterpret(inputs.dtype, [BLOCKS, 16 * FOURS, BLOCK_LEN], inputs.layout)
     _stage_low(columns, lows, o_r, G, RW, RA, RG, RV)
     kks = ()
@@ -346,11 +384,11 @@ def time_mix_unit(
         outs = outs + (out,)  # noqa: RUF005
     thread_barrier()
     if G == 1:
-        _advance(state, p_s, live, rows, 32, 4 * Y_TILE, keep)
+        y = _advance(state, p_s, live, rows, 32, keep)
+        rows.index(4 * Y_TILE).permute((1, 0)).store(y)
     else:
         block = _advance_from_ring(
-            ring, full, empty, block, rows, p_pool, p_slots, i_b, i_h, keep, B, C, G, 4 * Y_TILE,
-            STAGES,
+            ring, full, empty, block, rows, p_pool, slots, i_h, keep, C, G, 4 * Y_TILE, STAGES,
         )  # fmt: skip
     thread_barrier()
     for i in gl.static_range(FOURS):

@@ -1,6 +1,7 @@
 """Compile every Triton kernel for compute capability 9.0, on a machine without a GPU.
 
-Prints one JSON line a kernel: name, bytes of machine code, shared memory, registers, stack bytes.
+Prints one JSON line a kernel: name, bytes of machine code, shared memory, registers, stack bytes,
+whether each `wgmma` waits for the one before.
 Run it without TRITON_INTERPRET; `test_compile.py` does.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -176,6 +178,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
+def waits_for_products(ptx: str) -> bool:
+    """Return whether the assembler serialises products of the tensor cores, which it tells."""
+    if "wgmma" not in ptx:
+        return False
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(tool), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "are serialized" in told
+
+
 def main() -> None:
     """Compile the cases whose name holds the first argument; all of them without one.
 
@@ -193,6 +208,7 @@ def main() -> None:
             compiled = compile_one(kernel, types, constants, options)
             cubin = compiled.asm["cubin"]
             line = {"kernel": name, "bytes": len(cubin), "shared": compiled.metadata.shared}
+            line |= {"serialised": waits_for_products(compiled.asm["ptx"])}
             sys.stdout.write(json.dumps(line | resources(cubin)) + "\n")
 
 

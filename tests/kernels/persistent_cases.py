@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mrss_kernels.linear_cuts import HOPPER_SHARED, NUM_MULTIPROCESSORS
-from mrss_kernels.persistent7_cuts import MAX_HELP, find_cuts
+from mrss_kernels.persistent7_cuts import find_cuts
 from mrss_kernels.persistent7_kernel import NUM_COMPUTING_WARPS, persistent7_kernel
 from triton.experimental.gluon import language as gl
 
@@ -57,7 +57,7 @@ def _case(
     constants |= dict(zip(("RW", "RA", "RG", "RV"), up, strict=True))
     constants |= {f"LOW_{name}": sum(ranks[: i + 1]) for i, name in enumerate("AGV")}
     constants |= {"OUTPUT_PARTS": cuts.output_parts, "VALUE_PARTS": cuts.value_parts}
-    constants |= {"HELPED": cuts.helped, "HELP_LEN": MAX_HELP[width] * 256}
+    constants |= {"HELPED": cuts.helped, "HELP_LEN": max(cuts.help) * 256}
     constants |= {"STAGES": cuts.num_stages, "INPUT_BLOCKS": cuts.input_blocks}
     constants |= {"CHUNK": cuts.chunk, "SLICE": cuts.slice_len}
     options = {"num_warps": NUM_COMPUTING_WARPS, "launch_pdl": True}

@@ -54,6 +54,10 @@ def test_no_kernel_spills_registers(compiled: list[dict[str, object]]) -> None:
     assert [line["kernel"] for line in compiled if line["stack"] != 0] == []
 
 
+def test_products_of_the_tensor_cores_stay_asynchronous(compiled: list[dict[str, object]]) -> None:
+    assert [line["kernel"] for line in compiled if line["serialised"]] == []
+
+
 def test_every_kernel_fits_the_shared_memory_of_a_program(
     compiled: list[dict[str, object]],
 ) -> None:
@@ -69,3 +73,4 @@ def test_every_form_of_every_kernel_compiles_and_spills_nothing_that_matters(
     assert len(lines) > len({str(line["kernel"]).split()[0] for line in lines})
     spilt = {str(line["kernel"]): int(str(line["stack"])) for line in lines}
     assert [name for name, stack in spilt.items() if stack > MAY_SPILL.get(name, 0)] == []
+    assert [line["kernel"] for line in lines if line["serialised"]] == []

@@ -101,7 +101,8 @@ def test_help_takes_load_off_the_programs_that_have_most(
     num_helped, num_helpers = len(cuts.help), num_programs - len(cuts.help)
     assert cuts.helped % num_programs == 0
     assert cuts.helped + num_helped == num_tiles
-    assert all(1 <= taken <= cuts7.MAX_HELP[width] < blocks for taken in cuts.help)
+    most = cuts7.MAX_HELP_PADDED_TO_32 if rows > 16 else cuts7.MAX_HELP
+    assert all(1 <= taken <= most[width] < blocks for taken in cuts.help)
     # Of the first product alone, no helper has more than its tiles' first programs keep by much.
     own = [blocks - taken for taken in cuts.help]
     helpers = [0] * num_helpers
@@ -109,6 +110,14 @@ def test_help_takes_load_off_the_programs_that_have_most(
         helpers[cuts7.helper_of(tile, num_helped, num_helpers)] += taken
     assert max(own) < blocks
     assert sum(own) + sum(helpers) == num_helped * blocks
+
+
+@pytest.mark.parametrize("width", cuts7.MAX_HELP)
+def test_a_norms_slices_fill_a_row_in_whole_vectors(width: int) -> None:
+    for rows in choice7.ROWS:
+        cuts = cuts7.find_cuts(rows, width, *RANK_SUMS[width], 132, HOPPER_SHARED)
+        # Four warps of 32 threads write one, each thread the same number of columns.
+        assert width % cuts.slice_len == cuts.slice_len % 128 == 0
 
 
 def test_help_stops_where_it_would_only_move_the_load() -> None:
