@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_async_engine import IDS, TOKENS, Library, ScriptEngine, answers, collect
+from script_engine import IDS, TOKENS, Library, ScriptEngine, answers, collect
 
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.async_engine.card import Card, read_card

@@ -1,4 +1,4 @@
-"""AsyncEngine over an engine that follows a script: text, stops, ends, and the thread's life."""
+"""AsyncEngine over an engine that follows a script: text, stops, logprobs, defaults, refusals."""
 
 import asyncio
 import gc
@@ -8,194 +8,33 @@ import weakref
 from dataclasses import replace
 
 import pytest
+from script_engine import (
+    IDS,
+    TOKENS,
+    WORLD,
+    Library,
+    ScriptEngine,
+    answers,
+    ask,
+    collect,
+    engine_of,
+    joined,
+    reasons,
+)
 
-from mrss_provider.async_engine import AsyncEngine, model_slot
-from mrss_provider.async_engine.card import Card, read_card
-from mrss_provider.async_engine.loading import Loaded
+from mrss_provider.async_engine.card import Card
 from mrss_provider.async_engine.stream import TextStream
-from mrss_provider.backend import GenerateRequest, Message, ModelCard, StreamInfo, Usage
+from mrss_provider.backend import Message, StreamInfo, Usage
 from mrss_provider.chat import TEMPLATES
-from mrss_provider.config import EngineConfig
-from mrss_provider.engine.request import EOS_ID, EngineRequest, ResolvedMixture, TokenOutput
+from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput
 from mrss_provider.errors import (
-    ConfigError,
     ContextLengthError,
     EngineError,
-    EngineUnavailableError,
-    ModelFileError,
     QueueFullError,
     RequestTimeoutError,
     UnknownNameError,
 )
-from mrss_provider.mixture import Method
 from mrss_provider.sampling_params import SamplingParams
-
-
-class ByteTokenizer:
-    """Ids 1..256 are the bytes, the ids above are the pieces given."""
-
-    eos_id = EOS_ID
-
-    def __init__(self, *pieces):
-        self.table = {i + 1: bytes([i]) for i in range(256)}
-        self.table |= {257 + i: piece for i, piece in enumerate(pieces)}
-
-    def encode(self, text):
-        return [byte + 1 for byte in text.encode()]
-
-    def ids(self, *pieces):
-        by_bytes = {token: i for i, token in self.table.items()}
-        return [by_bytes[piece if isinstance(piece, bytes) else piece.encode()] for piece in pieces]
-
-    def token_bytes(self, token_id):
-        return self.table.get(token_id)
-
-    def entries(self):
-        return self.table
-
-
-class ScriptEngine:
-    """Gives every choice the script's tokens, one a step; `EOS_ID` ends with "stop".
-
-    Attributes:
-        gate: when set, each step waits for a permit.
-    """
-
-    def __init__(self, script=(), *, gate=None):
-        self.script = script
-        self.gate = gate
-        self.added = []
-        self.aborted = []
-        self.running = {}
-        self.events = threading.Condition()
-        self.add_error = None
-        self.check_error = None
-        self.step_error = None
-
-    def check(self, request):
-        if self.check_error is not None:
-            raise self.check_error
-
-    def add(self, request):
-        if self.add_error is not None:
-            raise self.add_error
-        self.added.append(request)
-        for index in range(request.n):
-            script = self.script(request, index) if callable(self.script) else self.script
-            self.running[request.id, index] = iter(list(script))
-
-    def abort(self, request_id, index=None):
-        with self.events:
-            self.aborted.append((request_id, index))
-            for key in list(self.running):
-                if key[0] == request_id and index in (None, key[1]):
-                    del self.running[key]
-            self.events.notify_all()
-
-    @property
-    def has_work(self):
-        return bool(self.running)
-
-    def close(self):
-        self.running.clear()
-
-    def step(self):
-        if self.gate is not None:
-            self.gate.acquire()
-        if self.step_error is not None:
-            error, self.step_error = self.step_error, None
-            raise error
-        outputs = []
-        for (request_id, index), tokens in list(self.running.items()):
-            token = next(tokens, EOS_ID)
-            if isinstance(token, Exception):
-                output = TokenOutput(request_id, index, None, error=token)
-            elif isinstance(token, TokenOutput):
-                output = replace(token, request_id=request_id, index=index)
-            else:
-                reason = "stop" if token == EOS_ID else None
-                output = TokenOutput(request_id, index, token, finish_reason=reason)
-            if output.finish_reason or output.error:
-                del self.running[request_id, index]
-            outputs.append(output)
-        return outputs
-
-    def wait_aborted(self, expected):
-        with self.events:
-            assert self.events.wait_for(lambda: expected in self.aborted, 30)
-
-
-class Library:
-    def resolve(self, text, options=None):
-        if text == "nobody":
-            raise UnknownNameError(f"no state {text!r}")
-        warm = 0.25 if text == "warm" else None
-        return ResolvedMixture(
-            canonical=text,
-            states=(None, None),
-            names=("base", "base"),
-            groups=("", ""),
-            ratios=(1.0, 1.0),
-            weights=(0.5, 0.5),
-            merge=Method("linear"),
-            gate=Method("fixed"),
-            cut=0.0,
-            base_row=0,
-            fingerprint="fp",
-            temperature=warm,
-        )
-
-    def cards(self):
-        return [ModelCard("base", "base")]
-
-
-TOKENS = ByteTokenizer(b"Hello", b" world", b"\n\nUs", b"er", "é".encode() + b"\xf0\x9f", b"!")
-IDS = TOKENS.ids
-WORLD = TEMPLATES["world"]
-
-
-def engine_of(script, *, card=None, template=WORLD, loader=None, **config):
-    """Return an AsyncEngine over a ScriptEngine."""
-    step_engine = script if isinstance(script, ScriptEngine) else ScriptEngine(script)
-    loaded = Loaded(step_engine, Library(), TOKENS, template, card or Card())
-    return AsyncEngine(EngineConfig(**config), loader=loader or (lambda _: loaded))
-
-
-def ask(prompt="hi", n=1, timeout_s=30.0, model="tone", messages=None, **sampling):
-    return GenerateRequest(
-        model,
-        SamplingParams(**sampling),
-        prompt=None if messages else prompt,
-        messages=messages,
-        n=n,
-        timeout_s=timeout_s,
-    )
-
-
-async def collect(engine, request):
-    stream = await engine.open(request)
-    try:
-        return [delta async for delta in stream]
-    finally:
-        await stream.aclose()
-
-
-def answers(script, request, **kwargs):
-    """Return the deltas of one request on a fresh engine."""
-
-    async def main():
-        async with engine_of(script, **kwargs) as engine:
-            return await collect(engine, request)
-
-    return asyncio.run(main())
-
-
-def joined(deltas, index=0):
-    return "".join(delta.text for delta in deltas if delta.index == index)
-
-
-def reasons(deltas):
-    return {delta.index: delta.finish_reason for delta in deltas if delta.finish_reason}
 
 
 def test_tokens_become_text_and_usage_counts_each_of_them():
@@ -356,44 +195,6 @@ def test_an_engines_error_ends_only_its_stream():
     assert bad is failing
 
 
-def test_a_failing_step_ends_what_runs_and_not_the_engine(caplog):
-    engine = ScriptEngine(IDS("Hello"))
-
-    async def main():
-        async with engine_of(engine) as front:
-            engine.step_error = ZeroDivisionError("oops")
-            with pytest.raises(EngineError, match="ZeroDivisionError"):
-                await collect(front, ask())
-            return await collect(front, ask())
-
-    assert joined(asyncio.run(main())) == "Hello"
-    assert "oops" in caplog.text
-
-
-def test_a_thread_that_fails_loses_the_engine_and_leaves_nobody_waiting(caplog):
-    class Fragile(ScriptEngine):
-        """A device that is lost may be met first where an answer is dropped."""
-
-        def abort(self, request_id, index=None):
-            raise RuntimeError("an illegal memory access")
-
-    async def main():
-        front = engine_of(Fragile(lambda request, _: IDS("Hello") * 10**6))
-        await front.start()
-        dropped, other = await front.open(ask()), await front.open(ask())
-        await dropped.aclose()
-        with pytest.raises(EngineUnavailableError, match="illegal memory access"):
-            async for _ in other:
-                pass
-        assert isinstance(await front.until_lost(), EngineUnavailableError)
-        with pytest.raises(EngineUnavailableError, match="started again"):
-            await front.open(ask())
-        await front.aclose()
-
-    asyncio.run(asyncio.wait_for(main(), 30))
-    assert "the engine's thread failed" in caplog.text
-
-
 @pytest.mark.parametrize("where", ["check_error", "add_error"])
 @pytest.mark.parametrize("error", [QueueFullError("full"), ContextLengthError("too long")])
 def test_what_the_engine_refuses_is_raised_on_admission(where, error):
@@ -465,209 +266,3 @@ def test_a_finished_request_logs_one_line_without_its_text(caplog):
         assert part in line
     assert "secret" not in caplog.text
     assert "Hello" not in caplog.text
-
-
-def test_several_loops_share_an_engine():
-    front = engine_of(IDS("Hello", " world") * 20)
-    results = {}
-
-    def work(name):
-        async def main():
-            return await asyncio.gather(*(collect(front, ask(name * 3, n=2)) for _ in range(5)))
-
-        results[name] = asyncio.run(main())
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    asyncio.run(front.aclose())
-    for name in "abc":
-        for deltas in results[name]:
-            assert joined(deltas, 1) == "Hello world" * 20
-
-
-def test_a_loop_that_closes_takes_only_its_own_requests_along():
-    engine = ScriptEngine(lambda r, _: IDS("Hello") * (10**6 if r.n == 1 else 3))
-    front = engine_of(engine)
-
-    async def leave():
-        await front.open(ask())
-
-    asyncio.run(leave())
-    engine.wait_aborted(("r0", None))
-    assert joined(asyncio.run(collect(front, ask(n=2)))) == "Hello" * 3
-    asyncio.run(front.aclose())
-
-
-def test_closing_the_engine_ends_its_streams_and_refuses_more():
-    async def main():
-        front = engine_of(IDS("Hello") * 10**6)
-        await front.start()
-        stream = await front.open(ask())
-        await anext(stream)
-        await front.aclose()
-        with pytest.raises(EngineUnavailableError, match="closed"):
-            async for _ in stream:
-                pass
-        for call in (front.open(ask()), front.start(), front.models()):
-            with pytest.raises(EngineUnavailableError, match="closed"):
-                await call
-        await front.aclose()
-
-    asyncio.run(main())
-    assert not any(thread.name == "mrss-engine" for thread in threading.enumerate())
-
-
-def test_an_engine_that_was_never_started_closes():
-    asyncio.run(engine_of([]).aclose())
-
-
-def test_loading_begins_with_the_first_use_and_happens_once():
-    engine = ScriptEngine(IDS("Hello"))
-    loads = []
-
-    def load(config):
-        loads.append(config)
-        return Loaded(engine, Library(), TOKENS, WORLD, Card())
-
-    async def main():
-        front = engine_of(engine, loader=load)
-        assert loads == []
-        await asyncio.gather(front.models(), front.start(), collect(front, ask()))
-        await front.aclose()
-
-    asyncio.run(main())
-    assert len(loads) == 1
-
-
-@pytest.mark.parametrize(
-    ("failure", "raised", "words"),
-    [
-        (ModelFileError("no weights in it"), ModelFileError, "no weights in it"),
-        (ZeroDivisionError("oops"), EngineError, "could not be loaded"),
-    ],
-)
-def test_a_failed_load_is_told_to_everybody(failure, raised, words):
-    def load(config):
-        raise failure
-
-    async def main():
-        front = engine_of([], loader=load)
-        for call in (front.start, front.models, lambda: front.open(ask())):
-            with pytest.raises(raised, match=words):
-                await call()
-        await front.aclose()
-
-    asyncio.run(main())
-
-
-def test_the_deadline_counts_while_the_model_loads():
-    go = threading.Event()
-
-    def load(config):
-        go.wait()
-        return Loaded(ScriptEngine(IDS("Hello")), Library(), TOKENS, WORLD, Card())
-
-    async def main():
-        front = engine_of([], loader=load)
-        with pytest.raises(RequestTimeoutError, match="did not take"):
-            await front.open(ask(timeout_s=0.05))
-        go.set()
-        deltas = await collect(front, ask())
-        await front.aclose()
-        return deltas
-
-    assert joined(asyncio.run(main())) == "Hello"
-
-
-def test_closing_does_not_wait_for_a_model_that_loads():
-    begun, go = threading.Event(), threading.Event()
-    front = None
-
-    def load(config):
-        begun.set()
-        assert go.wait(30)
-        return Loaded(ScriptEngine([]), Library(), TOKENS, WORLD, Card())
-
-    async def main():
-        starting = asyncio.create_task(front.start())
-        await asyncio.to_thread(begun.wait)
-        await front.aclose()
-        with pytest.raises(EngineUnavailableError, match="closed"):
-            await starting
-
-    front = engine_of([], loader=load)
-    asyncio.run(main())
-    # Nor did the loop's end wait: the thread still loads, and keeps nothing of it.
-    assert not go.is_set()
-    (thread,) = [t for t in threading.enumerate() if t.name == "mrss-engine"]
-    go.set()
-    thread.join(30)
-    assert front._slot.loaded is None
-
-
-def test_closing_waits_a_bounded_time_for_a_step(monkeypatch):
-    monkeypatch.setattr(model_slot, "EXIT_WAIT_S", 0.01)
-    gate = threading.Semaphore(0)
-
-    async def main():
-        front = engine_of(ScriptEngine(IDS("Hello"), gate=gate))
-        await front.start()
-        await front.open(ask())
-        await front.aclose()
-
-    asyncio.run(main())
-    gate.release(10)
-
-
-def test_who_is_cancelled_during_admission_leaves_nothing_behind():
-    gate = threading.Semaphore(0)
-    engine = ScriptEngine(IDS("Hello") * 100, gate=gate)
-
-    async def main():
-        front = engine_of(engine)
-        await front.start()
-        first = await front.open(ask())
-        # The engine's thread is inside a step now, so the next admission has to wait.
-        second = asyncio.create_task(front.open(ask()))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        second.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await second
-        gate.release(10**4)
-        await first.aclose()
-        await asyncio.to_thread(engine.wait_aborted, ("r1", None))
-        await front.aclose()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("template = 5", "template must be a string"),
-        ("stop = 'x'", "a list"),
-        ("stop = ['']", "1 to 256 characters"),
-        ("temperature = -1", "temperature must be"),
-        ("top_p = 'x'", "top_p must be"),
-        ("temprature = 1", "no key of a card"),
-        ("context_length = 'x'", "an integer"),
-        ("= x", "cannot read"),
-    ],
-)
-def test_a_bad_card_is_a_configuration_error(tmp_path, text, words):
-    (tmp_path / "card.toml").write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        read_card(tmp_path)
-
-
-def test_a_card_lies_in_the_models_folder_or_beside_its_file(tmp_path):
-    (tmp_path / "card.toml").write_text('template = "g1"\nstop = ["x"]\ntop_p = 0.3\n')
-    expected = Card(template="g1", stop=("x",), top_p=0.3)
-    assert read_card(tmp_path) == expected
-    assert read_card(tmp_path / "model.pth") == expected
-    (tmp_path / "card.toml").unlink()
-    assert read_card(tmp_path) == Card()

@@ -1,96 +1,28 @@
 """Auto-start with real processes: one engine for all, back after SIGKILL, gone when idle."""
 
 import asyncio
-import contextlib
-import fcntl
 import os
-import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import psutil
 import pytest
+from engine_place import ENDLESS, REQUEST, TESTS, ask, own_place, read_on, wait_ended
 
 from mrss_provider import autostart
-from mrss_provider.autostart import LocalEngine, engine_address, socket_path
+from mrss_provider.autostart import LocalEngine
 from mrss_provider.backend import GenerateRequest
 from mrss_provider.client import Client
-from mrss_provider.config import ServerConfig
-from mrss_provider.errors import ConfigError, EngineUnavailableError, RequestTimeoutError
+from mrss_provider.errors import EngineUnavailableError, RequestTimeoutError
 from mrss_provider.sampling_params import SamplingParams
-from mrss_provider.server.run import Listener
-
-TESTS = Path(__file__).parent
-COMMAND = [sys.executable, str(TESTS / "fake_engine_process.py")]
-REQUEST = GenerateRequest("tone", SamplingParams(), prompt="hi", timeout_s=60.0)
-ENDLESS = GenerateRequest("tone", SamplingParams(), prompt="endless", timeout_s=60.0)
-
-
-class Place:
-    """A runtime folder of its own, and whoever was started for it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.starts = folder / "starts"
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(TESTS),
-            "XDG_RUNTIME_DIR": str(folder),
-            "FAKE_STARTS": str(self.starts),
-        }
-
-    def engine(self, idle_exit_s=30.0, **env) -> LocalEngine:
-        return LocalEngine(self.env | env, command=COMMAND, idle_exit_s=idle_exit_s)
-
-    @property
-    def pids(self):
-        return [int(line) for line in self.starts.read_text().split()]
-
-    def end(self):
-        for pid in self.pids if self.starts.exists() else []:
-            try:
-                process = psutil.Process(pid)
-                process.kill()
-                process.wait(30)
-            except psutil.NoSuchProcess:
-                continue
 
 
 @pytest.fixture
 def place():
-    # pytest's own folders are too long for a socket.
-    folder = Path(tempfile.mkdtemp(prefix="mrss"))
-    found = Place(folder)
-    yield found
-    found.end()
-    shutil.rmtree(folder)
-
-
-async def ask(engine, request=REQUEST):
-    stream = await engine.open(request)
-    try:
-        return "".join([delta.text async for delta in stream])
-    finally:
-        await stream.aclose()
-
-
-async def read_on(stream):
-    async for _ in stream:
-        pass
-
-
-def wait_ended(pid):
-    """Wait until the process is gone; it may be gone already."""
-    if psutil.pid_exists(pid):
-        try:
-            psutil.Process(pid).wait(30)
-        except psutil.NoSuchProcess:
-            return
+    with own_place() as found:
+        yield found
 
 
 def test_the_first_request_starts_an_engine_and_others_share_it(place):
@@ -117,11 +49,12 @@ def test_the_first_request_starts_an_engine_and_others_share_it(place):
 @pytest.mark.slow
 def test_processes_that_race_start_one_engine(place):
     code = (
-        "import asyncio, sys, test_autostart as t\n"
-        "place = t.Place(t.Path(sys.argv[1]))\n"
+        "import asyncio, pathlib, sys\n"
+        "from engine_place import Place, ask\n"
+        "place = Place(pathlib.Path(sys.argv[1]))\n"
         "async def main():\n"
         "    engine = place.engine()\n"
-        "    text = await t.ask(engine)\n"
+        "    text = await ask(engine)\n"
         "    print(text)\n"
         "    await engine.aclose()\n"
         "asyncio.run(main())\n"
@@ -176,8 +109,9 @@ def test_an_engine_leaves_after_its_last_client(place):
 @pytest.mark.slow
 def test_a_killed_worker_gives_its_lease_back(place):
     code = (
-        "import asyncio, sys, test_autostart as t\n"
-        "place = t.Place(t.Path(sys.argv[1]))\n"
+        "import asyncio, pathlib, sys\n"
+        "from engine_place import Place, ask\n"
+        "place = Place(pathlib.Path(sys.argv[1]))\n"
         "async def main():\n"
         "    engine = place.engine(idle_exit_s=0.1)\n"
         "    await engine.ensure(60)\n"
@@ -194,117 +128,6 @@ def test_a_killed_worker_gives_its_lease_back(place):
         assert psutil.pid_exists(pid)
         worker.kill()
     wait_ended(pid)
-
-
-def test_sigterm_ends_an_engine_with_status_0(place):
-    path = place.folder / "s"
-    flags = ["--socket", str(path), "--idle-exit-s", "0"]
-    process = subprocess.Popen([*COMMAND, *flags], env=place.env)
-
-    async def main():
-        client = Client(f"unix://{path}")
-        while await client.probe() != "ready":
-            assert process.poll() is None
-        stream = await client.open(ENDLESS)
-        await anext(stream)
-        process.terminate()
-        with pytest.raises(EngineUnavailableError, match="engine was closed"):
-            await read_on(stream)
-
-    with process:
-        asyncio.run(main())
-        assert process.wait(30) == 0
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_an_engine_at_once(place, sig):
-    path = place.folder / "s"
-    flags = ["--socket", str(path), "--idle-exit-s", "0"]
-    process = subprocess.Popen([*COMMAND, *flags], env=place.env | {"FAKE_DRAIN_S": "1000"})
-
-    async def main():
-        client = Client(f"unix://{path}")
-        while await client.probe() != "ready":
-            assert process.poll() is None
-        stream = await client.open(ENDLESS)
-        await anext(stream)
-        process.send_signal(sig)
-        while await client.probe() != "busy":
-            assert process.poll() is None
-        process.send_signal(sig)
-        with pytest.raises(EngineUnavailableError, match="broke off"):
-            await read_on(stream)
-
-    try:
-        asyncio.run(main())
-        assert process.wait(30) == 128 + sig
-    finally:
-        process.kill()
-        process.wait()
-    assert not path.exists()
-
-
-def test_no_other_server_looks_at_a_socket_between_its_bind_and_its_listen(place, monkeypatch):
-    path = place.folder / "s"
-    looked = []
-
-    class Watched(socket.socket):
-        def listen(self, *backlog):
-            # Now it looks like a dead server's, which another server would remove.
-            with open(f"{path}.lock") as lock, pytest.raises(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            looked.append(path.exists())
-            super().listen(*backlog)
-
-    monkeypatch.setattr("mrss_provider.server.run.socket.socket", Watched)
-    with contextlib.closing(Listener(ServerConfig(socket=path))):
-        assert looked == [True]
-        with pytest.raises(ConfigError, match="a server listens on"):
-            Listener(ServerConfig(socket=path))
-    assert not path.exists()
-
-
-@pytest.mark.slow
-def test_a_second_server_on_a_socket_says_so_and_leaves_it_alone(place):
-    path = place.folder / "s"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        flags = ["--socket", str(path), "--port", "1"]
-        second = subprocess.run(
-            [sys.executable, "-m", "mrss_provider.server", *flags],
-            env=place.env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert second.returncode == 1
-    last = second.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"cannot listen on unix://{path} (a server listens on")
-    assert path.exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        pytest.param(
-            ["--port", "x"], "MRSS_PORT must be an integer, got 'x'", marks=pytest.mark.slow
-        ),
-        (["--dtype", "x"], "dtype must"),
-    ],
-)
-@pytest.mark.slow
-def test_a_bad_flag_is_one_sentence_and_status_1(flags, words):
-    run = subprocess.run(
-        [sys.executable, "-m", "mrss_provider.server", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 1
-    assert words in run.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in run.stderr
 
 
 def test_a_child_that_dies_tells_its_last_words(place):
@@ -381,69 +204,6 @@ def test_who_has_the_lock_can_start_again(place, monkeypatch, before, between, n
     assert len(started) == num_starts
 
 
-def test_each_configuration_has_its_own_socket(place):
-    paths = {
-        socket_path(place.env),
-        socket_path(place.env | {"MRSS_MODEL": "/m"}),
-        socket_path(place.env | {"MRSS_STATES": "/s"}),
-        socket_path(place.env | {"MRSS_DTYPE": "fp32"}),
-    }
-    assert len(paths) == 4
-    assert socket_path(place.env) in paths
-    assert socket_path(place.env | {"MRSS_PORT": "1", "OTHER": "x"}) in paths
-
-
-def test_a_relative_model_is_another_one_in_another_folder(place, tmp_path, monkeypatch):
-    env = place.env | {"MRSS_MODEL": "m"}
-    here = socket_path(env)
-    monkeypatch.chdir(tmp_path)
-    assert socket_path(env) != here
-
-
-def test_a_relative_tokenizer_is_another_one_in_another_folder(place, tmp_path, monkeypatch):
-    env = place.env | {"MRSS_TOKENIZER": "vocab.txt"}
-    here = socket_path(env)
-    monkeypatch.chdir(tmp_path)
-    assert socket_path(env) != here
-    assert socket_path(place.env | {"MRSS_TOKENIZER": str(tmp_path / "vocab.txt")}) == (
-        socket_path(env)
-    )
-
-
-@pytest.mark.parametrize("kind", ["missing", "file", "relative", "unreadable"])
-def test_a_runtime_folder_that_cannot_be_used_gives_way_to_the_next(place, monkeypatch, kind):
-    runtime = place.folder / "x"
-    monkeypatch.chdir(place.folder)
-    if kind in ("relative", "unreadable"):
-        runtime.mkdir(mode=0o700)
-    if kind == "file":
-        runtime.touch()
-    elif kind == "relative":
-        runtime = Path("x")
-    elif kind == "unreadable":
-        # Not by the mode, which does not stop a superuser.
-        make = Path.mkdir
-
-        def mkdir(self, *args, **kwargs):
-            if self.parent == runtime:
-                raise PermissionError(13, "Permission denied")
-            make(self, *args, **kwargs)
-
-        monkeypatch.setattr(Path, "mkdir", mkdir)
-    monkeypatch.setattr(tempfile, "tempdir", str(place.folder))
-    env = place.env | {"XDG_RUNTIME_DIR": str(runtime)}
-    assert socket_path(env).parent == place.folder / f"mrss-{os.getuid()}"
-
-
-def test_the_last_reason_is_told_when_no_folder_can_be_used(place, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    monkeypatch.setattr(autostart, "_make_private", refuse)
-    with pytest.raises(ConfigError, match=r"\(/tmp/mrss-\d+: Permission denied\); set MRSS_SOCKET"):
-        socket_path(place.env)
-
-
 def test_a_closed_engine_says_so_at_once(place):
     async def main():
         engine = place.engine()
@@ -469,42 +229,6 @@ def test_closing_an_engine_ends_who_waits_for_its_start(place, monkeypatch):
             await waiting
 
     asyncio.run(main())
-
-
-def test_a_path_that_is_too_long_gives_way_to_a_shorter_one(place):
-    long = place.folder / ("x" * 90)
-    long.mkdir()
-    path = socket_path(place.env | {"XDG_RUNTIME_DIR": str(long)})
-    assert not path.is_relative_to(long)
-    assert len(os.fsencode(path)) < 104
-
-
-def test_a_folder_that_others_can_write_to_is_refused(place):
-    (place.folder / "mrss").mkdir(mode=0o755)
-    with pytest.raises(ConfigError, match="mode 0700"):
-        socket_path(place.env)
-
-
-def test_a_link_in_the_folders_place_is_refused(place):
-    (place.folder / "elsewhere").mkdir(mode=0o700)
-    (place.folder / "mrss").symlink_to(place.folder / "elsewhere")
-    with pytest.raises(ConfigError, match="mode 0700"):
-        socket_path(place.env)
-
-
-@pytest.mark.parametrize(
-    ("api_base", "env", "expected"),
-    [
-        ("http://a:1", {"MRSS_SOCKET": "/s"}, "http://a:1"),
-        (None, {"MRSS_SOCKET": "/s"}, "unix:///s"),
-        ("", {"MRSS_SOCKET": "unix:///s"}, "unix:///s"),
-        (None, {"MRSS_SOCKET": "http://b:2"}, "http://b:2"),
-        (None, {"MRSS_SOCKET": ""}, None),
-        (None, {}, None),
-    ],
-)
-def test_an_address_that_was_given_wins(api_base, env, expected):
-    assert engine_address(api_base, env) == expected
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_async_engine import collect
+from script_engine import collect
 
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.backend import Message

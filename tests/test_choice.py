@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from test_async_engine import TOKENS, Library
+from script_engine import TOKENS, Library
 
 from mrss_provider.async_engine.choice import Choice
 from mrss_provider.engine.request import EOS_ID, EngineRequest, TokenOutput

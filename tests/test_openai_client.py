@@ -3,19 +3,19 @@
 import asyncio
 import base64
 import math
-import socket
 from array import array
 
 import httpx
 import openai
 import pytest
 from fakes import serving
-from tiny_model import write_model_folder, write_state
+from ports import free_port
+from tiny_engine import tiny_config
 
 from mrss_provider.async_engine import AsyncEngine
 from mrss_provider.backend import EmbedRequest, GenerateRequest, Message
 from mrss_provider.client import Client
-from mrss_provider.config import EngineConfig, ServerConfig
+from mrss_provider.config import ServerConfig
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.sampling_params import SamplingParams
 
@@ -32,19 +32,8 @@ TEXT = "hello world, the cat is red; été"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "states").mkdir()
-    for seed, name in enumerate(("knowledge", "tone")):
-        write_state(folder / "states" / f"{name}.pth", seed=seed)
-    return EngineConfig(
-        model=write_model_folder(folder / "model"),
-        states=folder / "states",
-        device="cpu",
-        dtype="fp32",
-        threads=1,
-        max_rows=32,
-        max_context_len=200,
-        prefill_chunk_len=16,
-        lazy_rows="off",
+    return tiny_config(
+        folder, max_rows=32, max_context_len=200, prefill_chunk_len=16, lazy_rows="off"
     )
 
 
@@ -55,9 +44,7 @@ def engine(config):
 
 @pytest.fixture(scope="module")
 def address(engine):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server = ServerConfig(port=probe.getsockname()[1], request_timeout_s=30.0)
+    server = ServerConfig(port=free_port(), request_timeout_s=30.0)
     with serving(engine, server):
         yield f"http://127.0.0.1:{server.port}"
 

@@ -46,6 +46,14 @@ def new_page(chromium):
     assert faults == []
 
 
+@pytest.fixture
+def expect():
+    """Playwright's, with patience for a machine that has much else to do."""
+    found = pytest.importorskip("playwright.sync_api").expect
+    found.set_options(timeout=20_000)
+    return found
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A server that no test ends."""

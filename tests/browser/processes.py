@@ -3,20 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 
 import pytest
+from ports import free_port
 
 from mrss_provider.config import BUNDLED_STATES
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:

@@ -5,70 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_model
 import torch
-from fake_model import VOCAB, FakeModel, fake_state, mixture, request
+from fake_model import FakeModel, mixture, request
+from fake_runs import BANNED, MAX_ROWS, A, B, C, D, Outputs, ids, make_engine, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mrss_kernels import reference_tail
-from torch import Tensor
 
 from mrss_provider.config import EngineConfig
-from mrss_provider.engine.device_runner import DeviceRunner
 from mrss_provider.engine.engine import Engine
-from mrss_provider.engine.gates import Heard, gate_of, named_weights
+from mrss_provider.engine.gates import gate_of
 from mrss_provider.engine.lazy_rows import LazyPolicy, make_lazy_rows, needed_rows, only
 from mrss_provider.engine.merges import Rows, make_merge
 from mrss_provider.engine.philox import uniform
-from mrss_provider.engine.request import EngineRequest, ResolvedMixture, TokenOutput
+from mrss_provider.engine.request import EngineRequest
 from mrss_provider.engine.sampler import sample
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.engine.tail import merge_rows
 from mrss_provider.model import load_model
 from mrss_provider.sampling_params import SamplingParams
 
-A, B, C, D = (fake_state(name) for name in ("amber", "blue", "cyan", "dun"))
-BANNED = VOCAB - 1
 WAKES = "schedule:amber=1@0,1@20,0@21+blue=0@20,1@21"
 """amber speaks up to position 20, blue from 21 on; all else always."""
 BLINKS = "schedule:blue=0@0,0@5,1@6,1@7,0@8,0@40,1@41"
-MAX_ROWS = 24
-
-Outputs = dict[tuple[str, int], list[TokenOutput]]
-
-
-def plain_tail(logits: Tensor, inputs: Any, outputs: Any, **_: Any) -> None:
-    reference_tail.tail(logits, inputs, outputs)
-
-
-def make_engine(model: FakeModel, *, on_device: bool, lazy: bool = True, **config: int) -> Engine:
-    values = {"max_rows": MAX_ROWS, "prefill_chunk_len": 32, "max_context_len": 999} | config
-    config_ = EngineConfig(lazy_rows="on" if lazy else "off", **values)  # type: ignore[arg-type]
-    banned = torch.tensor([BANNED])
-    runner = DeviceRunner(model, config_, banned, tail=plain_tail) if on_device else None  # type: ignore[arg-type]
-    return Engine(model, None, config_, allowed_ids=range(BANNED), runner=runner)  # type: ignore[arg-type]
-
-
-def run(engine: Engine, arrivals: Mapping[int, Sequence[EngineRequest]]) -> Outputs:
-    """Run to the end; `arrivals[step]` come before that step."""
-    outputs: Outputs = {}
-    for step in range(1000):
-        for new in arrivals.get(step, ()):
-            engine.add(new)
-        if not engine.has_work and step > max(arrivals):
-            assert engine.num_free_rows == MAX_ROWS
-            return outputs
-        for output in engine.step():
-            assert output.error is None
-            outputs.setdefault((output.request_id, output.index), []).append(output)
-    raise AssertionError("the engine does not come to an end")
-
-
-def ids(outputs: Outputs) -> dict[tuple[str, int], list[int | None]]:
-    return {key: [o.token_id for o in answer] for key, answer in outputs.items()}
 
 
 def eager_and_lazy(
@@ -261,76 +222,6 @@ def test_route_needs_the_first_of_the_loudest() -> None:
     part = only(mixed, (1,))
     assert (part.names, part.weights, part.rows, part.base_row) == (("blue",), (1.0,), 1, None)
     assert make_merge(part.merge).name == "route"
-
-
-def scheduled(mixed: ResolvedMixture, position: int) -> ResolvedMixture:
-    return replace(mixed, weights=named_weights(mixed, Heard(position=position)))
-
-
-@pytest.mark.parametrize("on_device", [False, True])
-def test_a_schedule_speaks_with_the_weights_of_each_position(on_device: bool) -> None:
-    mixed = mixture(A, B, weights=[0.5, 0.5], gate="schedule:amber=1@0,0@12+blue=0.2@0,1@12")
-    wanted = request("x", [4, 2], mixed, max_tokens=20, seed=6, logprobs=True)
-    outputs = run(make_engine(FakeModel(), on_device=on_device, lazy=False), {0: [wanted]})
-    model, answer = FakeModel(), [o.token_id or 0 for o in outputs["x", 0]]
-    for position, output in enumerate(outputs["x", 0]):
-        read = [*wanted.prompt, *answer[:position]]
-        rows = torch.stack([model.logits_after(read, state) for state in (A, B)])
-        rows[:, BANNED] = -torch.inf
-        merged = merge_rows(rows, [(range(2), scheduled(mixed, position))]).log_softmax(-1)
-        assert output.logprob == pytest.approx(float(merged[0, answer[position]]), abs=1e-4)
-
-
-def test_a_schedule_uploads_weights_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed = mixture(A, B, weights=[0.5, 0.5], gate="schedule:amber=1@0,0.1@12")
-    engine = make_engine(FakeModel(), on_device=True)
-    engine.add(request("x", [4, 2], mixed, max_tokens=40))
-    engine.step()
-    layout = engine._runner._layout  # type: ignore[attr-defined]
-    seen = []
-    monkeypatch.setattr(layout, "_upload", lambda: seen.append("all"))
-    for _ in range(20):
-        engine.step()
-        seen.append(tuple(layout.inputs.named[:2].tolist()))
-    assert "all" not in seen
-    assert len(set(seen[:11])) == 11
-    assert len(set(seen[12:])) == 1
-
-
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("gate", ["posterior", "posterior:0", "posterior:0.02,true"])
-def test_the_posterior_believes_the_state_that_would_have_written_the_prompt(
-    gate: str, on_device: bool
-) -> None:
-    """A prompt sampled from one state; the answer's weights are the gate's of the evidence."""
-    model = FakeModel()
-    sampling = request("x", [1], mixture(A)).sampling
-    for writer, state in enumerate((A, B)):
-        text = [1]
-        for position in range(40):
-            logits = model.logits_after(text, state)
-            logits[BANNED] = -torch.inf
-            text += sample(logits[None], [sampling], [uniform(5, 0, position)])
-        mixed = mixture(A, B, weights=[0.5, 0.5], gate=gate)
-        wanted = replace(request("x", text, mixed, 2, max_tokens=6), evidence=(range(1, 41),))
-        engine = make_engine(FakeModel(), on_device=on_device)
-        engine.add(wanted)
-        choices = list(engine._scheduler._running["x"].choices)
-        while engine.has_work:
-            engine.step()
-        heard = torch.stack([model.logits_after(text[:t], s) for t in range(1, 41) for s in (A, B)])
-        heard[:, BANNED] = -torch.inf
-        scores = heard.log_softmax(-1).view(40, 2, -1)[range(40), :, text[1:]]
-        weights = named_weights(mixed, Heard(6, 1, scores.numpy()))
-        assert weights[writer] > (0.95 if gate == "posterior:0" else 0.55)
-        for choice in choices:
-            if "true" not in gate:
-                kept = [weights[k] for k in choice.lazy.awake]
-                total = sum(kept)
-                assert choice.mixture.weights == pytest.approx([w / total for w in kept], abs=1e-3)
-            else:
-                assert len(choice.own_evidence) == 5
-                assert choice.mixture.weights != pytest.approx(weights, abs=1e-4)
 
 
 @pytest.mark.parametrize("version", [7, pytest.param(6, marks=pytest.mark.slow)])

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from engine_place import ask, read_on
 from safetensors.torch import load_file, save_file
 from served import served
-from test_autostart import ask, read_on
 
 from mrss_provider.autostart import LocalEngine
 from mrss_provider.backend import GenerateRequest

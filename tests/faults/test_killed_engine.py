@@ -2,13 +2,10 @@
 
 import asyncio
 import os
-import shutil
 import signal
-import tempfile
-from pathlib import Path
 
 import pytest
-from test_autostart import ENDLESS, Place, ask, read_on
+from engine_place import ENDLESS, ask, own_place, read_on
 
 from mrss_provider.errors import EngineUnavailableError
 
@@ -17,12 +14,8 @@ NUM_CLIENTS = 24
 
 @pytest.fixture
 def place():
-    # pytest's own folders are too long for a socket.
-    folder = Path(tempfile.mkdtemp(prefix="mrss"))
-    found = Place(folder)
-    yield found
-    found.end()
-    shutil.rmtree(folder)
+    with own_place() as found:
+        yield found
 
 
 async def busy(engine, killed):

@@ -4,15 +4,18 @@ The shipped entries reach the scripted engine of the test process; `auto/...` ha
 it starts a real engine on the bundled model, as the shipped entries do for a user.
 """
 
+import itertools
 import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from proxy_process import Proxy, proxy_config
-from scripted_engine import EngineThread, ScriptedBackend
+from scripted_engine import EngineThread, ScriptedBackend, user
 
 from mrss_provider.config import ServerConfig
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,19 @@ def proxy(folder, engine):
 def client(proxy):
     with proxy.client() as client:
         yield client
+
+
+@pytest.fixture
+def chat(client):
+    """Call chat.completions, with a model and a prompt that most tests do not care about."""
+
+    def call(prompt="Hi", *, model="mrss/tone", **kwargs):
+        return client.chat.completions.create(model=model, messages=user(prompt), **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def unique():
+    """A suffix that makes a prompt this test's own."""
+    return f"{next(_numbers)}"

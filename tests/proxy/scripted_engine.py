@@ -30,6 +30,11 @@ CALLS = (
 WAIT_S = 10.0
 
 
+def user(prompt="Hi"):
+    """Return the messages of a chat that asks this."""
+    return [{"role": "user", "content": prompt}]
+
+
 class ScriptedBackend(FakeBackend):
     """Answers WORDS, or as the prompt says.
 

@@ -1,5 +1,9 @@
-"""The proxy that tests start: it is where it says, and has failed when it has ended."""
+"""The proxy that tests start: it is where it says, and has failed when it has ended.
 
+And the shipped configuration, as LiteLLM validates it.
+"""
+
+import subprocess
 import sys
 import urllib.request
 
@@ -53,3 +57,12 @@ def test_a_proxy_that_ends_has_not_started(fake, tmp_path):
     fake(f"#!{sys.executable}\nprint('INFO:     Application startup complete.')\n")
     with pytest.raises(pytest.fail.Exception, match="did not start:\nINFO: "):
         proxy_process.Proxy(tmp_path / "config.yaml", {}, num_workers=1)
+
+
+@pytest.mark.slow
+def test_shipped_configuration_validates_as_it_is():
+    command = [str(proxy_process.LITELLM), "--validate_config"]
+    config = str(proxy_process.ROOT / "proxy_config.yaml")
+    result = subprocess.run([*command, "--config", config], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "config OK (7 models)" in result.stdout

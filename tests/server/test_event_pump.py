@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_async_engine import TOKENS, Library
+from script_engine import TOKENS, Library
 from virtual_clock import run_virtually
 
 from mrss_provider.async_engine.stream import TextStream

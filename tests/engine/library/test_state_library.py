@@ -10,63 +10,9 @@ import tiny_model
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.engine.request import ResolvedMixture, resolve_sampling
 from mrss_provider.engine.state_library import StateLibrary
-from mrss_provider.errors import InvalidRequestError, UnknownNameError
-from mrss_provider.model import (
-    ModelConfig,
-    StateMetadata,
-    load_model,
-    load_tuned_state,
-    save_tuned_state,
-)
+from mrss_provider.errors import InvalidRequestError
+from mrss_provider.model import ModelConfig, StateMetadata, load_tuned_state, save_tuned_state
 from mrss_provider.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
-
-MIXTURES = """
-[story]
-terms = "tone:0.5+knowledge"
-temperature = 0.8
-top_p = 0.9
-sampling_order = "rwkv"
-description = "Facts, told warmly"
-
-[average]
-terms = "knowledge+tone+base"
-merge = "geometric"
-gate = "fixed"
-
-[sharp]
-terms = "knowledge+tone"
-cut = 0.4
-
-[timed]
-terms = "knowledge+tone"
-merge = "power:0.5"
-gate = { name = "schedule", points = "tone=0@0,1@2", over = "turns" }
-
-[away]
-terms = "base+tone:-0.25"
-merge = "contrast"
-"""
-
-
-@pytest.fixture(scope="module")
-def model_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    path = tiny_model.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.pth")
-    return load_model(path, device="cpu", dtype="fp32", threads=1).config
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("states")
-    for seed, name in enumerate(("knowledge", "tone", "poetry")):
-        tiny_model.write_state(folder / f"{name}.pth", seed=seed)
-    (folder / "mixtures.toml").write_text(MIXTURES)
-    (folder / "README.md").write_text("not a state")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def library(folder: Path, model_config: ModelConfig) -> StateLibrary:
-    return StateLibrary(folder, model_config, model_name="tiny", max_states=4, context_len=512)
 
 
 def names(mixture: ResolvedMixture) -> list[str]:
@@ -301,99 +247,6 @@ def test_defaults_of_a_named_mixture_reach_the_sampling(library: StateLibrary) -
     assert resolve_sampling(said, tone, room=3).max_tokens == 9
 
 
-@pytest.mark.parametrize(
-    ("text", "position", "suggestions", "message"),
-    [
-        ("konwledge", 0, ("knowledge",), "'konwledge' at position 0 .*did you mean 'knowledge'"),
-        ("tone:0.3+poetri", 9, ("poetry",), "did you mean 'poetry'"),
-        (
-            "xyz",
-            0,
-            (),
-            "known are base, knowledge, poetry, tone, average, away, sharp, story, timed",
-        ),
-        ("tone@demo", 5, ("tiny",), "unknown model 'demo' .* has loaded 'tiny'"),
-        ("Tone", 0, ("tone",), "did you mean 'tone'"),
-    ],
-)
-def test_unknown_names_are_a_400_with_position_and_neighbours(
-    library: StateLibrary, text: str, position: int, suggestions: tuple[str, ...], message: str
-) -> None:
-    with pytest.raises(UnknownNameError, match=message) as caught:
-        library.resolve(text)
-    assert caught.value.status_code == 400
-    assert caught.value.to_dict()["error"]["code"] == "model_not_found"  # type: ignore[index]
-    assert caught.value.position == position
-    assert set(suggestions) <= set(caught.value.suggestions)
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("tone+", None, "at position 5: expected a state name, got the end"),
-        ("story+tone", None, r"'story' at position 0 .* cannot be a term.*\(tone\+knowledge\)"),
-        ("tone+story", None, "'story' at position 5"),
-        ("story:0.5", None, "cannot be a term or have a weight"),
-        ("tone", MixtureOptions(weights={"knowledge": 1.0}), "names 'knowledge', which is not"),
-        ("tone", MixtureOptions(weights={"tone": 0.0}), "at least one weight must be above 0"),
-        ("tone+poetry", MixtureOptions(gating_weights=(1.0,)), "each of 2 terms .*, got 1"),
-        ("tone+poetry", MixtureOptions(gating_weights=(1, 2, 3)), "got 3"),
-        ("tone+poetry", MixtureOptions(gating_weights=(0, 0)), "at least one weight"),
-        (
-            "tone+poetry",
-            MixtureOptions(gating_weights=(1, -1)),
-            "weight -1 of 'poetry' is below 0, which only the merge rule 'contrast'",
-        ),
-        (
-            "tone",
-            MixtureOptions(weights={"tone": 1}, gating_weights=(1.0,)),
-            "mrss.weights or mrss_gatingweight, not both",
-        ),
-        ("tone+poetry", MixtureOptions(merge="mean"), "mrss.merge must be one of linear, geo"),
-        ("tone+poetry", MixtureOptions(gate="loud"), "mrss.gate must be one of fixed, sch"),
-        ("tone+poetry~linear", MixtureOptions(merge="delta"), "says '~linear' and mrss.merge says"),
-        (
-            "tone+poetry",
-            MixtureOptions(merge="power:11"),
-            r"exponent must be a number in \[-10, 10",
-        ),
-        ("tone+poetry~power:2", MixtureOptions(merge="power"), "says '~power:2' .* says 'power'"),
-        ("tone+poetry", MixtureOptions(gate="learned:x"), "no trained gate 'x'; known are none"),
-        ("tone+poetry", MixtureOptions(gate="schedule:knowledge=0@0"), "the terms are poetry, ton"),
-        (
-            "tone+poetry~linear",
-            MixtureOptions(gate="schedule:tone=0@0+poetry=0@9"),
-            "got none at 0",
-        ),
-        ("tone+poetry:-0.5", None, "which only the merge rule 'contrast' understands, got 'delta'"),
-        ("tone+poetry:-0.5~linear", None, "got 'linear'"),
-        (
-            "tone+poetry",
-            MixtureOptions(merge="contrast", weights={"tone": -1, "poetry": -2}),
-            "at least one weight must be above 0",
-        ),
-        ("tone+poetry", MixtureOptions(cut=1.0), r"mrss.cut must be in \[0, 1\), got 1.0"),
-        ("tone+poetry", MixtureOptions(cut=float("nan")), "mrss.cut must be in"),
-        ("tone+poetry", MixtureOptions(cut="x"), "got 'x'"),  # type: ignore[arg-type]
-        ("tone+poetry~linear", MixtureOptions(cut=0.2), "'linear' has no cut"),
-        ("average", MixtureOptions(cut=0.2), "'geometric' has no cut"),
-    ],
-)
-def test_bad_requests_are_a_400(
-    library: StateLibrary, text: str, options: MixtureOptions | None, message: str
-) -> None:
-    with pytest.raises(InvalidRequestError, match=message) as caught:
-        library.resolve(text, options)
-    assert caught.value.status_code == 400
-
-
-def test_the_number_of_states_is_limited(folder: Path, model_config: ModelConfig) -> None:
-    library = StateLibrary(folder, model_config, max_states=2)
-    library.resolve("tone+knowledge+tone")
-    with pytest.raises(InvalidRequestError, match=r"at most 2 states \(max_states\), got 3"):
-        library.resolve("tone+knowledge+base")
-
-
 def test_the_fingerprint_changes_with_all_that_changes_an_answer(
     folder: Path, library: StateLibrary, tmp_path: Path, model_config: ModelConfig
 ) -> None:
@@ -468,13 +321,6 @@ def test_a_mixture_is_told_in_the_template_that_it_or_its_states_ask_for(
         assert caught.value.param == "model"
     (problem,) = library.problems
     assert "template must be one of world, g1" in problem.error.message
-
-
-def test_get_refuses_what_is_no_state(library: StateLibrary) -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'tone'"):
-        library.get("tune")
-    with pytest.raises(UnknownNameError):
-        library.get("story")
 
 
 def test_a_posterior_warns_once_of_states_that_were_tuned_on_answers_only(
