@@ -42,6 +42,21 @@ Rate = Annotated[float, typer.Option(min=0, help="Most calls begun a second; 0: 
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for a whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+# Options that say something of answers that are only shown.
+_OF_LIVE = frozenset(
+    {
+        "live",
+        "models",
+        "base_url",
+        "api_key",
+        "temperature",
+        "max_tokens",
+        "params",
+        "timeout",
+        "first_seed",
+    }
+)
+
 
 @compare.callback()
 def run(
@@ -80,8 +95,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Put prompts to several models and say what differs."""
+    given = _given(context)
     if context.invoked_subcommand is not None:
-        if models or prompts or live:
+        if given:
             raise typer.BadParameter(
                 f"options of a comparison do not go with {context.invoked_subcommand!r}: put that "
                 "command's own behind its name"
@@ -103,6 +119,11 @@ def run(
     if live is not None:
         from mrss_provider.cli.compare_live import compare_live
 
+        for name, option in given.items():
+            if name not in _OF_LIVE:
+                raise typer.BadParameter(
+                    f"--live shows the answers to one prompt as they come: leave {option} out"
+                )
         compare_live(asking, live, first_seed)
         return
     if prompts is None:
@@ -170,6 +191,16 @@ def vote(
     from mrss_provider.cli.compare_vote import vote as command
 
     command(folder, voter)
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Return parameter -> option of what was given on the command line."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    return {
+        name: options[name]
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
 
 
 def _split(names: list[str] | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from mrss_provider.cli.output import CommandError, answer, answer_json, note, pr
 from mrss_provider.compare.calls import Result
 from mrss_provider.compare.folder import Folder, write_whole
 from mrss_provider.compare.judge import read_judgements
+from mrss_provider.compare.quantiles import number, seconds
 from mrss_provider.compare.report import report_page
 from mrss_provider.compare.scorers import CHECKS, Scorer, checks, load_scorers
 from mrss_provider.compare.summary import Opinions, Summary, summarise
@@ -105,24 +106,11 @@ def _row(row: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
         str(sum(row["errors"].values())),
         seconds(row["ttft_s"], "p50"),
         seconds(row["ttft_s"], "p95"),
-        _number(row["tokens_per_s"], "p50"),
+        number(row["tokens_per_s"], "p50"),
         seconds(row["total_s"], "p50"),
         cost,
-        *(_number(row["scores"][name], "mean") for name in scores),
+        *(number(row["scores"][name], "mean") for name in scores),
     ]
-
-
-def _number(values: Mapping[str, float | None] | None, key: str) -> str:
-    value = None if values is None else values[key]
-    return "-" if value is None else f"{value:.3g}"
-
-
-def seconds(values: Mapping[str, float] | None, key: str) -> str:
-    """Return a time for people: `48 ms`, `1.25 s`, `-` for none."""
-    if values is None:
-        return "-"
-    value = values[key]
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _print_errors(results: Sequence[Result]) -> None:
@@ -151,8 +139,9 @@ def report_log(log: Path, feedback: Path | None, group: str | None, *, as_json: 
     if not arms.groups:
         raise CommandError(f"{log} holds no call of a weighted group yet; ask the proxy for one")
     if group is not None and group not in arms.groups:
-        known = ", ".join(sorted(arms.groups)) or "none"
-        raise CommandError(f"the log has no group {group!r}; it has {known}")
+        raise CommandError(
+            f"the log has no group {group!r}; it has {', '.join(sorted(arms.groups))}"
+        )
     reports = report_arms(arms, group)
     if as_json:
         answer_json(reports)

@@ -39,6 +39,8 @@ def connected(
             "--server asks an engine that runs; --in-process and the engine's options start one: "
             "give one or the other"
         )
+    if in_process and api_key is not None:
+        raise typer.BadParameter("--api-key is for an engine that runs; --in-process wants none")
     with asyncio.Runner() as runner:
         backend = (
             _own_engine(overrides) if in_process else _other_engine(server, api_key, overrides)

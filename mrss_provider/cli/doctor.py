@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def _litellm() -> Finding:
         version = importlib.metadata.version("litellm")
     except importlib.metadata.PackageNotFoundError:
         return Finding("FAIL", "litellm", "not installed", "pip install 'litellm[proxy]'")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < _MIN_LITELLM:
         return Finding("FAIL", "litellm", version, "1.98 or later is needed")
     return Finding("ok", "litellm", version)

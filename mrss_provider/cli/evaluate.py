@@ -61,20 +61,13 @@ def evaluate(
             "the bundled questions are about the bundled model's world, and this model has another "
             "vocabulary; give --knowledge-data and --tone-data"
         )
-    plan = QUICK if is_quick else Plan()
-    if samples is not None:
-        plan = replace(plan, samples=samples)
-    if seed is not None:
-        plan = replace(plan, seed=seed)
-    task = _task(data, voice, is_quick=is_quick)
-    folders = list(pairs) or [config.states]
     job = Job(
         config,
         model,
-        task,
-        [Pair(folder, knowledge, tone) for folder in folders],
+        _task(data, voice, is_quick=is_quick),
+        [Pair(folder, knowledge, tone) for folder in pairs or [config.states]],
         baselines,
-        plan,
+        _plan(samples, seed, is_quick=is_quick),
         is_quick,
         out,
     )
@@ -98,6 +91,15 @@ def _speaks_of_the_world(model: Path) -> bool:
     if own is None or bundled is None:
         return False
     return own.read_bytes() == bundled.read_bytes()
+
+
+def _plan(samples: int | None, seed: int | None, *, is_quick: bool) -> Plan:
+    plan = QUICK if is_quick else Plan()
+    return replace(
+        plan,
+        samples=plan.samples if samples is None else samples,
+        seed=plan.seed if seed is None else seed,
+    )
 
 
 def _task(data: tuple[Path, Path] | None, voice: str | None, *, is_quick: bool) -> Task:

@@ -53,6 +53,8 @@ def evaluate(
     """
     if (knowledge_data is None) != (tone_data is None):
         raise typer.BadParameter("--knowledge-data and --tone-data go together")
+    if pair and "states" in overrides:
+        raise typer.BadParameter("--pair names the folders of the states: leave --states out")
     from mrss_provider.cli.evaluate import evaluate as command
 
     data = None if knowledge_data is None or tone_data is None else (knowledge_data, tone_data)

@@ -10,14 +10,13 @@ from mrss_provider.async_engine.card import read_card
 from mrss_provider.async_engine.templates import choose_template
 from mrss_provider.backend import MixtureOptions
 from mrss_provider.cli.output import CommandError, answer, note
-from mrss_provider.cli.states import read_config
+from mrss_provider.cli.states import open_model, read_config
 from mrss_provider.cli.tune_view import counting
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.request import ResolvedMixture
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.errors import ConflictError, InvalidRequestError
 from mrss_provider.mixture import check_name
-from mrss_provider.model import load_model
 from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 from mrss_provider.tune.chats import read_chats
 from mrss_provider.tune.examples import Example
@@ -76,13 +75,7 @@ def train(engine: EngineConfig, job: Job) -> None:
     data_sha256 = _hash(job.data, job.held_out)
     mixture = _resolve(engine, job.mixture)
 
-    model = load_model(
-        engine.model,
-        device=engine.device,
-        dtype=engine.dtype,
-        quantize=engine.quantize,
-        threads=engine.threads,
-    )
+    model = open_model(engine)
     allowed = set(tokenizer.allowed_ids(model.config.vocab_size))
     banned = [token for token in range(model.config.vocab_size) if token not in allowed]
     with counting("reading") as advance:

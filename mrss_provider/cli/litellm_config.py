@@ -18,6 +18,7 @@ from mrss_provider.cli.output import CommandError, answer, note
 from mrss_provider.cli.proxy_config import BUNDLED_PROXY_CONFIG, examine
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.mixture import parse_mixture
+from mrss_provider.replacing import write_output
 
 _CHECK_TIMEOUT_S = 180.0
 
@@ -207,8 +208,10 @@ def write(text: str, out: Path | None, *, force: bool) -> None:
         answer(text.rstrip("\n"))
         return
     try:
-        with out.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
+        if not force:
+            # It is nobody else's from here on.
+            out.open("x").close()
+        write_output(out, text.encode())
     except FileExistsError as exc:
         raise CommandError(f"{out} is there already; --force overwrites it") from exc
     except OSError as exc:

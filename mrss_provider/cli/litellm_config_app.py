@@ -58,6 +58,8 @@ def litellm_config(
     from mrss_provider.cli.connect import connected
     from mrss_provider.cli.litellm_entries import Wishes
 
+    if force and out is None:
+        raise typer.BadParameter("--force goes with --out")
     groups = tuple(command.read_group(text) for text in ab or ())
     wishes = Wishes(
         api_base=api_base,

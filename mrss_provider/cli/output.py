@@ -50,8 +50,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` without control characters, so that an answer cannot steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
+    """Return `text` without control characters, so that an answer cannot steer a terminal.
+
+    Half of a surrogate pair, which another's model may send and no stream takes, is a `?`.
+    """
+    shown = "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
+    return shown.encode(errors="replace").decode()
 
 
 def read_text(path: Path) -> str:

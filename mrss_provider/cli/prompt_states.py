@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mrss_provider.cli.output import CommandError, note, read_text
-from mrss_provider.cli.states import new_target, open_library, save_state
+from mrss_provider.cli.states import new_target, open_library, open_model, save_state
 from mrss_provider.config import EngineConfig
 from mrss_provider.mixture import BASE
-from mrss_provider.model import StateMetadata, load_model
+from mrss_provider.model import StateMetadata
 from mrss_provider.model.prompt_state import state_from_prompt
 from mrss_provider.tokenizer import Tokenizer, find_vocabulary
 
@@ -29,13 +29,7 @@ def make_from_prompt(
         MRSSError: a bad name, an unknown state, a model or vocabulary that cannot be read.
         CommandError: a name that is taken, or no text.
     """
-    model = load_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        threads=config.threads,
-    )
+    model = open_model(config)
     target = new_target(config.states, name, model.config, force=force)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
     tokens = tokenizer.encode(read_text(text))

@@ -45,7 +45,8 @@ def read_proxy_config(path: Path) -> Mapping[str, Any]:
     """Return what is in the file.
 
     Raises:
-        CommandError: not a YAML file with a table at its top.
+        CommandError: not a YAML file with a table at its top, or not with tables in it where
+            LiteLLM has some.
     """
     # YAML comes with LiteLLM.
     import yaml
@@ -56,7 +57,31 @@ def read_proxy_config(path: Path) -> Mapping[str, Any]:
         raise CommandError(f"{path} is no YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(config, Mapping):
         raise CommandError(f"{path} has no table at its top, LiteLLM needs one with model_list")
+    _check_form(config, path)
     return config
+
+
+def _check_form(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is looked into and is no table, or no list of tables."""
+    settings = _table(config, "litellm_settings", path)
+    _table(config, "general_settings", path)
+    _tables(settings, "custom_provider_map", path)
+    for entry in _tables(config, "model_list", path):
+        _table(entry, "litellm_params", path)
+
+
+def _table(config: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CommandError(f"{path}: {key} must be a table, got {found!r:.40}")
+    return found
+
+
+def _tables(config: Mapping[str, Any], key: str, path: Path) -> list[Mapping[str, Any]]:
+    found = config.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        raise CommandError(f"{path}: {key} must be a list of tables, got {found!r:.40}")
+    return found
 
 
 def _handler_problems(config: Mapping[str, Any], path: Path) -> list[str]:

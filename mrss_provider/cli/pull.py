@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from mrss_provider.cli.download import download
 from mrss_provider.cli.output import CommandError, note, size, table
+from mrss_provider.replacing import replace_file
 
 _G1 = "BlinkDL/rwkv7-g1"
 _WORLD7 = "BlinkDL/rwkv-7-world"
@@ -175,7 +176,8 @@ def _write_card(folder: Path, origin: str) -> None:
     context = re.search(r"-ctx(\d+)", origin)
     lines = [f'template = "{template}"', f'description = "{origin}"']
     lines += [f"context_length = {context[1]}"] if context else []
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # A part of one would be taken for the user's own, and kept.
+    replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def _check_room(files: Sequence[RemoteFile], folder: Path) -> None:

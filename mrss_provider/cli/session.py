@@ -76,12 +76,15 @@ def export(calls: ServerCalls, session_id: str, file: Path, *, force: bool) -> N
 
     Raises:
         MRSSError: there is none, or the server refuses it.
-        CommandError: the file exists.
+        CommandError: the file exists, or is no regular file.
     """
     if file.exists() and not force:
         raise CommandError(f"{file} exists; choose another name, or replace it with --force")
+    if file.exists() and not file.is_file():
+        raise CommandError(f"{file} is no regular file; choose another name")
     data = calls.download(f"{_path(session_id)}/export")
-    replace_file(file, data, mode=0o600)
+    # A link stays, and leads to the new file.
+    replace_file(file.resolve(), data, mode=0o600)
     answer(str(file))
     note(f"{size(len(data))}; it has what the conversation left in the model: keep it as private")
 

@@ -21,13 +21,15 @@ from mrss_provider.cli.output import (
     read_text,
     table,
 )
+from mrss_provider.cli.terms import read_terms
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.library_files import state_file
 from mrss_provider.engine.state_folder import state_paths
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.errors import MRSSError
-from mrss_provider.mixture import BASE, Method, check_name, parse_mixture
+from mrss_provider.mixture import BASE, Method, check_name
 from mrss_provider.model import (
+    Model,
     ModelConfig,
     OrientationCheck,
     StateMetadata,
@@ -106,13 +108,7 @@ def check_states(config: EngineConfig, names: Sequence[str], text: Path | None) 
     Raises:
         MRSSError: the model or the vocabulary cannot be read.
     """
-    model = load_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        threads=config.threads,
-    )
+    model = open_model(config)
     tokenizer = Tokenizer.load(config.tokenizer or find_vocabulary(config.model))
     sample = tokenizer.encode(_SAMPLE if text is None else read_text(text))
     paths = [_path_of(config.states, name) for name in names] or _all_paths(config.states)
@@ -186,7 +182,7 @@ def average_into(config: EngineConfig, terms: Sequence[str], name: str, *, force
     shape = read_config(config.model)
     target = new_target(config.states, name, shape, force=force)
     library = open_library(config, shape)
-    parts = parse_mixture("+".join(terms)).terms
+    parts = read_terms(terms, "an average", "terms")
     found = {term.name: library.get(term.name) for term in parts if term.name != BASE}
     if any(term.name == BASE for term in parts):
         found[BASE] = _base_state(config.model, shape, list(found.values()))
@@ -222,6 +218,21 @@ def read_config(path: Path) -> ModelConfig:
         dtype=str(weights.dtype).removeprefix("torch."),
         fingerprint=weights.fingerprint,
         name=weights.name,
+    )
+
+
+def open_model(config: EngineConfig) -> Model:
+    """Load the model as the configuration says.
+
+    Raises:
+        MRSSError: no checkpoint that we run, or no such device.
+    """
+    return load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        threads=config.threads,
     )
 
 

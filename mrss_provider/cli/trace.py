@@ -10,6 +10,7 @@ from mrss_provider.cli.ask import Reply, ask, ignore
 from mrss_provider.cli.output import CommandError, answer_json, note
 from mrss_provider.cli.spoken import Painter, print_legend
 from mrss_provider.cli.trace_page import trace_page
+from mrss_provider.replacing import write_output
 
 
 def trace(
@@ -41,7 +42,7 @@ def trace(
             reply.trace_summary,
             is_given=request.given is not None,
         )
-        html.write_text(page, encoding="utf-8")
+        write_output(html, page.encode())
         note(f"wrote {html}")
     if as_json:
         answer_json(reply.to_json())

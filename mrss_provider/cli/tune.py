@@ -87,14 +87,7 @@ def tune(engine: EngineConfig, job: Job) -> bool:
     settings = settings_of(engine, job, config, start)
     training, config, found = _begin(job, bench, config, settings)
     if not _learn(job, training, settings, found):
-        step = training.record.step
-        note(
-            f"left off after {step} of {config.steps} steps; go on with the same command and "
-            "--resume"
-        )
-        if job.as_json:
-            path = run_path(job.out)
-            answer_json({"unfinished": str(path), "step": step, "steps": config.steps})
+        _tell_left_off(job, training.record.step, config.steps)
         return False
     training.finish()
     finish(engine, job, bench, training, config, settings, found, asdict(findings))
@@ -248,6 +241,12 @@ def _learn(
     with _until_asked() as stop, watching(steps, done) as show:
         training.run(on_step=show, stop=stop, save=save, save_every_s=job.save_every_s)
     return training.is_done
+
+
+def _tell_left_off(job: Job, step: int, steps: int) -> None:
+    note(f"left off after {step} of {steps} steps; go on with the same command and --resume")
+    if job.as_json:
+        answer_json({"unfinished": str(run_path(job.out)), "step": step, "steps": steps})
 
 
 @contextmanager

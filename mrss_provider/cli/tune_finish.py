@@ -59,19 +59,6 @@ def finish(
     summary = _summary(job, bench, record, config, found)
     if isinstance(bench.token_loss, Imitation):
         summary["gap"] = _gaps(bench, bench.token_loss, result, config)
-    notes = {
-        **summary,
-        "data": {
-            "files": {name: path.name for name, path in job.source.files.items()},
-            "sha256": settings["sha256"],
-            **findings,
-        },
-        "settings": settings,
-        "date": datetime.now(UTC).date().isoformat(),
-        "mrss_provider": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
     state = save_result(
         job.out,
         result,
@@ -81,7 +68,7 @@ def finish(
         licence=job.licence,
         display_name=job.title,
         template=bench.template,
-        notes=notes,
+        notes=_notes(job, summary, settings, findings),
     )
     run_path(job.out).unlink(missing_ok=True)
     summary["norms"] = [round(norm, 3) for norm in state.layer_norms]
@@ -98,13 +85,39 @@ def finish(
     answer(f"wrote {job.out}")
 
 
+def _notes(
+    job: Job,
+    summary: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    findings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the state's file says of how it came to be."""
+    return {
+        **summary,
+        "data": {
+            "files": {name: path.name for name, path in job.source.files.items()},
+            "sha256": settings["sha256"],
+            **findings,
+        },
+        "settings": settings,
+        "date": datetime.now(UTC).date().isoformat(),
+        "mrss_provider": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _curve(job: Job, record: Record) -> str | None:
     if not job.curve:
         return None
     path = job.out.with_suffix(".png")
-    if draw_curve(path, record, job.out.stem):
-        return str(path)
-    note("no loss curve: matplotlib is not installed; pip install 'mrss-provider[tune]'")
+    try:
+        if draw_curve(path, record, job.out.stem):
+            return str(path)
+        note("no loss curve: matplotlib is not installed; pip install 'mrss-provider[tune]'")
+    except OSError as exc:
+        # The state is written, and what is known of it not yet told.
+        note(f"no loss curve: {path} cannot be written: {exc.strerror or exc}")
     return None
 
 

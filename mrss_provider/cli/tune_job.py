@@ -101,8 +101,13 @@ class Bench:
     """All that a run computes with.
 
     Attributes:
+        weights: of the model, where and as they are computed with.
+        token_loss: what a token costs.
+        train: what is learnt from.
+        held_out: batches to judge by; empty for none.
         start: the state that it goes on from; None is the base.
         template: of the chats, by name, where it is not the model's own.
+        parts: the lines to learn from and those to judge by, as they came.
     """
 
     weights: Weights

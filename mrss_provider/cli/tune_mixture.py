@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mrss_provider.cli.states import read_config
+from mrss_provider.cli.terms import read_terms
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.gates import gate_of, make_gate
 from mrss_provider.engine.merges import make_merge
 from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.errors import InvalidRequestError
-from mrss_provider.mixture import BASE, GATES, parse_method, parse_mixture
+from mrss_provider.mixture import BASE, GATES, check_signs, parse_method
 from mrss_provider.model import TunedState
 from mrss_provider.tune.network import Weights
 from mrss_provider.tune.token_loss import Beside, FrozenRows, Imitation
@@ -46,7 +47,8 @@ def beside_loss(
             f"a state is tuned under gates that need no training, got {gate!r}", param="gate"
         )
     rule, weigh = make_merge(rule_name), make_gate(gate_name)
-    terms = parse_mixture("+".join(beside)).terms
+    terms = read_terms(beside, "--beside", "beside")
+    check_signs(terms, rule_name, "beside")
     library = StateLibrary(engine.states, read_config(engine.model), strict=engine.strict)
     has_base = rule.anchored or weigh.needs_base or any(term.name == BASE for term in terms)
     others = [term for term in terms if term.name != BASE]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mrss_provider.cli.output import note, table
+from mrss_provider.replacing import write_output
 from mrss_provider.tune.dataset import Findings
+from mrss_provider.tune.rates import RateTrial
 from mrss_provider.tune.run_file import Record
-from mrss_provider.tune.training import RateTrial
 
 _BAR_WIDTH = 40
 _MAX_NUMBERS = 10
@@ -138,7 +140,9 @@ def draw_curve(path: Path, record: Record, title: str) -> bool:
         axes.plot(record.best_step, best, "*", ms=10, label="kept")
     axes.set(xlabel="step", ylabel="nats a token", title=title)
     axes.legend()
-    FigureCanvasAgg(figure).print_figure(path, dpi=120, format="png")
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(png, dpi=120, format="png")
+    write_output(path, png.getvalue())
     return True
 
 

@@ -104,6 +104,7 @@ def _check(line: Line, path: Path, number: int) -> None:
     is_ours = all(key in line for key in needed) and (
         error is None or (isinstance(error, dict) and "type" in error)
     )
+    is_ours = is_ours and all(isinstance(line[key], str | None) for key in ("group", "arm"))
     measured = (line.get(key) for key in ("ttft_s", "total_s", "cost", "completion_tokens"))
     if not is_ours or not all(isinstance(value, int | float | None) for value in measured):
         raise FileFormatError(f"{path}, line {number}: no line of mrss_provider.compare.arm_log")

@@ -15,6 +15,7 @@ import numpy as np
 
 from mrss_provider.compare.arms import Arm, Arms
 from mrss_provider.compare.comparison import NOTHING, in_words
+from mrss_provider.compare.quantiles import quantiles
 from mrss_provider.compare.sequential import (
     MIN_CALLS,
     Interval,
@@ -77,20 +78,13 @@ def _row(arm: Arm, total: int) -> dict[str, Any]:
         "num_cached": sum(bool(call["cache_hit"]) for call in arm.calls),
         "num_errors": arm.num_errors,
         "errors": dict(errors),
-        "ttft_s": _quantiles(arm.values("ttft_s")),
-        "total_s": _quantiles(arm.values("total_s")),
+        "ttft_s": quantiles(arm.values("ttft_s")),
+        "total_s": quantiles(arm.values("total_s")),
         "cost": sum(costs) if costs else None,
         "completion_tokens": int(sum(arm.values("completion_tokens"))),
         "feedback": float(np.mean(arm.scores)) if arm.scores else None,
         "num_feedback": len(arm.scores),
     }
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    p50, p95 = np.quantile(values, (0.5, 0.95))
-    return {"p50": float(p50), "p95": float(p95)}
 
 
 def _compare(

@@ -94,7 +94,7 @@ class Connection(Protocol):
         ...
 
 
-# Of a line of results.jsonl; whoever edits one by hand is told what is wrong.
+# Of a piece as it comes, and of a line of results.jsonl, which somebody may have edited by hand.
 _SOME_TEXT = (str, NoneType)
 _SOME_NUMBER = (int, float, NoneType)
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -106,6 +106,17 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "chunk_s": (list,),
     "error": (dict, NoneType),
 }
+
+
+def check_kinds(values: Mapping[str, Any]) -> None:
+    """Do nothing if the fields of a `Piece` or a `Result` are of the kinds that they must be.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for key, value in values.items():
+        if not isinstance(value, _KINDS.get(key, object)) or isinstance(value, bool):
+            raise TypeError(f"{key} must not be {value!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -177,10 +188,7 @@ class Result:
             TypeError: a field is missing, or not what it must be.
         """
         values = {f.name: line[f.name] for f in fields(cls) if f.name in line}
-        for key, kinds in _KINDS.items():
-            value = values.get(key)
-            if key in values and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise TypeError(f"{key} must not be {value!r:.40}")
+        check_kinds(values)
         times = values.get("chunk_s", [])
         if not all(isinstance(t, int | float) for t in times):
             raise TypeError("chunk_s must be times")

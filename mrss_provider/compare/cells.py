@@ -8,15 +8,26 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import Any
+from typing import Any, TypeVar
 
 from mrss_provider.compare.calls import Call, Connection, Result, ask, call_of
 from mrss_provider.compare.folder import Settings
 from mrss_provider.compare.jsonl import JsonLines
 from mrss_provider.compare.prompts import Prompt
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 # The order is a function of the settings alone.
 _ORDER_SEED = 20_240_229
@@ -147,21 +158,49 @@ async def ask_all(
     Raises:
         StorageError: a result cannot be written.
     """
-    waiting = iter(cells)
+
+    async def answered(cell: Cell) -> Result:
+        call = call_of(cell.prompt, cell.model, cell.seed, settings.params, pace.timeout_s)
+        return await ask(connection, call, cell.prompt.id)
+
+    await append_each(cells, answered, pace, file, Result.to_dict, on_result)
+
+
+async def append_each(
+    waiting: Sequence[T],
+    answer: Callable[[T], Awaitable[U]],
+    pace: Pace,
+    file: JsonLines,
+    line_of: Callable[[U], Mapping[str, Any]],
+    on_line: Callable[[U], None],
+) -> None:
+    """Have everything answered, at a pace, and append a line for each answer as it comes.
+
+    Args:
+        waiting: in the order in which they are begun.
+        answer: what to do with each.
+        pace: how fast.
+        file: where the lines go.
+        line_of: an answer's.
+        on_line: called after a line is on the disk.
+
+    Raises:
+        StorageError: a line cannot be written.
+    """
+    left = iter(waiting)
     metronome = Metronome(pace.rate_per_s)
     writing = asyncio.Lock()
 
     async def work() -> None:
-        for cell in waiting:
+        for one in left:
             await metronome.beat()
-            call = call_of(cell.prompt, cell.model, cell.seed, settings.params, pace.timeout_s)
-            result = await ask(connection, call, cell.prompt.id)
+            answered = await answer(one)
             # fsync takes milliseconds, which would be counted as others' latency.
             async with writing:
-                await to_the_end(asyncio.to_thread(file.append, result.to_dict()))
-            on_result(result)
+                await to_the_end(asyncio.to_thread(file.append, line_of(answered)))
+            on_line(answered)
 
-    await together([work() for _ in range(min(pace.concurrency, len(cells)))])
+    await together([work() for _ in range(min(pace.concurrency, len(waiting)))])
 
 
 async def together(workers: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -95,7 +95,7 @@ class Folder:
         _check_foreign(path, prompts)
         path.mkdir(parents=True, exist_ok=True)
         # In part, it would look like somebody else's.
-        _replace(path / "prompts.jsonl", prompts)
+        replace_file(path / "prompts.jsonl", prompts)
         write_whole(path / "run.json", json.dumps(asdict(settings), indent=2) + "\n")
         return cls.open(path)
 
@@ -170,16 +170,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the file is named.
     """
-    _replace(path, text.encode(errors="replace"))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    try:
-        replace_file(path, data)
-    except OSError as exc:
-        # A write that fails does not say where.
-        exc.filename = str(path)
-        raise
+    replace_file(path, text.encode(errors="replace"))
 
 
 def _differences(found: Settings, wanted: Settings) -> Iterable[tuple[str, str, str]]:

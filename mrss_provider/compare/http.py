@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from mrss_provider.compare.calls import Call, CallError, Piece
+from mrss_provider.compare.calls import Call, CallError, Piece, check_kinds
 from mrss_provider.errors import ConfigError
 
 _MAX_ERROR_CHARS = 500
@@ -66,6 +66,10 @@ class HttpConnection:
                         yield read_event(event)
                 if not num_events:
                     raise CallError("NoEvents", "the server answered with no stream of events")
+        except httpx.ConnectError as exc:
+            where = httpx.URL(self._base_url)
+            address = f"{where.scheme}://{where.netloc.decode()}"
+            raise CallError("ConnectError", f"nobody answers at {address} ({exc})") from exc
         except httpx.HTTPError as exc:
             raise CallError(type(exc).__name__, str(exc) or "the connection broke off") from exc
 
@@ -84,7 +88,7 @@ def parse_base_url(text: str) -> str:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise ConfigError(f"--base-url must be http://host:port, got {text!r}", param="base_url")
     return text.rstrip("/") + ("/v1" if url.path in ("", "/") else "")
 
@@ -117,20 +121,18 @@ def read_chunk(chunk: Mapping[str, Any]) -> Piece:
     choice = choices[0] if isinstance(choices, list) and choices else {}
     delta = choice.get("delta") or {}
     usage = chunk.get("usage") or {}
-    text = delta.get("content") or choice.get("text") or ""
-    reasoning = delta.get("reasoning_content") or ""
-    if not isinstance(text, str) or not isinstance(reasoning, str):
-        raise TypeError(f"its text is {text!r:.40}")
-    return Piece(
-        text=text,
-        reasoning=reasoning,
-        finish_reason=choice.get("finish_reason"),
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
-        cost=usage.get("cost"),
-        id=chunk.get("id"),
-        fingerprint=chunk.get("system_fingerprint"),
-    )
+    told: dict[str, Any] = {
+        "text": delta.get("content") or choice.get("text") or "",
+        "reasoning": delta.get("reasoning_content") or "",
+        "finish_reason": choice.get("finish_reason"),
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+        "cost": usage.get("cost"),
+        "id": chunk.get("id"),
+        "fingerprint": chunk.get("system_fingerprint"),
+    }
+    check_kinds(told)
+    return Piece(**told)
 
 
 def _request(call: Call) -> tuple[str, dict[str, Any]]:

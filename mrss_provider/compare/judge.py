@@ -6,17 +6,23 @@ verdict is counted, not guessed.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mrss_provider.compare.calls import Call, Connection, Result, ask
-from mrss_provider.compare.cells import Metronome, Pace, to_the_end, together
+from mrss_provider.compare.cells import Pace, append_each
 from mrss_provider.compare.folder import Folder
 from mrss_provider.compare.jsonl import JsonLines, read_lines
-from mrss_provider.compare.pairwise import Pair, Place, Preferences, answered_by_both, pairs_of
+from mrss_provider.compare.pairwise import (
+    VALUES,
+    Pair,
+    Place,
+    Preferences,
+    answered_by_both,
+    pairs_of,
+)
 from mrss_provider.compare.prompts import Prompt, text_of
 from mrss_provider.errors import FileFormatError
 
@@ -39,7 +45,6 @@ verdict: B
 verdict: tie"""
 
 _VERDICT = re.compile(r"verdict\W{1,8}(A|B|tie)\W*$", re.IGNORECASE | re.MULTILINE)
-_VALUES = {"a": 1.0, "b": -1.0, "tie": 0.0}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def conversation(prompt: Prompt) -> str:
 def parse_verdict(text: str) -> float | None:
     """Return the last verdict in a judge's words: 1 for A, -1 for B, 0; None without one."""
     found = _VERDICT.findall(text)
-    return _VALUES[found[-1].lower()] if found else None
+    return VALUES[found[-1].lower()] if found else None
 
 
 async def judge_all(
@@ -137,31 +142,23 @@ async def judge_all(
     Raises:
         StorageError: a verdict cannot be written.
     """
-    left = iter(waiting)
-    metronome = Metronome(pace.rate_per_s)
-    writing = asyncio.Lock()
 
-    async def work() -> None:
-        for question in left:
-            await metronome.beat()
-            messages = [{"role": "user", "content": question.text}]
-            call = Call(judge, messages, params=params, seed=0, timeout_s=pace.timeout_s)
-            result = await ask(connection, call, question.place[0])
-            line = {
-                "judge": judge,
-                "models": question.pair,
-                "prompt": question.place[0],
-                "seed": question.place[1],
-                "swapped": question.is_swapped,
-                "verdict": None if result.error else parse_verdict(result.text),
-                "text": result.text,
-                "error": result.error,
-            }
-            async with writing:
-                await to_the_end(asyncio.to_thread(file.append, line))
-            on_judged()
+    async def judged(question: Question) -> dict[str, Any]:
+        messages = [{"role": "user", "content": question.text}]
+        call = Call(judge, messages, params=params, seed=0, timeout_s=pace.timeout_s)
+        result = await ask(connection, call, question.place[0])
+        return {
+            "judge": judge,
+            "models": question.pair,
+            "prompt": question.place[0],
+            "seed": question.place[1],
+            "swapped": question.is_swapped,
+            "verdict": None if result.error else parse_verdict(result.text),
+            "text": result.text,
+            "error": result.error,
+        }
 
-    await together([work() for _ in range(min(pace.concurrency, len(waiting)))])
+    await append_each(waiting, judged, pace, file, dict, lambda _: on_judged())
 
 
 def read_judgements(
@@ -177,6 +174,8 @@ def read_judgements(
         try:
             first, second = line["models"]
             key = ((first, second), (line["prompt"], line["seed"]), bool(line["swapped"]))
+            if line["verdict"] not in (*VALUES.values(), None):
+                raise ValueError(line["verdict"])
             if line["judge"] == judge:
                 said[key] = {"verdict": line["verdict"], "error": line["error"]}
         except (KeyError, ValueError, TypeError) as exc:

@@ -5,11 +5,14 @@ A preference is in [-1, 1] from the second model of a pair to the first; 0 is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
 from mrss_provider.compare.calls import Result
+
+VALUES: Mapping[str, float] = {"a": 1.0, "b": -1.0, "tie": 0.0}
+"""What a verdict between A and B is as a preference for A."""
 
 Pair = tuple[str, str]
 Place = tuple[str, int]
@@ -21,7 +24,6 @@ class Preferences:
 
     Attributes:
         values: (prompt, seed) -> preference for the first model.
-        num_ties: of them, said to be even.
     """
 
     values: dict[Place, float] = field(default_factory=dict)

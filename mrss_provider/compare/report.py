@@ -21,6 +21,7 @@ from mrss_provider.compare.charts import intervals, spread
 from mrss_provider.compare.comparison import SPEED, Comparison
 from mrss_provider.compare.folder import Folder
 from mrss_provider.compare.judge import conversation
+from mrss_provider.compare.quantiles import number, seconds
 from mrss_provider.compare.summary import Summary
 
 _UNITS = {"ttft_s": "s", "total_s": "s", "tokens_per_s": ""}
@@ -117,29 +118,17 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["model"],
             str(row["num_answers"]),
             ", ".join(f"{kind}: {n}" for kind, n in row["errors"].items()) or "0",
-            _seconds(row["ttft_s"], "p50"),
-            _seconds(row["ttft_s"], "p95"),
-            _number(row["tokens_per_s"], "p50"),
-            _seconds(row["gap_s"], "p95"),
-            _seconds(row["total_s"], "p50"),
+            seconds(row["ttft_s"], "p50"),
+            seconds(row["ttft_s"], "p95"),
+            number(row["tokens_per_s"], "p50"),
+            seconds(row["gap_s"], "p95"),
+            seconds(row["total_s"], "p50"),
             str(row["completion_tokens"]),
             "unknown" if row["cost"] is None else f"{row['cost']:.4g}",
-            *(_number(row["scores"][name], "mean") for name in scores),
+            *(number(row["scores"][name], "mean") for name in scores),
         ]
         lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     return "".join(f"<tr>{line}</tr>" for line in lines)
-
-
-def _number(values: Mapping[str, float | None] | None, key: str) -> str:
-    value = None if values is None else values[key]
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _seconds(values: Mapping[str, float] | None, key: str) -> str:
-    if values is None:
-        return "-"
-    value = values[key]
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _spreads(folder: Folder, results: Sequence[Result]) -> Iterable[str]:

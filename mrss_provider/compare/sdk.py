@@ -10,6 +10,7 @@ from mrss_provider.compare.http import read_chunk
 
 _ID_HEADERS = ("x-litellm-model-id", "llm_provider-x-litellm-model-id")
 _MAX_ERROR_CHARS = 500
+_NO_PROVIDER = "LLM Provider NOT provided"
 
 
 class SdkConnection:
@@ -45,7 +46,7 @@ class SdkConnection:
             async for chunk in answer:
                 yield _priced(call.model, read_chunk(chunk.model_dump()))
         except Exception as exc:
-            raise _error(exc) from exc
+            raise _error(exc, call.model) from exc
 
     async def aclose(self) -> None:
         """Close the HTTP clients that LiteLLM keeps for this event loop."""
@@ -83,9 +84,14 @@ def _from_hidden(hidden: object) -> Piece:
     return Piece(model_id=model_id, call_id=fields.get("litellm_call_id"))
 
 
-def _error(exc: Exception) -> CallError:
+def _error(exc: Exception, model: str) -> CallError:
     status = getattr(exc, "status_code", None)
     message = str(getattr(exc, "message", None) or exc)
+    if _NO_PROVIDER in message:
+        message = (
+            f"{model!r} names no provider that LiteLLM knows; write mrss/{model} for a mixture of "
+            "ours, or give --base-url to ask a server by its own names"
+        )
     return CallError(
         type(exc).__name__,
         message[:_MAX_ERROR_CHARS],

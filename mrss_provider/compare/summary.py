@@ -23,6 +23,7 @@ from mrss_provider.compare.comparison import (
 from mrss_provider.compare.folder import Folder
 from mrss_provider.compare.judge import Judgements
 from mrss_provider.compare.pairwise import Pair, Preferences
+from mrss_provider.compare.quantiles import quantiles
 from mrss_provider.compare.scorers import Scorer, score
 
 ALPHA = 0.05
@@ -159,20 +160,13 @@ def _row(
         "num_answers": len(good),
         "errors": dict(Counter(str(r.error["type"]) for r in own if r.error is not None)),
         "finish_reasons": dict(Counter(r.finish_reason or "none" for r in good)),
-        "ttft_s": _quantiles([r.ttft_s for r in good if r.ttft_s is not None]),
-        "gap_s": _quantiles(gaps),
-        "total_s": _quantiles([r.total_s for r in good]),
-        "tokens_per_s": _quantiles([r.tokens_per_s for r in good if r.tokens_per_s is not None]),
+        "ttft_s": quantiles([r.ttft_s for r in good if r.ttft_s is not None]),
+        "gap_s": quantiles(gaps),
+        "total_s": quantiles([r.total_s for r in good]),
+        "tokens_per_s": quantiles([r.tokens_per_s for r in good if r.tokens_per_s is not None]),
         "completion_tokens": sum(r.completion_tokens or 0 for r in good),
         "cost": sum(costs) if costs else None,
         "scores": means,
         "model_ids": sorted({r.model_id for r in good if r.model_id}),
         "fingerprints": sorted({r.fingerprint for r in good if r.fingerprint}),
     }
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    p50, p95 = np.quantile(values, (0.5, 0.95))
-    return {"p50": float(p50), "p95": float(p95)}

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mrss_provider.compare.calls import Result
 from mrss_provider.compare.folder import Folder
 from mrss_provider.compare.jsonl import read_lines
-from mrss_provider.compare.pairwise import Pair, Place, Preferences, answered_by_both, pairs_of
+from mrss_provider.compare.pairwise import (
+    VALUES,
+    Pair,
+    Place,
+    Preferences,
+    answered_by_both,
+    pairs_of,
+)
 from mrss_provider.errors import FileFormatError
 
 Vote = Literal["a", "b", "tie"]
-_VALUES: Mapping[str, float] = {"a": 1.0, "b": -1.0, "tie": 0.0}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def read_votes(folder: Folder, results: Iterable[Result]) -> dict[Pair, Preferen
     }
     for line in _read(folder):
         first, second = line["models"]
-        value = _VALUES[line["vote"]]
+        value = VALUES[line["vote"]]
         pair = (first, second) if (first, second) in said else (second, first)
         if pair in said:
             value = value if pair == (first, second) else -value
@@ -105,7 +111,7 @@ def _read(folder: Folder) -> Iterable[dict[str, Any]]:
     for number, line in read_lines(folder.votes):
         try:
             first, second = line["models"]
-            is_vote = line["vote"] in _VALUES and isinstance(line["prompt"], str)
+            is_vote = line["vote"] in VALUES and isinstance(line["prompt"], str)
             is_vote = is_vote and isinstance(line["seed"], int) and isinstance(line["voter"], str)
             is_vote = is_vote and isinstance(first, str) and isinstance(second, str)
         except (KeyError, ValueError, TypeError):

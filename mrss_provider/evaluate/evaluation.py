@@ -26,6 +26,13 @@ from mrss_provider.resampling import holm
 
 _PARTS = ("know", "tone")
 _NO_TEXTS = Texts([], [], [])
+# Whom the talk between the state and the question is to fade, and in which manner it is.
+_DISTANT: tuple[tuple[str, History], ...] = (
+    ("knowledge alone", "plain"),
+    ("tone alone", "toned"),
+    (DEFAULT, "toned"),
+    (DEFAULT, "plain"),
+)
 _FIXED_KEYS = ("name", "model", "rows", "trained_on_both", "is_baseline")
 
 
@@ -140,24 +147,8 @@ async def evaluate_pair(
         found.curves[method] = await _curve(measurer, pair, method)
     found.front = _front(found, chosen)
     by_name = {system.name: system for system in chosen}
-    for temperature in plan.temperatures:
-        decoding = Decoding(f"T={temperature:g}", temperature=temperature)
-        cell = await measurer.cell(by_name[DEFAULT], decoding)
-        found.temperatures.append({"temperature": temperature, **_shares(cell)})
-    histories: tuple[tuple[str, History], ...] = (
-        ("knowledge alone", "plain"),
-        ("tone alone", "toned"),
-        (DEFAULT, "toned"),
-        (DEFAULT, "plain"),
-    )
-    for name, history in histories:
-        if not task.has_talk(history):
-            continue
-        points = []
-        for turns in plan.turns:
-            cell = await measurer.distant_cell(by_name[name], turns, history)
-            points.append({"turns": turns, **_shares(cell)})
-        found.distance[f"{name}, {history} talk"] = points
+    found.temperatures = await _temperatures(measurer, by_name[DEFAULT], plan)
+    found.distance = await _distance(measurer, task, by_name, plan)
     of_verdict = await measured(measurer, task, by_name, cells, texts, found.gains, found.distance)
     found.preconditions = [asdict(condition) for condition in preconditions(of_verdict)]
     found.conditions = [asdict(condition) for condition in conditions(of_verdict)]
@@ -243,6 +234,31 @@ async def _curve(measurer: Measurer, pair: Pair, method: str) -> list[dict[str, 
         cell = await measurer.dev_cell(System(f"{method} {title}", model), T1)
         points.append({"weights": title, **_shares(cell)})
     return points
+
+
+async def _temperatures(measurer: Measurer, system: System, plan: Plan) -> list[dict[str, float]]:
+    """Measure a system at each of the plan's temperatures."""
+    points = []
+    for temperature in plan.temperatures:
+        cell = await measurer.cell(system, Decoding(f"T={temperature:g}", temperature=temperature))
+        points.append({"temperature": temperature, **_shares(cell)})
+    return points
+
+
+async def _distance(
+    measurer: Measurer, task: Task, by_name: Mapping[str, System], plan: Plan
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure the default and its two states after turns of the talk that the task has."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, history in _DISTANT:
+        if not task.has_talk(history):
+            continue
+        points = []
+        for turns in plan.turns:
+            cell = await measurer.distant_cell(by_name[name], turns, history)
+            points.append({"turns": turns, **_shares(cell)})
+        found[f"{name}, {history} talk"] = points
+    return found
 
 
 def _front(found: Evaluation, systems: Sequence[System]) -> dict[str, float]:

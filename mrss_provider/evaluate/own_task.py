@@ -182,7 +182,7 @@ def _lines(path: Path, data: bytes) -> Iterator[tuple[dict[str, Any], str]]:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise InvalidRequestError(f"{where}: not JSON ({exc})") from exc
         if not isinstance(value, dict):
             raise InvalidRequestError(f"{where}: must be an object, got {value!r:.40}")

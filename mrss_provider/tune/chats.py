@@ -110,7 +110,7 @@ def _each_line(path: Path, read: Callable[[int, Any], T]) -> list[T]:
             continue
         try:
             found.append(read(number, json.loads(line)))
-        except (ValueError, InvalidRequestError) as exc:
+        except (ValueError, RecursionError, InvalidRequestError) as exc:
             problems.append(f"line {number}: {exc}")
     if len(problems) == 1:
         raise FileFormatError(f"{path}, {problems[0]}")

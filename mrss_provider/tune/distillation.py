@@ -18,7 +18,7 @@ from mrss_provider.tune.config import TuneResult
 from mrss_provider.tune.examples import Batch, Example, make_batch
 from mrss_provider.tune.gate_report import Interval, bootstrap
 from mrss_provider.tune.network import Weights, base_state, logits, read_rows
-from mrss_provider.tune.token_loss import Imitation
+from mrss_provider.tune.token_loss import Imitation, divergence
 
 MAX_ANSWERS_AT_ONCE = 8
 
@@ -163,8 +163,8 @@ def measure_gap(
         merged = imitation.merged(batch, batch.answer)
         own = _logits(weights, batch, result.wkv, result.time_offset)
         untuned = _logits(weights, batch, base, None)
-        kls.append(_divergence(merged, own))
-        bases.append(_divergence(merged, untuned))
+        kls.append(divergence(merged, own))
+        bases.append(divergence(merged, untuned))
         same.append(merged.argmax(-1) == own.argmax(-1))
         counts = batch.answer.sum(1).tolist()
         document += [
@@ -189,8 +189,3 @@ def _logits(weights: Weights, batch: Batch, wkv: Tensor, offset: Tensor | None) 
     offsets = None if offset is None else offset.to(device).expand(count, *offset.shape)
     hidden = read_rows(weights, batch.inputs, batch.lengths, rows, offsets=offsets)
     return logits(weights, hidden[batch.answer])
-
-
-def _divergence(merged: Tensor, own: Tensor) -> Tensor:
-    gap = merged.clamp_min(torch.finfo(merged.dtype).min) - own.log_softmax(-1)
-    return (merged.exp() * gap).sum(-1)

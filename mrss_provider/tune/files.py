@@ -114,7 +114,7 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
     try:
         replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
     except OSError as exc:
-        raise StateFileError(f"{path} cannot be written: {exc}") from exc
+        raise StateFileError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def _config(checkpoint: CheckpointWeights) -> ModelConfig:

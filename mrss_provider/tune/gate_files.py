@@ -74,7 +74,7 @@ def save_gate(
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, save(result.tensors, metadata=metadata.to_strings()))
     except OSError as exc:
-        raise FileFormatError(f"{path} cannot be written: {exc}") from exc
+        raise FileFormatError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     return metadata
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,28 @@ from mrss_provider.tune.config import TuneConfig
 from mrss_provider.tune.learner import Learner
 from mrss_provider.tune.network import Weights
 from mrss_provider.tune.token_loss import TokenLoss
-from mrss_provider.tune.training import BatchOf, Examples, RateTrial
+from mrss_provider.tune.training import BatchOf, Examples
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """What a sweep tries unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """One learning rate of a sweep.
+
+    Attributes:
+        rate: peak learning rate.
+        loss: on the held-out text after the sweep's steps, nats a token; infinite if it blew up.
+    """
+
+    rate: float
+    loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for metadata; JSON has no number for a loss that blew up, which is null."""
+        loss = round(self.loss, 5) if math.isfinite(self.loss) else None
+        return {"rate": self.rate, "loss": loss}
 
 
 def sweep(

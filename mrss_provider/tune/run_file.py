@@ -84,7 +84,7 @@ def save_run(path: Path, run: Unfinished) -> None:
     try:
         replace_file(path, data.getbuffer())
     except OSError as exc:
-        raise FileFormatError(f"{path} cannot be written: {exc}") from exc
+        raise FileFormatError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def load_run(path: Path, settings: Mapping[str, Any]) -> Unfinished:

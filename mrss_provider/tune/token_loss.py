@@ -136,9 +136,7 @@ class Imitation:
 
     def __call__(self, own: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """Return the divergence of each token's distribution from the mixture's."""
-        merged = self.merged(batch, mask)
-        gap = merged.clamp_min(torch.finfo(merged.dtype).min) - own.log_softmax(-1)
-        return (merged.exp() * gap).sum(-1)
+        return divergence(self.merged(batch, mask), own)
 
     @torch.no_grad()
     def merged(self, batch: Batch, mask: Tensor) -> Tensor:
@@ -150,6 +148,17 @@ class Imitation:
         rows = Rows(logits_of_rows, named, cut, base_named=self._mixture.base_named)
         weights = self._gate.weights(rows, sums_to_one=self._merge.sums_to_one)
         return self._merge.merge(rows, weights).log_softmax(-1)
+
+
+def divergence(merged: Tensor, own: Tensor) -> Tensor:
+    """Return `KL(mixture || state)` in nats [M].
+
+    Args:
+        merged: [M, V] log-probabilities of the mixture, -inf where its cut removes a token.
+        own: [M, V] logits of the state.
+    """
+    gap = merged.clamp_min(torch.finfo(merged.dtype).min) - own.log_softmax(-1)
+    return (merged.exp() * gap).sum(-1)
 
 
 def refuse_priors(gate: Gate) -> None:

@@ -1,12 +1,10 @@
-"""train: one state learnt from batches, watched on held-out text, left and gone on with at will."""
+"""Training: a state learnt from batches, watched on held-out text, left and gone on with."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -128,21 +126,3 @@ class Training:
         if loss < least:
             record.best_step = record.step
             self.best = self.learner.snapshot()
-
-
-@dataclass(frozen=True)
-class RateTrial:
-    """One learning rate of a sweep.
-
-    Attributes:
-        rate: peak learning rate.
-        loss: on the held-out text after the sweep's steps, nats a token; infinite if it blew up.
-    """
-
-    rate: float
-    loss: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it for metadata; JSON has no number for a loss that blew up, which is null."""
-        loss = round(self.loss, 5) if math.isfinite(self.loss) else None
-        return {"rate": self.rate, "loss": loss}

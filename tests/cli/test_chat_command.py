@@ -215,6 +215,10 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
     assert printable("a\x1b[31m\tb\nc\r\x9bd é") == "a[31m\tb\ncd é"
 
 
+def test_half_of_a_surrogate_pair_does_not_stop_what_is_printed() -> None:
+    assert printable("a\ud83d é 😀").encode() == "a? é 😀".encode()
+
+
 def test_a_schema_or_an_expression_goes_with_every_request(
     talk: Conversation,
     runner: asyncio.Runner,

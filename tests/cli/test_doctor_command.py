@@ -66,6 +66,17 @@ def test_a_sound_installation_ends_with_a_sentence_that_was_generated(
     assert "tokens" in findings[-1]["found"]
 
 
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [("1.97.9", "FAIL"), ("1.98rc1", "ok"), ("1.98.0.dev2", "ok"), ("2", "ok")],
+)
+def test_a_version_of_litellm_may_be_one_before_a_release(
+    monkeypatch: pytest.MonkeyPatch, version: str, verdict: str
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    assert doctor._litellm().verdict == verdict
+
+
 @pytest.mark.usefixtures("_litellm_unimported")
 def test_a_missing_model_fails_with_the_reason_and_the_rest_is_told(where: list[object]) -> None:
     result = mrss("doctor", *where[2:], "--model", "/nowhere")
@@ -222,11 +233,24 @@ def test_a_file_that_would_shadow_the_package_is_found(tmp_path: Path) -> None:
     assert "stands beside the configuration" in problem
 
 
-@pytest.mark.parametrize("text", ["a: [", "just words", ""])
-def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "is no YAML"),
+        ("just words", "no table at its top"),
+        ("", "no table at its top"),
+        ("litellm_settings: 3", "litellm_settings must be a table, got 3"),
+        ("general_settings: [a]", r"general_settings must be a table, got \['a'\]"),
+        ("litellm_settings: {custom_provider_map: foo}", "custom_provider_map must be a list of"),
+        ("model_list: 4", "model_list must be a list of tables, got 4"),
+        ("model_list: [x]", r"model_list must be a list of tables, got \['x'\]"),
+        ("model_list: [{litellm_params: x}]", "litellm_params must be a table, got 'x'"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(CommandError, match=r"is no YAML|no table at its top"):
+    with pytest.raises(CommandError, match=words):
         examine(path)
 
 

@@ -1,5 +1,7 @@
 """`mrss litellm-config`: what it writes, what it refuses, and that LiteLLM can read it."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -149,11 +151,36 @@ def test_file_is_written_once_and_again_only_by_force(tmp_path):
         refused = mrss(*asked, "--output-cost", 1)
         assert refused.code == 1
         assert "--force overwrites it" in refused.err
+        assert "--force goes with --out" in mrss(*asked[:3], "--force").err
         assert out.read_text() == text
         assert mrss(*asked, "--output-cost", 1, "--force").code == 0
         assert out.read_text() != text
         on_stdout = mrss(*asked[:3])
     assert on_stdout.out == text
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    out = tmp_path / "config.yaml"
+    out.write_text("the last one")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CommandError, match=r"config.yaml cannot be written: No space left"):
+        litellm_config.write("the next", out, force=True)
+    assert out.read_text() == "the last one"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_came_between_the_question_and_the_answer_is_not_written_over(tmp_path):
+    out, nowhere = tmp_path / "config.yaml", tmp_path / "link"
+    out.write_text("somebody else's")
+    nowhere.symlink_to(tmp_path / "target")
+    for path in (out, nowhere):
+        with pytest.raises(CommandError, match="--force overwrites it"):
+            litellm_config.write("the next", path, force=False)
+    assert out.read_text() == "somebody else's"
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_litellm_that_takes_too_long_is_one_sentence(monkeypatch):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from command import mrss
 from litellm.constants import AIOHTTP_KEEPALIVE_TIMEOUT
+from ports import free_port
 
 from mrss_provider.cli import proxy
 from mrss_provider.cli.output import CommandError
@@ -25,12 +26,6 @@ from mrss_provider.cli.processes import Child
 from mrss_provider.config import KEEP_ALIVE_S
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from fake_hub import FakeHub, serve
 
 from mrss_provider.async_engine.card import read_card
+from mrss_provider.cli import pull
 from mrss_provider.cli.output import CommandError
 from mrss_provider.cli.pull import ALIASES, RemoteFile, choose
 
@@ -81,6 +83,18 @@ def test_the_card_names_the_chat_template_and_is_never_replaced(
     (tmp_path / out.strip() / "card.toml").write_text('template = "plain"')
     _pull(hub.url, repo, cwd=tmp_path)
     assert read_card(tmp_path / out.strip()).template == "plain"
+
+
+def test_a_card_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left.*{tmp_path / 'card.toml'}"):
+        pull._write_card(tmp_path, "BlinkDL/rwkv7-g1/rwkv7-g1-0.1b.pth")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_safetensors_repository_comes_with_its_vocabulary(hub: FakeHub, tmp_path: Path) -> None:

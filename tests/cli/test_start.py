@@ -64,6 +64,7 @@ def test_version_is_the_packages() -> None:
         (["serve", "--socket", "/s", "--port", "9001"], 1, "error: --port means nothing on a Unix"),
         (["serve", "--socket", "/s", "--host", "::1"], 1, "or listen on 127.0.0.1 too with --loop"),
         (["chat", "--server", "x", "--in-process"], 2, "give one or the other"),
+        (["models", "--api-key", "k", "--in-process"], 2, "--in-process wants none"),
         (["chat", "-m", "x", "--temperature", "-1"], 1, "error: temperature must be in [0, 100]"),
         (["chat", "-m", "x", "--server", "here"], 1, "error: an engine's address is http://"),
         (["models", "--server", "http://127.0.0.1:1"], 1, "error: no engine answers at http"),

@@ -183,6 +183,16 @@ def test_average_refuses_an_unknown_state(where: list[str]) -> None:
     assert "unknown state or mixture 'quiet'" in result.err
 
 
+@pytest.mark.parametrize("term", ["loud~linear", "loud~fixed", "loud@tiny"])
+def test_average_refuses_what_it_would_leave_out(where: list[str], term: str) -> None:
+    result = mrss("states", "average", "calm", term, "--name", "mean", *where)
+    assert (result.code, result.out) == (1, "")
+    assert (
+        f"an average takes states and weights only, such as knowledge:0.7, got 'calm+{term}'"
+        in (result.err)
+    )
+
+
 def test_check_scores_a_text_both_ways_and_fails_on_a_bad_file(
     where: list[str], folder: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,10 @@
 """`mrss trace` and `mrss chat --trace`: the page, the colours, and what is never HTML."""
 
 import asyncio
+import errno
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -151,6 +153,30 @@ def test_command_writes_the_page(
     assert out == ""
     assert f"wrote {path}" in err
     assert "tone 25 %" in err
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    runner: asyncio.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    path = tmp_path / "out.html"
+    path.write_text("the last page")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left.*{path}"):
+        trace(FakeBackend(ANSWER), runner, REQUEST, html=path, as_json=False)
+    assert path.read_text() == "the last page"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_page_can_go_into_a_pipe(runner: asyncio.Runner) -> None:
+    reader, writer = os.pipe()
+    with open(reader, encoding="utf-8") as pipe:
+        with open(writer, "wb"):
+            path = Path(f"/proc/self/fd/{writer}")
+            trace(FakeBackend(ANSWER), runner, REQUEST, html=path, as_json=False)
+        assert len(Page(pipe.read()).tokens) == 3
 
 
 def test_page_without_a_folder_is_refused_before_anything_is_asked(

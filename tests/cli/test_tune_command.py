@@ -1,5 +1,6 @@
 """`mrss tune`: from lines to a state that the engine loads, over kills and refusals."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from command import mrss
 from safetensors.torch import load_file
 from tiny_model import write_model_folder, write_state
 
+from mrss_provider.cli import tune_finish
 from mrss_provider.cli.states import read_config
 from mrss_provider.config import BUNDLED_STATES
 from mrss_provider.engine.state_library import StateLibrary
@@ -86,6 +88,27 @@ def test_a_state_is_tuned_and_loads_with_its_provenance(where, model, folder, da
     assert not (folder / "mine.safetensors.unfinished").exists()
 
 
+@pytest.mark.slow
+def test_the_curve_lies_beside_the_state(where, folder, data):
+    out = folder / "mine.safetensors"
+    result = tune(where, data, out, "--curve", "--json")
+    assert json.loads(result.out)["curve"] == str(folder / "mine.png")
+    assert (folder / "mine.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_curve_that_cannot_be_written_hides_nothing_of_what_was_learnt(
+    where, folder, data, monkeypatch
+):
+    def draw(path, record, title):
+        raise OSError(errno.EISDIR, "Is a directory", str(path))
+
+    monkeypatch.setattr(tune_finish, "draw_curve", draw)
+    result = tune(where, data, folder / "mine.safetensors", "--curve", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["curve"] is None
+    assert f"no loss curve: {folder / 'mine.png'} cannot be written: Is a directory" in result.err
+
+
 def test_a_state_is_not_written_over_unless_told_to(where, folder, data):
     result = tune(where, data, folder / "calm.pth")
     assert result.code == 1
@@ -109,6 +132,9 @@ def test_a_state_is_not_written_over_unless_told_to(where, folder, data):
             "under linear, geometric, product",
         ),
         (["--beside", "calm", "--gate", "posterior"], "gate 'posterior'"),
+        (["--beside", "calm~linear"], "--beside takes states and weights only, .*'calm~linear'"),
+        (["--beside", "calm", "--beside", "loud@x"], "states and weights only, .*'calm.loud@x'"),
+        (["--beside", "calm", "--beside", "loud:-1", "--merge", "linear"], "'loud' is below 0"),
         (["--distill", "calm"], "give --data, or --distill with --prompts"),
         (["--distill", ""], "give --data, or --distill with --prompts"),
         (["--format", "pth"], "--format pth and --out new.safetensors do not fit"),

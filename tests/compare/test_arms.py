@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arm_calls import FAILED, PAYLOAD, call, traffic, write
 from test_statistics import binomial_bound
 
 import mrss_provider.compare
@@ -19,31 +20,6 @@ from mrss_provider.compare.arms import read_arms
 from mrss_provider.compare.arms_report import report_arms
 from mrss_provider.compare.log_callback import LineWriter, RotatingLines, line_of, make_arm_log
 from mrss_provider.errors import ConfigError, FileFormatError
-
-PAYLOAD = {
-    "id": "chatcmpl-1",
-    "litellm_call_id": "call-1",
-    "model_group": "pirate",
-    "model_id": "arm-a",
-    "model": "mrss/tone",
-    "stream": True,
-    "cache_hit": None,
-    "startTime": 10.0,
-    "completionStartTime": 10.25,
-    "endTime": 11.5,
-    "prompt_tokens": 3,
-    "completion_tokens": 5,
-    "response_cost": 0.5,
-    "status": "success",
-    "error_information": {},
-    "messages": [{"role": "user", "content": "a secret"}],
-    "response": "another secret",
-}
-FAILED = {
-    **PAYLOAD,
-    "status": "failure",
-    "error_information": {"error_class": "RateLimitError", "error_code": "429"},
-}
 
 
 def test_a_line_tells_how_it_went_and_never_what_was_said():
@@ -163,35 +139,6 @@ def test_the_callback_is_an_attribute_as_litellm_wants_it(litellm, monkeypatch, 
         _ = mrss_provider.compare.arm_logs
 
 
-def call(i, arm, *, ttft_s=0.2, failed=False, **fields):
-    payload = {
-        **(FAILED if failed else PAYLOAD),
-        "id": f"answer-{i}",
-        "litellm_call_id": f"call-{i}",
-        "model_id": arm,
-        "model": f"mrss/{arm}-model",
-        "completionStartTime": 10.0 + ttft_s,
-        "endTime": 10.5 + ttft_s,
-        **fields,
-    }
-    return line_of(payload)
-
-
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def traffic(rng, num_calls, *, slower=1.0, error_rates=(0.02, 0.02)):
-    """Yield calls of two arms, as a proxy deals them out."""
-    for i in range(num_calls):
-        which = int(rng.random() < 0.5)
-        ttft_s = 0.2 * rng.lognormal(0.0, 0.5) * (slower if which else 1.0)
-        yield call(
-            i, ("arm-a", "arm-b")[which], ttft_s=ttft_s, failed=rng.random() < error_rates[which]
-        )
-
-
 def test_the_faster_and_sounder_arm_is_found(tmp_path):
     rng = np.random.default_rng(4)
     lines = list(traffic(rng, 3000, slower=1.5, error_rates=(0.01, 0.15)))
@@ -304,11 +251,15 @@ def test_feedback_finds_its_answers_by_either_id_and_votes_by_name(tmp_path):
 def test_a_file_that_is_not_there_or_of_another_kind_is_named(tmp_path, what):
     log = write(tmp_path / "log", [call(0, "arm-a")])
     bad = write(tmp_path / "bad", [{"hello": 1}])
+    odd = write(
+        tmp_path / "odd", [{**call(0, "arm-a"), "group": ["a", "b"], "id": "x", "score": 3}]
+    )
     files = {"log": log, "feedback": None, what: tmp_path / "nothing"}
     with pytest.raises(FileFormatError, match="there is no"):
         read_arms(*files.values())
-    with pytest.raises(FileFormatError, match="line 1: no line of"):
-        read_arms(*{**files, what: bad}.values())
+    for path in (bad, odd):
+        with pytest.raises(FileFormatError, match="line 1: no line of"):
+            read_arms(*{**files, what: path}.values())
 
 
 def leaves(intervals, truth):

@@ -2,8 +2,11 @@
 
 import json
 import resource
+import signal
 
+import numpy as np
 import pytest
+from arm_calls import traffic, write
 from command import mrss
 from compare_fakes import FULL, FakeConnection, write_prompts
 
@@ -73,7 +76,7 @@ def test_ctrl_c_keeps_what_came_and_exits_with_130(folder, connect):
 
     def until_stopped(call):
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return "right"
 
     connect({"good": until_stopped, "bad": until_stopped})
@@ -167,7 +170,12 @@ def test_panes_are_drawn_within_the_terminal():
         ((*RUN[1:], "--params", '{"top_p": [NaN]}'), "params may not hold NaN or infinity"),
         ((*RUN[1:], "--temperature", "nan"), "--temperature must be a finite number, got nan"),
         (("--models", "a,b,c,d,e", "--live", "x"), "2 to 4 models"),
+        (("--models", "a,b", "--live", "x", "--json"), "leave --json out"),
+        (("--models", "a,b", "--live", "x", "--seeds", "1"), "leave --seeds out"),
+        (("--models", "a,b", "--live", "x", "--judge", "m"), "leave --judge out"),
         (("--models", "a,b", "report", "x"), "do not go with 'report'"),
+        (("--judge", "m", "report", "x"), "do not go with 'report'"),
+        (("--out", "x", "vote", "x"), "do not go with 'vote'"),
         (("report",), "give the folder"),
         (("report", "x", "--from-log", "y"), "give the folder"),
         (("report", "--from-log", "y", "--judge", "m"), "of a comparison, not of a log"),
@@ -264,9 +272,6 @@ def test_an_empty_log_is_said_to_be_empty(folder):
 
 
 def test_a_log_is_reported_by_arms(folder):
-    import numpy as np
-    from test_arms import traffic, write
-
     log = write(folder / "calls.jsonl", traffic(np.random.default_rng(1), 600, slower=3.0))
     found = mrss("compare", "report", "--from-log", log)
     assert found.code == 0, found.err

@@ -105,7 +105,7 @@ def refuse(request):
             None,
             "died",
         ),
-        (refuse, "ConnectError", None, "refused"),
+        (refuse, "ConnectError", None, r"nobody answers at http://proxy:4000 \(refused\)"),
         (lambda _: httpx.Response(200, json={"choices": []}), "NoEvents", None, "no stream"),
         (
             lambda _: httpx.Response(200, text=events({"choices": [1]})),
@@ -117,7 +117,19 @@ def refuse(request):
             lambda _: httpx.Response(200, text=events({"choices": [{"text": [1]}]})),
             "BadEvent",
             None,
-            "its text is",
+            r"text must not be \[1\]",
+        ),
+        (
+            lambda _: httpx.Response(200, text=events({"id": 7, "choices": []})),
+            "BadEvent",
+            None,
+            "id must not be 7",
+        ),
+        (
+            lambda _: httpx.Response(200, text=events({"usage": {"completion_tokens": "3"}})),
+            "BadEvent",
+            None,
+            "completion_tokens must not be '3'",
         ),
     ],
 )
@@ -141,7 +153,9 @@ def test_a_base_url_without_a_path_means_v1(given, meant):
     assert parse_base_url(given) == meant
 
 
-@pytest.mark.parametrize("text", ["localhost:4000", "ftp://h", "http://", "http://h:port", ""])
+@pytest.mark.parametrize(
+    "text", ["localhost:4000", "ftp://h", "http://", "http://h:port", "http://h?v=1", ""]
+)
 def test_no_url_is_refused(text):
     with pytest.raises(ConfigError, match="--base-url must be http://host:port"):
         parse_base_url(text)
@@ -207,3 +221,12 @@ def test_what_the_sdk_raises_is_a_call_error(monkeypatch):
     with pytest.raises(CallError, match="no such model") as error:
         pieces_of(SdkConnection(), CHAT)
     assert (error.value.kind, error.value.status) == ("NotFoundError", 404)
+
+
+def test_a_name_without_a_provider_is_told_how_to_write_it(monkeypatch):
+    async def acompletion(**kwargs):
+        raise ValueError("litellm.BadRequestError: LLM Provider NOT provided. Pass in ...")
+
+    sdk(monkeypatch, acompletion=acompletion)
+    with pytest.raises(CallError, match=r"'tone' names no provider .* write mrss/tone"):
+        pieces_of(SdkConnection(), CHAT)

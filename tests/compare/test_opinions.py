@@ -1,6 +1,7 @@
 """Scorers, judges and votes: what counts as a preference, and what is only counted."""
 
 import asyncio
+import json
 
 import pytest
 from compare_fakes import FULL, FakeConnection, make_folder, result
@@ -184,6 +185,15 @@ def test_votes_are_blind_shuffled_resumable_and_told_apart(tmp_path):
     assert set(by_ada) == {-1.0}
     assert values["p0", 0] == 0.0
     assert values[first.prompt, 0] in (0.0, -0.5)
+
+
+@pytest.mark.parametrize("verdict", ["A", 2.0, [1.0]])
+def test_a_line_that_is_no_judgement_is_named(tmp_path, verdict):
+    folder = make_folder(tmp_path, PAIR)
+    line = {"judge": "j", "models": PAIR, "prompt": "p0", "seed": 0, "swapped": False}
+    folder.judgements.write_text(json.dumps({**line, "verdict": verdict, "error": None}) + "\n")
+    with pytest.raises(FileFormatError, match="line 1: no judgement"):
+        read_judgements(folder, [], "j")
 
 
 def test_a_line_that_is_no_vote_is_named(tmp_path):

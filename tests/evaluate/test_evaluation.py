@@ -313,6 +313,12 @@ def test_both_files_go_together():
     assert "go together" in result.err
 
 
+def test_a_folder_that_nothing_would_be_read_from_is_refused():
+    result = mrss("evaluate", "--pair", "one", "--states", "other")
+    assert result.code == 2
+    assert "leave --states out" in " ".join(result.err.replace("│", " ").split())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pairs_that_are_measured_at_once_say_the_same_as_one_after_the_other(tmp_path):

@@ -119,6 +119,7 @@ def test_a_voice_that_is_not_there_is_refused_by_name():
     [
         (FACTS[:11], TEXTS, "12 questions or more"),
         ([*FACTS, "nonsense"], TEXTS, "line 13: not JSON"),
+        ([*FACTS, "[" * 100_000], TEXTS, "line 13: not JSON"),
         ([*FACTS, "[]"], TEXTS, "line 13: must be an object"),
         ([*FACTS, {"question": "Who?"}], TEXTS, "line 13: answers must be a list"),
         ([*FACTS, {"question": "Who?", "answers": []}], TEXTS, "line 13: answers must have one"),

@@ -1,6 +1,7 @@
 """`/v1/sessions` and `mrss session` over a real engine. Oracle: a chat that was never put away."""
 
 import json
+import os
 
 import pytest
 from admin_client import serving_engine, write_folders
@@ -215,6 +216,14 @@ def test_the_command_does_what_the_routes_do(config, tmp_path):
         assert file.stat().st_mode & 0o777 == 0o600
         again = mrss("session", "export", session_id, str(file), *server)
         assert (again.code, "exists" in again.err) == (1, True)
+        link, pipe = tmp_path / "link", tmp_path / "pipe"
+        link.symlink_to(file)
+        os.mkfifo(pipe)
+        assert mrss("session", "export", session_id, str(link), "--force", *server).code == 0
+        assert link.is_symlink()
+        refused = mrss("session", "export", session_id, str(pipe), "--force", *server)
+        assert (refused.code, "is no regular file" in refused.err) == (1, True)
+        assert pipe.is_fifo()
         imported = mrss("session", "import", str(file), *server).out.strip()
         listed = mrss("session", "list", "--json", *server).out.splitlines()
         assert {json.loads(line)["id"] for line in listed} == {session_id, forked, imported}

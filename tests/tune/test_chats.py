@@ -102,6 +102,7 @@ def test_only_a_newline_ends_a_line(tmp_path, tokenizer, raw):
     ("line", "says"),
     [
         ("{", "line 2: Expecting"),
+        ("[" * 100_000, "line 2: maximum recursion"),
         ("[]", "line 2: a chat is an object with 'messages'"),
         ('{"question": "a", "answer": "b", "tone": "c"}', "line 2: a chat is an object"),
         ('{"question": "a"}', "line 2: 'question' and 'answer' go together.*None as 'answer'"),

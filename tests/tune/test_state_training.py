@@ -21,11 +21,11 @@ from mrss_provider.tune import Example, TuneConfig, TuneJob, tune_states
 from mrss_provider.tune.chats import Line
 from mrss_provider.tune.learner import Learner
 from mrss_provider.tune.network import Shape, forward, logits, start_state
-from mrss_provider.tune.rates import best_rate, sweep
+from mrss_provider.tune.rates import RateTrial, best_rate, sweep
 from mrss_provider.tune.run_file import Record, Unfinished, load_run, run_path, save_run
 from mrss_provider.tune.surprise import mark_surprising
 from mrss_provider.tune.token_loss import Beside, FrozenRows, Imitation, nll
-from mrss_provider.tune.training import Plan, RateTrial, Training
+from mrss_provider.tune.training import Plan, Training
 
 
 @pytest.fixture(scope="module")
