@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mrss_provider.engine.session import Session
     from mrss_provider.engine.session_store import SessionStore
     from mrss_provider.model import ModelConfig, StateSnapshot
+    from mrss_provider.model.packed_tensors import Buffer
 
 # The engine ends an answer between two steps.
 _END_WAIT_S = 30.0
@@ -214,7 +215,7 @@ class Conversations:
                 )
             return self._store
 
-    def _read(self, data: bytes, loaded: Loaded) -> Session:
+    def _read(self, data: Buffer, loaded: Loaded) -> Session:
         from mrss_provider.engine.session import Session
 
         return Session.from_bytes(data, loaded.engine.model_config, loaded.engine.state_dtype)
@@ -225,10 +226,10 @@ class Conversations:
         session = replace(session, rows=tuple([row.to_host() for row in session.rows]))
         if not all(row.is_finite for row in session.rows):
             raise EngineError("the states of the session are not finite, so it is not saved")
-        data = session.to_bytes(model_config)
+        data = session.pack(model_config)
         return self._get_store().put(session.info, data, is_new=is_new)
 
-    def _import(self, data: bytes, owner: str, loaded: Loaded) -> SessionInfo:
+    def _import(self, data: Buffer, owner: str, loaded: Loaded) -> SessionInfo:
         from mrss_provider.engine.session import new_info
 
         session = self._read(data, loaded)
@@ -258,6 +259,7 @@ class Conversations:
                 f"cannot go on as {mixture.canonical!r}",
                 param="model",
             )
+        session = replace(session, rows=loaded.engine.at_hand(session.rows))
         return resumption_of(session, request, loaded, capture)
 
 

@@ -92,8 +92,7 @@ def load(config: EngineConfig) -> Loaded:
     except (RuntimeError, MemoryError) as exc:
         from mrss_provider.model.memory import lacked_memory
 
-        # The second is what torch says on a CPU.
-        if not (lacked_memory(exc) or "can't allocate memory" in str(exc)):
+        if not lacked_memory(exc):
             raise
         raise ConfigError(
             f"there is too little memory for {config.model.name} with the states of "

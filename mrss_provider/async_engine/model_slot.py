@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ EXIT_WAIT_S = 5.0
 
 log = logging.getLogger(__name__)
 
-_NONE_LOADED = "no model is loaded; load one with POST /v1/model"
+_NONE_LOADED = "no model is loaded; load one with POST /v1/model, or /loadmodel"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class ModelSlot:
         self._loader = loader
         self._lock = threading.Lock()
         self._thread: EngineThread | None = None
+        # Of the model that was taken away, while its answers end.
+        self._leaving: EngineThread | None = None
+        # Of the thread: a process that is forked has a copy of all of this, but of no thread.
+        self._pid = 0
         self._is_closed = False
         self._is_removed = False
         # Done when the model that is being replaced has its successor.
@@ -73,8 +78,10 @@ class ModelSlot:
         """Load the model; returns at once when it is loaded.
 
         Raises:
-            MRSSError: it cannot be loaded, was removed or lost, or the slot is closed.
+            MRSSError: it cannot be loaded, was removed or lost, is another process's, or the slot
+                is closed.
         """
+        self._check_process()
         if self.lost.done():
             raise self.lost.result()
         change = self._change
@@ -146,22 +153,38 @@ class ModelSlot:
         A step gets a few seconds to end. A model that still loads is not waited for: its thread
         ends with the load and keeps nothing.
         """
+        if self._is_elsewhere:
+            return
         with self._lock:
             self._is_closed = True
-            thread = self._thread
+            # One of them at most: the next model's thread starts when the last one's has ended.
+            thread, is_leaving = self._thread or self._leaving, self._leaving is not None
             # Whoever still holds this object does not hold the model's memory.
             loaded, self.loaded = self.loaded, None
         if thread is None:
             return
         thread.stop()
-        if loaded is not None:
+        if loaded is not None or is_leaving:
             # Not in the loop's executor, whose end would wait for as long as the thread lives.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.wrap_future(thread.ended), EXIT_WAIT_S)
                 thread.join()
 
+    @property
+    def _is_elsewhere(self) -> bool:
+        return self._pid not in (0, os.getpid())
+
+    def _check_process(self) -> None:
+        """Refuse to wait for a thread that is not in this process."""
+        if self._is_elsewhere:
+            raise EngineUnavailableError(
+                f"the engine is in process {self._pid}, which this one was forked from without its "
+                "threads; make an AsyncEngine here, or let both ask one `mrss serve`"
+            )
+
     async def _settle(self) -> None:
         """Wait for a model that still loads: who started it is to learn how that went."""
+        self._check_process()
         if self._change is None:
             with contextlib.suppress(MRSSError):
                 await self.start()
@@ -193,15 +216,17 @@ class ModelSlot:
     async def _empty(self, drain_s: float, why: str) -> None:
         """Take the model away: its answers end, with an error after `drain_s` seconds."""
         with self._lock:
-            thread, self._thread = self._thread, None
+            thread, self._thread, self._leaving = self._thread, None, self._thread
             self.loaded = None
         if thread is None:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 await asyncio.wrap_future(thread.when_idle())
-        thread.stop(EngineUnavailableError(f"{why}; ask again"))
+        if not self._is_closed:
+            thread.stop(EngineUnavailableError(f"{why}; ask again"))
         await asyncio.wrap_future(thread.ended)
+        self._leaving = None
 
     async def _fill(self, plan: Plan) -> None:
         """Load `plan`; leaves the slot empty if it cannot be loaded."""
@@ -225,6 +250,7 @@ class ModelSlot:
                 self._thread = thread
                 # A thread that is inside torch when the interpreter ends would crash it.
                 atexit.register(_stop_at_exit, weakref.ref(self._thread))
+                self._pid = os.getpid()
                 self._thread.start()
             return self._thread
 

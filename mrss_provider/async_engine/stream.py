@@ -12,7 +12,7 @@ from mrss_provider.async_engine.answer_reader import AnswerReader
 from mrss_provider.async_engine.choice import Choice
 from mrss_provider.backend import Delta, StreamInfo, TextPiece, Usage
 from mrss_provider.engine.request import EngineRequest, TokenOutput
-from mrss_provider.errors import MRSSError, RequestTimeoutError
+from mrss_provider.errors import EngineError, MRSSError, RequestTimeoutError
 from mrss_provider.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -180,12 +180,21 @@ class TextStream:
 
     def _read_all(self) -> None:
         # Whoever ended the stream has read what had come.
-        for choice in self._choices if not self._has_ended else ():
-            if choice.num_waiting:
+        for choice in self._choices:
+            if choice.num_waiting and not self._has_ended:
                 self._read(choice)
 
     def _read(self, choice: Choice) -> None:
-        if choice.read():
+        try:
+            has_news = choice.read()
+        except Exception as exc:
+            # A defect of ours, and of this answer: it keeps neither its rows nor others waiting.
+            logger.exception("the answer of %s cannot be read", self._request.id)
+            self._aborter.abort(self._request.id)
+            self._error = EngineError(f"the answer cannot be read: {exc!r}")
+            self._end(self._error.code)
+            return
+        if has_news:
             self._unread[choice.index] = None
             self._wake()
         if choice.finish_reason is not None:

@@ -84,7 +84,7 @@ class EngineThread:
         self._entries: dict[str, _Entry] = {}
         self._engine: StepEngine | None = None
         self._waits: Waits | None = None
-        self._is_stopping = False
+        self._is_stopping = self._is_lost = False
         self._stopped_by: MRSSError = EngineUnavailableError("the engine was closed")
         self._waiting_for_idle: list[Future[None]] = []
         # Guards `loaded`, and the inbox against messages that nobody would read.
@@ -150,6 +150,7 @@ class EngineThread:
             error = EngineUnavailableError(
                 f"the engine failed and has to be started again ({type(exc).__name__}: {exc})"
             )
+            self._is_lost = True
             self._on_lost(error)
             self._close(error)
         finally:
@@ -180,6 +181,7 @@ class EngineThread:
         with self._lock:
             self._closed_by = error
         self._set_loaded(error)
+        self._drop_all()
         # A reader that has not closed its answer holds this thread, and not the model's memory.
         engine, self._engine, self._waits = self._engine, None, None
         while not self._inbox.empty():
@@ -190,6 +192,17 @@ class EngineThread:
                 engine.close()
             except Exception:
                 logger.exception("the engine could not be closed")
+
+    def _drop_all(self) -> None:
+        """Let the engine keep the states of what runs; who saves a session waits for them."""
+        if self._engine is None or self._is_lost:
+            return
+        try:
+            # The newest first: what waits does not get the rows of what is dropped.
+            for request_id in reversed(self._entries):
+                self._engine.abort(request_id)
+        except Exception:
+            logger.exception("the states of running answers could not be kept")
 
     def _set_loaded(self, error: MRSSError | None) -> None:
         """Tell, if nobody has yet, that requests are taken (None) or why not."""
@@ -213,7 +226,7 @@ class EngineThread:
         except EngineUnavailableError as exc:
             logger.critical("%s", exc)
             self._stopped_by = exc
-            self._is_stopping = True
+            self._is_stopping = self._is_lost = True
             self._on_lost(exc)
             return
         except Exception as exc:
@@ -301,7 +314,12 @@ class EngineThread:
 
 def _deliver(batch: Sequence[tuple[Sink, TokenOutput]]) -> None:
     for sink, output in batch:
-        sink.on_output(output)
+        try:
+            sink.on_output(output)
+        except Exception as exc:
+            # The others of this step have nothing to do with it.
+            logger.exception("a token cannot be taken")
+            sink.on_failure(EngineError(f"the answer cannot be read: {exc!r}"))
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], arg: object) -> bool:

@@ -128,6 +128,8 @@ class Choice:
         at_start = 0 if start is None else start.num_read + max(0, len(start.answer) - 1)
         self.num_reread, self.is_stateless = at_start, True
         self.num_planned = self.num_sampled
+        # A step that has left no token does not count.
+        self.num_launched = self.num_sampled - (0 if start is None else len(start.answer))
         if self.lazy is not None:
             self.lazy.take_up(self.answer)
 

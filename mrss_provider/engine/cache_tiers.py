@@ -1,34 +1,41 @@
-"""What the state cache is made of: entries, tiers of bounded bytes, and ways between memories."""
+"""What the state cache is made of: entries, tiers of bounded bytes, and what is found there."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from mrss_provider.engine.copy_stream import Arrival
 from mrss_provider.engine.radix_tree import Ids
 from mrss_provider.engine.snapshot_folder import SnapshotFile
 from mrss_provider.model.state import StateSnapshot
 
 
+@dataclass(frozen=True)
+class Restored:
+    """A hit: the rows after `length` tokens."""
+
+    length: int
+    rows: tuple[StateSnapshot, ...]
+
+
 class Entry:
     """One row's state after `tokens`, in at least one tier.
 
-    `leaving` is what has left the RAM tier and waits for its file.
+    `leaving` is what has left the RAM tier and waits for its file. `arrived` happens when what is
+    in RAM has been copied there; None if it was there at once.
     """
 
-    __slots__ = ("arrived", "device", "file", "key", "leaving", "num_bytes", "ram", "tokens")
+    __slots__ = ("arrived", "device", "file", "key", "leaving", "ram", "tokens")
 
-    def __init__(self, key: str, tokens: Ids, num_bytes: int) -> None:
+    def __init__(self, key: str, tokens: Ids) -> None:
         self.key = key
         self.tokens = tokens
-        self.num_bytes = num_bytes
         self.device: StateSnapshot | None = None
         self.ram: StateSnapshot | None = None
         self.leaving: StateSnapshot | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.arrived: Arrival | None = None
         self.file: SnapshotFile | None = None
 
     @property
@@ -66,33 +73,3 @@ class Tier:
             entry = next(iter(self.entries))
             self.discard(entry)
             yield entry
-
-
-def _each(snapshot: StateSnapshot, change: Callable[[Tensor], Tensor]) -> StateSnapshot:
-    offset = snapshot.time_offset
-    return StateSnapshot(
-        change(snapshot.wkv),
-        change(snapshot.shift_att),
-        change(snapshot.shift_ffn),
-        None if offset is None else change(offset),
-    )
-
-
-def moved(snapshot: StateSnapshot, device: torch.device) -> StateSnapshot:
-    """Copy to a device; from pinned memory nobody waits."""
-    return _each(snapshot, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def pinned(snapshot: StateSnapshot) -> StateSnapshot:
-    """Copy to pinned memory from memory of the host."""
-    return _each(snapshot, lambda tensor: tensor.pin_memory())
-
-
-def to_pinned(snapshot: StateSnapshot) -> StateSnapshot:
-    """Copy to pinned memory behind what the device has to do; nobody waits."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return out.copy_(tensor, non_blocking=True)
-
-    return _each(snapshot, copy)

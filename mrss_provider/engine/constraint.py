@@ -6,6 +6,7 @@ The engine sees token ids and bits; what a grammar is, it does not know.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrss_provider.engine.request import EOS_ID
-from mrss_provider.errors import InvalidRequestError, MRSSError
+from mrss_provider.errors import EngineError, InvalidRequestError, MRSSError
+
+log = logging.getLogger(__name__)
 
 # Less work than it is to hand it to another thread and hear of its end.
 _MIN_HANDED_S = 2e-4
@@ -112,8 +115,8 @@ class AllowedTokens:
         try:
             if token_id != EOS_ID:
                 self._constraint.advance(token_id)
-        except MRSSError as exc:
-            self.error = exc
+        except Exception as exc:
+            self.error = _told(exc)
             return False
         self._is_over = token_id == EOS_ID or self._constraint.is_complete
         return self._is_over
@@ -125,8 +128,8 @@ class AllowedTokens:
         started = time.perf_counter()
         try:
             self._constraint.fill_mask(self.words)
-        except MRSSError as exc:
-            self.error = exc
+        except Exception as exc:
+            self.error = _told(exc)
             return
         self._found(time.perf_counter() - started)
 
@@ -145,7 +148,13 @@ class AllowedTokens:
             started = time.perf_counter()
             constraints = [answer._constraint for answer in own]
             masks = np.empty((len(own), constraints[0].num_words), dtype=np.uint32)
-            errors = constraints[0].fill_masks(constraints, masks)
+            try:
+                errors = constraints[0].fill_masks(constraints, masks)
+            except Exception:
+                log.exception("masks could not be found together; they are found one by one")
+                for answer in own:
+                    answer.look()
+                continue
             share_s = (time.perf_counter() - started) / len(own)
             for answer, mask, error in zip(own, masks, errors, strict=True):
                 answer.words, answer.error = mask, error
@@ -219,6 +228,14 @@ class MaskWorkers:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="mrss-masks")
         return self._pool.submit(AllowedTokens.look_together, answers)
+
+
+def _told(error: Exception) -> MRSSError:
+    """Return what ends one answer, and no other, where its grammar raised `error`."""
+    if isinstance(error, MRSSError):
+        return error
+    log.error("a grammar failed and ends its answer", exc_info=error)
+    return EngineError(f"the grammar failed: {type(error).__name__}: {error}")
 
 
 def mask_of(token_ids: Sequence[int], num_words: int) -> NDArray[np.uint32]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from mrss_provider.backend import EngineStats
 from mrss_provider.config import EngineConfig
 from mrss_provider.engine.batch import Batch
+from mrss_provider.engine.copy_stream import pinned
 from mrss_provider.engine.lazy_rows import LazyPolicy
 from mrss_provider.engine.logits_processors import BAN
 from mrss_provider.engine.request import EngineRequest, TokenOutput
@@ -40,7 +41,7 @@ from mrss_provider.model.memory import (
 )
 
 if TYPE_CHECKING:
-    from mrss_provider.model import Model, ModelConfig
+    from mrss_provider.model import Model, ModelConfig, StateSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,19 @@ class Engine:
         """
         self._keeper.load_files(request)
 
+    def at_hand(self, rows: Sequence[StateSnapshot]) -> tuple[StateSnapshot, ...]:
+        """Return rows on the host as the device takes them without holding up a step.
+
+        It may copy them: from any thread but the engine's.
+        """
+        if self._device.type != "cuda":
+            return tuple(rows)
+        try:
+            return tuple([pinned(row) for row in rows])
+        except RuntimeError as exc:
+            log.warning("no pinned memory is left for the states of a session: %s", exc)
+            return tuple(rows)
+
     def close(self) -> None:
         """Write what is to outlive the engine, and let go of the cache. Nothing runs any more."""
         self._keeper.close()
@@ -256,7 +270,7 @@ class Engine:
         """End the newest requests of a step that had too little memory, and give memory back."""
         outputs = self._commit_all_but(0)
         self._runner.forget()
-        self._keeper.cache.shed()
+        self._keeper.shed()
         error = OverloadedError(
             "the engine had no memory left for this step and ended its newest requests; try again "
             "later, or start it with fewer max_rows"

@@ -360,15 +360,21 @@ class ResidentStates:
         if state.sha256 not in self._states:
             if len(self._states) >= self._max_states:
                 self._states.popitem(last=False)
-            self._states[state.sha256] = self._copy(state)
+            try:
+                copy = self._copy(state)
+            except torch.OutOfMemoryError:
+                # Before requests have to end: the others can be copied again.
+                self._states.clear()
+                copy = self._copy(state)
+            self._states[state.sha256] = copy
         self._states.move_to_end(state.sha256)
         return self._states[state.sha256]
 
     def _copy(self, state: TunedState) -> StateSnapshot:
-        wkv = state.wkv.to(self._device)
+        wkv = state.wkv.to(self._device, non_blocking=True)
         zeros = torch.zeros(wkv.shape[0], wkv.shape[1] * wkv.shape[2], device=self._device)
         shift_att, shift_ffn, offset = (
-            None if part is None else part.to(self._device)
+            None if part is None else part.to(self._device, non_blocking=True)
             for part in (state.shift_att, state.shift_ffn, state.time_offset)
         )
         return StateSnapshot(

@@ -9,36 +9,28 @@ tier are bounded. `match` looks, `insert` and `restore` change. Any thread.
 
 from __future__ import annotations
 
+import functools
 import logging
-import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from mrss_provider.backend import CacheStats
-from mrss_provider.engine.cache_tiers import Entry, Tier, moved, pinned, to_pinned
+from mrss_provider.engine.cache_tiers import Entry, Restored, Tier
+from mrss_provider.engine.copy_stream import Arrival, Copies, CopyStream
+from mrss_provider.engine.file_writer import FileWriter
 from mrss_provider.engine.radix_tree import Ids, RadixTree
 from mrss_provider.engine.snapshot_folder import SnapshotFile, SnapshotFolder
 from mrss_provider.model.state import StateSnapshot
-
-if TYPE_CHECKING:
-    from mrss_provider.model import TunedState
 
 log = logging.getLogger(__name__)
 
 _CLOSE_WAIT_S = 4.0
 _TOKEN_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A hit: the rows after `length` tokens."""
-
-    length: int
-    rows: tuple[StateSnapshot, ...]
+# Of the RAM tier, what is taken before anybody waits: some half a second a GiB, less of what is as
+# quickly taken later. Some rows come before those in whose place they do are known to be read.
+_PREPARED_BYTES, _PREPARED_ROWS, _NUM_COMING = 4 << 30, 512, 4
 
 
 class PrefixCache:
@@ -50,6 +42,7 @@ class PrefixCache:
         device_bytes: bound of the tier in a GPU's memory; 0 is none. A CPU has none.
         folder: of the files; None is none.
         disk_bytes: bound of the files.
+        copies: ways between the memories; None chooses by the device. A CPU has but one memory.
     """
 
     def __init__(
@@ -60,27 +53,27 @@ class PrefixCache:
         device_bytes: int = 0,
         folder: SnapshotFolder | None = None,
         disk_bytes: int = 0,
+        copies: Copies | None = None,
     ) -> None:
-        self._target = device
-        self._is_cuda = device.type == "cuda"
+        if copies is None and device.type == "cuda":
+            copies = CopyStream(device)
+        self._copies = copies
         self._lock = threading.RLock()
         self._trees: dict[str, RadixTree[Entry]] = {}
-        self._device = Tier(device_bytes if self._is_cuda else 0)
+        self._device = Tier(device_bytes if copies is not None else 0)
         self._ram = Tier(ram_bytes)
+        # What waits for its file holds memory beyond the RAM tier's; no more than this.
+        self._leaving = Tier(ram_bytes // 4)
         self._disk = Tier(disk_bytes if folder else 0)
         self._folder = folder
         self._hits = self._misses = self._hit_tokens = 0
-        # What waits for its file holds memory beyond the RAM tier's; no more than this.
-        self._leaving_left = ram_bytes // 4
-        self._to_write: queue.Queue[Entry | None] = queue.Queue()
-        self._writer: threading.Thread | None = None
-        self._has_complained = False
-        self._is_indexed = threading.Event()
+        self._has_complained = self._has_no_ram = False
+        self._writer: FileWriter[Entry] | None = None
         if folder is not None and disk_bytes:
-            self._writer = threading.Thread(
-                target=self._write_files, args=(folder,), name="mrss-cache", daemon=True
+            self._writer = FileWriter(
+                functools.partial(self._find_files, folder),
+                functools.partial(self._write_file, folder),
             )
-            self._writer.start()
 
     @property
     def is_on(self) -> bool:
@@ -91,7 +84,7 @@ class PrefixCache:
         """Return the length of the longest beginning that every row has a snapshot of; 0 is none.
 
         Args:
-            keys: of the rows' states, as `state_key` gives them.
+            keys: of the rows' states, as `keys_after` gives them.
             tokens: int32 [T].
             limit: hits are no longer than this.
             files: count snapshots that are in files only, which `restore` does not.
@@ -114,7 +107,10 @@ class PrefixCache:
                 return None
             self._hits += 1
             self._hit_tokens += length
-            return Restored(length, tuple([self._use(entry) for entry in entries]))
+            rows = tuple([self._use(entry) for entry in entries])
+            # Not before: what makes room for one may be another.
+            self._trim()
+            return Restored(length, rows)
 
     def insert(self, key: str, tokens: Ids, snapshot: StateSnapshot) -> None:
         """Keep what a row was after `tokens`, in place of what is there.
@@ -125,17 +121,15 @@ class PrefixCache:
             snapshot: finite, on the model's device, nobody else's.
         """
         with self._lock:
-            num_bytes = snapshot.num_bytes + _TOKEN_BYTES * len(tokens)
             tree = self._trees.setdefault(key, RadixTree())
             entry = tree.get(tokens)
             if entry is None:
-                entry = Entry(key, tokens, num_bytes)
+                entry = Entry(key, tokens)
                 tree.insert(tokens, entry)
-            if num_bytes <= self._device.max_bytes:
-                entry.device = snapshot
-                self._device.add(entry, num_bytes)
-            elif num_bytes <= self._ram.max_bytes:
+            if self._copies is None:
                 self._put_in_ram(entry, snapshot)
+            elif not self._put_on_device(entry, snapshot):
+                self._spill(entry, snapshot)
             self._trim()
             self._forget_if_gone(entry)
 
@@ -157,9 +151,24 @@ class PrefixCache:
             missing = [entry for entry in entries if entry.snapshot is None]
             if length <= in_memory or not missing:
                 return
-            loaded = [self._load_file(self._folder, entry) for entry in missing]
+            try:
+                loaded = [self._load_file(self._folder, entry) for entry in missing]
+            except RuntimeError as exc:
+                log.warning("no RAM is left for a state from a file, which is not used: %s", exc)
+                return
             if all(loaded):
                 return
+
+    def prepare(self, snapshot: StateSnapshot) -> None:
+        """Take memory of the RAM tier for what leaves a device; all are as large as `snapshot`."""
+        if self._copies is None:
+            return
+        taken = min(self._ram.max_bytes, _PREPARED_BYTES)
+        num_rows = min(taken // self._copies.host_bytes(snapshot), _PREPARED_ROWS)
+        try:
+            self._copies.prepare(snapshot, num_rows + _NUM_COMING if num_rows else 0)
+        except RuntimeError as exc:
+            log.warning("the state cache could not take %d bytes of pinned RAM: %s", taken, exc)
 
     def stats(self) -> CacheStats:
         """Return counts and sizes of this moment."""
@@ -184,23 +193,25 @@ class PrefixCache:
     def wait_for_files(self) -> None:
         """Wait until what was there is known, and what was to be written is."""
         if self._writer is not None:
-            self._is_indexed.wait()
-            self._to_write.join()
+            self._writer.wait()
 
     def close(self) -> None:
         """Write what has no file yet, the last used first, for some seconds; drop the rest."""
         if self._writer is not None:
             with self._lock:
-                for entry in [*reversed(self._device.entries), *reversed(self._ram.entries)]:
-                    if entry.device is not None and entry.ram is None:
-                        entry.ram = entry.device.to_host()
+                try:
+                    self._leave_device()
+                except RuntimeError as exc:
+                    log.warning("what the state cache has on the device is lost: %s", exc)
+                for entry in reversed(self._ram.entries):
                     if entry.file is None:
-                        self._to_write.put(entry)
-                self._to_write.put(None)
-            self._writer.join(_CLOSE_WAIT_S)
+                        self._writer.put(entry)
+            self._writer.close(_CLOSE_WAIT_S)
         with self._lock:
             self._trees.clear()
-            self._device, self._ram, self._disk = Tier(0), Tier(0), Tier(0)
+            self._device, self._ram, self._leaving, self._disk = (Tier(0) for _ in range(4))
+        if self._copies is not None:
+            self._copies.close()
 
     def _match(
         self, keys: Sequence[str], tokens: Ids, limit: int, *, files: bool
@@ -225,88 +236,119 @@ class PrefixCache:
             tier.touch(entry)
         snapshot = entry.snapshot
         assert snapshot is not None
-        if not self._is_cuda or entry.device is not None:
+        if self._copies is None or entry.device is not None:
             return snapshot
-        snapshot = moved(snapshot, self._target)
-        if entry.num_bytes <= self._device.max_bytes:
-            entry.device = snapshot
-            self._device.add(entry, entry.num_bytes)
-            self._trim()
+        snapshot = self._copies.to_device(snapshot, entry.arrived)
+        self._put_on_device(entry, snapshot)
         return snapshot
 
-    def _put_in_ram(self, entry: Entry, snapshot: StateSnapshot) -> None:
-        if self._is_cuda and snapshot.wkv.is_cuda:
-            snapshot = to_pinned(snapshot)
-            entry.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            entry.arrived.record()
-        entry.ram = snapshot
-        self._ram.add(entry, entry.num_bytes)
+    def _put_on_device(self, entry: Entry, snapshot: StateSnapshot) -> bool:
+        """Take a snapshot on the device in, and tell whether it may ever fit."""
+        num_bytes = snapshot.num_bytes + _TOKEN_BYTES * len(entry.tokens)
+        if num_bytes > self._device.max_bytes:
+            return False
+        entry.device = snapshot
+        self._device.add(entry, num_bytes)
+        return True
+
+    def _spill(self, entry: Entry, snapshot: StateSnapshot) -> None:
+        """Copy a snapshot from the device to RAM, if there is room; nobody waits."""
+        assert self._copies is not None
+        if self._bytes_in_ram(entry, snapshot) > self._ram.max_bytes:
+            return
+        try:
+            copy, arrived = self._copies.to_host(snapshot)
+        except RuntimeError as exc:
+            # It harms no request that another one's state cannot be kept.
+            if not self._has_no_ram:
+                log.warning("the state cache has no RAM for a state, which is dropped: %s", exc)
+            self._has_no_ram = True
+        else:
+            self._has_no_ram = False
+            self._put_in_ram(entry, copy, arrived)
+
+    def _put_in_ram(
+        self, entry: Entry, snapshot: StateSnapshot, arrived: Arrival | None = None
+    ) -> None:
+        """Take a snapshot on the host in, which is there when it has arrived."""
+        num_bytes = self._bytes_in_ram(entry, snapshot)
+        if num_bytes > self._ram.max_bytes:
+            return
+        # This takes the place of what waits for its file.
+        self._drop_leaving(entry)
+        entry.ram, entry.arrived = snapshot, arrived
+        self._ram.add(entry, num_bytes)
         if entry.file is None and self._writer is not None:
-            self._to_write.put(entry)
+            self._writer.put(entry)
+
+    def _bytes_in_ram(self, entry: Entry, snapshot: StateSnapshot) -> int:
+        held = snapshot.num_bytes if self._copies is None else self._copies.host_bytes(snapshot)
+        return held + _TOKEN_BYTES * len(entry.tokens)
 
     def _trim(self) -> None:
         """Move what does not fit to the next tier, and out of the last."""
         for entry in self._device.surplus():
             snapshot, entry.device = entry.device, None
-            if entry.ram is None and snapshot is not None and self._fits_ram(entry):
-                self._put_in_ram(entry, snapshot)
+            if entry.ram is None and snapshot is not None:
+                self._spill(entry, snapshot)
             self._forget_if_gone(entry)
         for entry in self._ram.surplus():
             snapshot, entry.ram = entry.ram, None
-            waits = self._writer is not None and entry.file is None and snapshot is not None
-            if waits and entry.num_bytes <= self._leaving_left:
-                entry.leaving = snapshot
-                self._leaving_left -= entry.num_bytes
-                self._to_write.put(entry)
+            if entry.file is None and snapshot is not None:
+                self._leave(entry, snapshot)
             self._forget_if_gone(entry)
         for entry in self._disk.surplus():
             self._drop_file(entry)
             self._forget_if_gone(entry)
 
-    def _fits_ram(self, entry: Entry) -> bool:
-        return entry.num_bytes <= self._ram.max_bytes
+    def _leave(self, entry: Entry, snapshot: StateSnapshot) -> None:
+        """Let what has left the RAM tier wait for its file, if not too much does."""
+        num_bytes = self._bytes_in_ram(entry, snapshot)
+        is_room = self._leaving.num_bytes + num_bytes <= self._leaving.max_bytes
+        if self._writer is not None and is_room:
+            entry.leaving = snapshot
+            self._leaving.add(entry, num_bytes)
+            self._writer.put(entry)
+
+    def _leave_device(self) -> None:
+        """Bring to RAM, whatever its bound is, what is nowhere but on the device."""
+        for entry in list(self._device.entries):
+            if entry.ram is None and entry.device is not None and entry.file is None:
+                entry.ram, entry.arrived = entry.device.to_host(), None
+                self._ram.add(entry, 0)
 
     def _drop_leaving(self, entry: Entry) -> None:
-        if entry.leaving is not None:
-            entry.leaving = None
-            self._leaving_left += entry.num_bytes
+        entry.leaving = None
+        self._leaving.discard(entry)
 
     def _drop_file(self, entry: Entry) -> None:
         self._disk.discard(entry)
         if entry.file is not None and self._folder is not None:
-            self._folder.remove(entry.file.path)
+            self._folder.give_up(entry.file.path)
         entry.file = None
 
-    def _forget_if_gone(self, entry: Entry) -> None:
+    def _is_known(self, entry: Entry) -> bool:
         tree = self._trees.get(entry.key)
-        if entry.snapshot is None and entry.file is None and tree is not None:
-            if tree.get(entry.tokens) is entry:
-                tree.remove(entry.tokens)
+        return tree is not None and tree.get(entry.tokens) is entry
+
+    def _forget_if_gone(self, entry: Entry) -> None:
+        if entry.snapshot is None and entry.file is None and self._is_known(entry):
+            tree = self._trees[entry.key]
+            tree.remove(entry.tokens)
             if not len(tree):
                 del self._trees[entry.key]
 
-    def _write_files(self, folder: SnapshotFolder) -> None:
-        """Index the files that are there, then write what comes. Runs on the writer's thread."""
+    def _find_files(self, folder: SnapshotFolder) -> None:
         for file in folder.scan():
             with self._lock:
                 self._add_file(file)
-        self._is_indexed.set()
-        while True:
-            entry = self._to_write.get()
-            try:
-                if entry is None:
-                    return
-                self._write_file(folder, entry)
-            except Exception:
-                log.exception("a snapshot could not be written")
-            finally:
-                self._to_write.task_done()
+        folder.remove_given_up()
 
     def _add_file(self, file: SnapshotFile) -> None:
         tree = self._trees.setdefault(file.key, RadixTree())
         entry = tree.get(file.tokens)
         if entry is None:
-            entry = Entry(file.key, file.tokens, file.num_bytes)
+            entry = Entry(file.key, file.tokens)
             tree.insert(file.tokens, entry)
         entry.file = file
         self._disk.add(entry, file.num_bytes)
@@ -314,11 +356,12 @@ class PrefixCache:
 
     def _write_file(self, folder: SnapshotFolder, entry: Entry) -> None:
         with self._lock:
-            snapshot = entry.ram or entry.leaving
+            # Together: both change when a newer one leaves the device.
+            snapshot, arrived = entry.ram or entry.leaving, entry.arrived
             if snapshot is None or entry.file is not None:
                 return
-        if entry.arrived is not None:
-            entry.arrived.synchronize()
+        if arrived is not None:
+            arrived.synchronize()
         try:
             file = folder.write(entry.key, entry.tokens, snapshot)
         except OSError as exc:
@@ -330,38 +373,27 @@ class PrefixCache:
             self._has_complained = False
         with self._lock:
             self._drop_leaving(entry)
-            tree = self._trees.get(entry.key)
-            is_known = tree is not None and tree.get(entry.tokens) is entry
-            if file is not None and is_known:
+            if file is not None and self._is_known(entry):
                 self._add_file(file)
             elif file is not None:
-                folder.remove(file.path)
+                folder.give_up(file.path)
             self._forget_if_gone(entry)
+        folder.remove_given_up()
 
     def _load_file(self, folder: SnapshotFolder, entry: Entry) -> bool:
-        """Bring one snapshot to RAM; tell whether it was whole."""
+        """Bring one snapshot to RAM; tell whether it was whole, and still wanted."""
         file = entry.file
         snapshot = folder.read(file) if file is not None else None
+        if snapshot is not None and self._copies is not None:
+            # Not under the lock, which the engine's thread may want.
+            snapshot = self._copies.pinned(snapshot)
         with self._lock:
             if snapshot is None:
                 self._disk.discard(entry)
                 entry.file = None
                 self._forget_if_gone(entry)
-                return False
-            entry.num_bytes = snapshot.num_bytes + _TOKEN_BYTES * len(entry.tokens)
-            self._put_in_ram(entry, pinned(snapshot) if self._is_cuda else snapshot)
-            self._trim()
-            return True
-
-
-def state_key(state: TunedState | None, *, reads_bos: bool, mark: str = "") -> str:
-    """Return what a row's snapshots are filed under: its state's content, and when it was given.
-
-    Args:
-        state: of the row; None is the base.
-        reads_bos: whether the row reads a token 0 of its own before the prompt.
-        mark: of the tokens before which the row was given its state anew (`reinjection.marks`).
-    """
-    if state is None:
-        return "base"
-    return state.sha256 + "+0" * reads_bos + (f"@{mark}" if mark else "")
+            elif self._is_known(entry):
+                self._put_in_ram(entry, snapshot)
+                self._trim()
+                return True
+        return False

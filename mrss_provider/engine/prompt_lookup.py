@@ -6,9 +6,27 @@ of the prompt is filed under the positions that it has passed, so there are as m
 
 from __future__ import annotations
 
-from mrss_provider.engine.prefix_cache import PrefixCache, state_key
+from typing import TYPE_CHECKING
+
+from mrss_provider.engine.prefix_cache import PrefixCache
 from mrss_provider.engine.reinjection import num_passed, stretches
 from mrss_provider.engine.request import EOS_ID, EngineRequest
+
+if TYPE_CHECKING:
+    from mrss_provider.model import TunedState
+
+
+def state_key(state: TunedState | None, *, reads_bos: bool, mark: str = "") -> str:
+    """Return what a row's snapshots are filed under: its state's content, and when it was given.
+
+    Args:
+        state: of the row; None is the base.
+        reads_bos: whether the row reads a token 0 of its own before the prompt.
+        mark: of the tokens before which the row was given its state anew (`reinjection.marks`).
+    """
+    if state is None:
+        return "base"
+    return state.sha256 + "+0" * reads_bos + (f"@{mark}" if mark else "")
 
 
 def usable_len(request: EngineRequest) -> int:

@@ -198,19 +198,27 @@ class Scheduler:
             if slots is None:
                 return
             self._waiting.take()
+            try:
+                running = self._with_slots(request, slots)
+            except BaseException:
+                self._slots.free(slots)
+                raise
             self.num_started += 1
-            running = Running(request, Bias(request.sampling))
-            self._begin(running)
-            rows = request.mixture.rows
-            for index in range(request.n):
-                own = slots[index * rows : (index + 1) * rows]
-                lazy = make_lazy_rows(request, self._lazy)
-                running.choices.append(Choice(running, index, own, _occurrences(request), lazy))
             self._running[request.id] = running
             if running.is_reading:
                 self._reading.append(running)
             else:
                 self._resume(running)
+
+    def _with_slots(self, request: EngineRequest, slots: Sequence[int]) -> Running:
+        running = Running(request, Bias(request.sampling))
+        self._begin(running)
+        rows = request.mixture.rows
+        for index in range(request.n):
+            own = list(slots[index * rows : (index + 1) * rows])
+            lazy = make_lazy_rows(request, self._lazy)
+            running.choices.append(Choice(running, index, own, _occurrences(request), lazy))
+        return running
 
     def _begin(self, running: Running) -> None:
         """Decide where a request's rows begin."""
@@ -232,7 +240,7 @@ class Scheduler:
                 self._lost.add(choice)
             return
         for choice in running.choices:
-            choice.num_planned = 0
+            choice.num_planned = choice.num_launched = 0
         running.evidence.clear()
         running.notes = PromptNotes()
         running.rows, running.num_cached = None, 0

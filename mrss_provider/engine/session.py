@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from mrss_provider.backend import Message, Role, SessionInfo
-from mrss_provider.engine.prefix_cache import state_key
+from mrss_provider.engine.prompt_lookup import state_key
 from mrss_provider.engine.request import MAX_EVIDENCE, ResolvedMixture
 from mrss_provider.errors import StateFileError
-from mrss_provider.model.snapshot_file import SnapshotBlob, dump_snapshots, load_snapshots
+from mrss_provider.model.packed_tensors import Buffer
+from mrss_provider.model.snapshot_file import SnapshotBlob, load_snapshots, pack_snapshots
 from mrss_provider.model.state import StateSnapshot
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class Session:
 
     def to_bytes(self, config: ModelConfig) -> bytes:
         """Return the session as a file of `config`'s model."""
+        return bytes(self.pack(config))
+
+    def pack(self, config: ModelConfig) -> memoryview:
+        """Do as `to_bytes`; other threads of Python run meanwhile."""
         fields = {
             "id": self.info.id,
             "owner": self.info.owner,
@@ -88,10 +93,10 @@ class Session:
         extra = {} if self.evidence is None else {"evidence": torch.from_numpy(self.evidence)}
         tokens = torch.tensor(self.tokens, dtype=torch.int32)
         blob = SnapshotBlob(self.rows, tokens, {"session": json.dumps(fields)}, extra)
-        return dump_snapshots(blob, config)
+        return pack_snapshots(blob, config)
 
     @classmethod
-    def from_bytes(cls, data: bytes, config: ModelConfig, state_dtype: torch.dtype) -> Session:
+    def from_bytes(cls, data: Buffer, config: ModelConfig, state_dtype: torch.dtype) -> Session:
         """Read `to_bytes`, and check all of it.
 
         Raises:

@@ -21,6 +21,7 @@ from mrss_provider.errors import (
     StateFileError,
     StorageError,
 )
+from mrss_provider.model.packed_tensors import Buffer, read_file
 from mrss_provider.model.snapshot_file import read_metadata
 from mrss_provider.replacing import replace_file
 
@@ -52,7 +53,7 @@ class SessionStore:
         self._folder = folder
         self._lock = threading.Lock()
         self._infos: dict[str, SessionInfo] = {}
-        self._data: dict[str, bytes] = {}
+        self._data: dict[str, Buffer] = {}
         self._holders: dict[str, object] = {}
         if folder is not None:
             self._read_folder(folder)
@@ -75,7 +76,7 @@ class SessionStore:
             own = [info for info in self._infos.values() if info.owner == owner]
         return sorted(own, key=lambda info: (info.created, info.id))
 
-    def get(self, session_id: str, owner: str) -> bytes:
+    def get(self, session_id: str, owner: str) -> Buffer:
         """Return a session.
 
         Raises:
@@ -90,11 +91,11 @@ class SessionStore:
                 raise _not_found(session_id)
             return data
         try:
-            return self._path(info.id).read_bytes()
+            return read_file(self._path(info.id))
         except OSError as exc:
             raise StorageError(f"the session {info.id} cannot be read: {exc}") from exc
 
-    def put(self, info: SessionInfo, data: bytes, *, is_new: bool = True) -> SessionInfo:
+    def put(self, info: SessionInfo, data: Buffer, *, is_new: bool = True) -> SessionInfo:
         """Store a session; return what there is to know of it.
 
         Args:
@@ -197,7 +198,7 @@ class SessionStore:
                 f"than one owner may have ({self._max_bytes}, session_bytes); delete one"
             )
 
-    def _write(self, session_id: str, data: bytes) -> None:
+    def _write(self, session_id: str, data: Buffer) -> None:
         if self._folder is None:
             with self._lock:
                 self._data[session_id] = data

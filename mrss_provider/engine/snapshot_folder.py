@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mrss_provider.engine.radix_tree import Ids
 from mrss_provider.errors import ConfigError, StateFileError
+from mrss_provider.model.packed_tensors import read_file
 from mrss_provider.model.snapshot_file import (
     SnapshotBlob,
-    dump_snapshots,
     load_snapshots,
+    pack_snapshots,
     read_header,
 )
 
@@ -57,9 +60,11 @@ class SnapshotFolder:
 
     def __init__(self, folder: Path, config: ModelConfig, state_dtype: torch.dtype) -> None:
         kind = str(state_dtype).removeprefix("torch.")
-        self.folder = folder / f"{config.fingerprint[:16]}-{config.precision}-{kind}"
+        model = config.fingerprint[:8] + config.content[:16]
+        self.folder = folder / f"{model}-{config.precision}-{kind}"
         self._config = config
         self._state_dtype = state_dtype
+        self._given_up: deque[Path] = deque()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as exc:
@@ -91,7 +96,7 @@ class SnapshotFolder:
             OSError: the disk is full, or the folder is gone.
         """
         blob = SnapshotBlob((snapshot,), torch.from_numpy(tokens), {_STATE: key})
-        data = dump_snapshots(blob, self._config)
+        data = pack_snapshots(blob, self._config)
         path = self.folder / self._name(key, tokens)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -104,8 +109,9 @@ class SnapshotFolder:
     def read(self, file: SnapshotFile) -> StateSnapshot | None:
         """Read a file and note that it was used; None, and it is gone, if it is not whole."""
         try:
-            blob = load_snapshots(file.path.read_bytes(), self._config, self._state_dtype)
-            if blob.strings.get(_STATE) != file.key or blob.tokens.tolist() != file.tokens.tolist():
+            blob = load_snapshots(read_file(file.path), self._config, self._state_dtype)
+            is_it = np.array_equal(blob.tokens.numpy(), file.tokens)
+            if blob.strings.get(_STATE) != file.key or not is_it:
                 raise StateFileError("it holds another snapshot than its name says")
             (snapshot,) = blob.rows
             os.utime(file.path)
@@ -113,6 +119,15 @@ class SnapshotFolder:
             self._discard(file.path, exc)
             return None
         return snapshot
+
+    def give_up(self, path: Path) -> None:
+        """Let a file be removed by whoever calls `remove_given_up` next: a disk takes its time."""
+        self._given_up.append(path)
+
+    def remove_given_up(self) -> None:
+        """Remove what was given up; nothing writes these files meanwhile."""
+        while self._given_up:
+            self.remove(self._given_up.popleft())
 
     def remove(self, path: Path) -> None:
         """Remove a file; one that is gone already is no error."""

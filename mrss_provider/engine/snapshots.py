@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from mrss_provider.engine.batch import KEEP_EVERY, Choice, Chunk, Running
+from mrss_provider.engine.cache_tiers import Restored
 from mrss_provider.engine.continuation import Captured
 from mrss_provider.engine.dealing import PREFILL_BLOCK_LEN
-from mrss_provider.engine.prefix_cache import PrefixCache, Restored
+from mrss_provider.engine.prefix_cache import PrefixCache
 from mrss_provider.engine.prompt_lookup import find_longest, keys_after, shared_len, usable_len
 from mrss_provider.engine.radix_tree import Ids, as_ids
 from mrss_provider.engine.request import EngineRequest
 from mrss_provider.engine.snapshot_folder import SnapshotFolder
+from mrss_provider.model.memory import lacked_memory
 from mrss_provider.model.state import STATE_DTYPES, StateSnapshot
 
 if TYPE_CHECKING:
@@ -125,8 +127,8 @@ class SnapshotKeeper:
         keys, stop = find_longest(self.cache, request, limit)
         try:
             return self.cache.restore(keys, request.prompt_ids, stop)
-        except torch.OutOfMemoryError:
-            self._give_way()
+        except RuntimeError as exc:
+            self._give_way(exc)
             return None
 
     def parting(self, request: EngineRequest, num_cached: int) -> int:
@@ -224,12 +226,22 @@ class SnapshotKeeper:
             for key, row in zip(kept.keys, kept.rows, strict=True):
                 self.cache.insert(key, kept.tokens, row)
 
+    def shed(self) -> None:
+        """Give back all memory of the device: somebody else has none left."""
+        for progress in self._progress.values():
+            progress.near = None
+            progress.copies.clear()
+        self._num_copied_bytes = 0
+        self.cache.shed()
+
     def close(self) -> None:
         """Hand over what is on its way, write what is to be written, drop the rest."""
-        if self._is_cuda:
-            torch.cuda.synchronize()
-        self.settle()
-        self.cache.close()
+        try:
+            if self._is_cuda:
+                torch.cuda.synchronize(self._pool.wkv.device)
+            self.settle()
+        finally:
+            self.cache.close()
 
     def _read(self, chunk: Chunk) -> None:
         progress = self._of(chunk.running)
@@ -288,8 +300,8 @@ class SnapshotKeeper:
         """Return rows after `tokens`, and what will tell if they are finite; None as `_copy`."""
         try:
             total, arrived = self._total(rows)
-        except torch.OutOfMemoryError:
-            self._give_way()
+        except RuntimeError as exc:
+            self._give_way(exc)
             return None
         keys = keys_after(progress.request, len(tokens))
         return _Kept(keys, tokens, rows, total, arrived)
@@ -298,13 +310,16 @@ class SnapshotKeeper:
         """Copy rows behind what has been launched; None if there is no room."""
         try:
             return tuple([self._pool.snapshot(slot) for slot in slots])
-        except torch.OutOfMemoryError:
-            self._give_way()
+        except RuntimeError as exc:
+            self._give_way(exc)
             return None
 
-    def _give_way(self) -> None:
+    def _give_way(self, error: RuntimeError) -> None:
+        """Give the cache's memory of the device back, if `error` is that there is too little."""
+        if not lacked_memory(error):
+            raise error
         log.warning("no memory is left for a snapshot: the state cache gives its own back")
-        self.cache.shed()
+        self.shed()
 
     def _total(self, rows: Sequence[StateSnapshot]) -> tuple[Tensor, torch.cuda.Event | None]:
         """Return the sum of rows in the host's memory, and when it will be there.
@@ -347,6 +362,7 @@ def make_keeper(model: Model, pool: StatePool, config: EngineConfig) -> Snapshot
         folder=folder,
         disk_bytes=config.cache_disk_bytes,
     )
+    cache.prepare(pool.snapshot(0))
     # A quarter of what the cache may have in the same memory.
     nearby = device_bytes if model.device.type == "cuda" else config.cache_bytes
     return SnapshotKeeper(cache, pool, nearby // 4)

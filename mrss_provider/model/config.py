@@ -24,6 +24,7 @@ class ModelConfig:
         fingerprint: sha256 (hex) of layer 0's key weight, as stored in the file.
         name: the file's or folder's name, for people.
         quantize: how the large matrices are held: "none" is in `dtype`; "int8", "int4", "fp8".
+        content: a hash (hex) of all weights, as stored: what computed states belong to.
     """
 
     version: int
@@ -37,6 +38,7 @@ class ModelConfig:
     fingerprint: str
     name: str = ""
     quantize: str = "none"
+    content: str = ""
 
     @property
     def precision(self) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 
 # What CUDA, Triton and cuBLAS say where they had no memory and torch did not ask for it: for a
-# kernel's code, a graph, a workspace.
-_SHORTAGE = re.compile(r"CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+# kernel's code, a graph, a workspace, pinned memory; and what torch says of a CPU's.
+_SHORTAGE = re.compile(r"CUDA.*out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory")
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -48,6 +48,12 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release_pinned_memory() -> None:
+    """Give back the pinned memory of the host that torch keeps and nothing refers to."""
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()
 
 
 def lacked_memory(error: BaseException) -> bool:

@@ -165,6 +165,7 @@ class Model:
             fingerprint=weights.fingerprint,
             name=weights.name,
             quantize="none" if large is None else "int8" if large in ("vnni", "pack") else large,
+            content=weights.content,
         )
         self.device = device
         check_quantizable(self.config, device)

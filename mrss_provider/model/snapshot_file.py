@@ -14,18 +14,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 from mrss_provider.errors import StateFileError
 from mrss_provider.model.config import ModelConfig
+from mrss_provider.model.packed_tensors import LENGTH_BYTES, Buffer, pack, unpack
 from mrss_provider.model.state import StateSnapshot
 
 FORMAT = "mrss-snapshot"
 VERSION = "1"
 _PARTS = ("wkv", "shift_att", "shift_ffn", "time_offset")
 _TOKENS = "tokens"
-_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +46,11 @@ class SnapshotBlob:
 
 def dump_snapshots(blob: SnapshotBlob, config: ModelConfig) -> bytes:
     """Return `blob` as bytes, for `config`'s model."""
+    return bytes(pack_snapshots(blob, config))
+
+
+def pack_snapshots(blob: SnapshotBlob, config: ModelConfig) -> memoryview:
+    """Do as `dump_snapshots`; other threads of Python run meanwhile."""
     tensors = {f"extra.{name}": tensor.contiguous() for name, tensor in blob.extra.items()}
     tensors[_TOKENS] = blob.tokens.to(torch.int32).contiguous()
     for k, row in enumerate(blob.rows):
@@ -59,22 +63,23 @@ def dump_snapshots(blob: SnapshotBlob, config: ModelConfig) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "model": config.fingerprint,
+        "content": config.content,
         "dtype": config.precision,
         "num_rows": str(len(blob.rows)),
     }
     metadata["sha256"] = _digest(tensors, metadata)
-    return save(tensors, metadata=metadata)
+    return pack(tensors, metadata)
 
 
-def read_metadata(data: bytes) -> dict[str, str]:
+def read_metadata(data: Buffer) -> dict[str, str]:
     """Return the strings in the header of a blob, of which the first bytes are enough.
 
     Raises:
         StateFileError: not a safetensors header.
     """
     try:
-        length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-        header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        length = int.from_bytes(data[:LENGTH_BYTES], "little")
+        header = json.loads(bytes(data[LENGTH_BYTES : LENGTH_BYTES + length]))
         metadata = header.get("__metadata__", {})
         return {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, RecursionError) as exc:
@@ -98,11 +103,11 @@ def read_header(path: Path) -> tuple[dict[str, str], Tensor]:
     return _own_strings(metadata), tokens
 
 
-def load_snapshots(data: bytes, config: ModelConfig, state_dtype: torch.dtype) -> SnapshotBlob:
+def load_snapshots(data: Buffer, config: ModelConfig, state_dtype: torch.dtype) -> SnapshotBlob:
     """Read a blob for `config`'s model, and check all of it.
 
     Args:
-        data: as `dump_snapshots` returned it.
+        data: as `dump_snapshots` or `pack_snapshots` returned it; what comes back may share it.
         config: of the loaded model.
         state_dtype: of its pool's wkv.
 
@@ -113,15 +118,13 @@ def load_snapshots(data: bytes, config: ModelConfig, state_dtype: torch.dtype) -
     metadata = read_metadata(data)
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StateFileError(f"not a snapshot: its format must be {FORMAT} {VERSION}")
-    if (metadata.get("model"), metadata.get("dtype")) != (config.fingerprint, config.precision):
+    told = tuple(metadata.get(key) for key in ("model", "content", "dtype"))
+    if told != (config.fingerprint, config.content, config.precision):
         raise StateFileError(
             f"the snapshot belongs to another model, dtype or quantisation than the loaded one "
             f"({config.name}, {config.precision})"
         )
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as exc:
-        raise StateFileError(f"the snapshot is damaged: {exc}") from exc
+    tensors = unpack(data)
     claimed = metadata.pop("sha256", "")
     if _digest(tensors, metadata) != claimed:
         raise StateFileError("the snapshot is damaged: its checksum does not match")

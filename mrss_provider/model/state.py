@@ -134,14 +134,17 @@ class StatePool:
         return self.time_offset[layer]
 
     def write(self, slot: int, state: RowState | None) -> None:
-        """Set everything that a slot holds; None sets the base state."""
+        """Set everything that a slot holds; None sets the base state.
+
+        From pinned memory, which is not to be written to any more, nobody waits for the device.
+        """
         state = self._base if state is None else state
         if state is None:
             for tensor in (self.wkv, self.shift_att, self.shift_ffn):
                 tensor[:, slot].zero_()
             self._write_offset(slot, None)
             return
-        self.wkv[:, slot].copy_(state.wkv)
+        self.wkv[:, slot].copy_(state.wkv, non_blocking=True)
         for shift, value in (
             (self.shift_att, state.shift_att),
             (self.shift_ffn, state.shift_ffn),
@@ -149,7 +152,7 @@ class StatePool:
             if value is None:
                 shift[:, slot].zero_()
             else:
-                shift[:, slot].copy_(value)
+                shift[:, slot].copy_(value, non_blocking=True)
         self._write_offset(slot, state.time_offset)
 
     def reinject(self, slot: int, base_slot: int, state: RowState) -> None:
@@ -168,7 +171,9 @@ class StatePool:
         """Make `dst_slots` hold what `src_slot` holds."""
         if not dst_slots:
             return
-        index = torch.tensor(dst_slots, device=self.wkv.device)
+        # From pinned memory: the host does not wait for the steps under way.
+        index = torch.tensor(dst_slots, pin_memory=self.wkv.is_cuda)
+        index = index.to(self.wkv.device, non_blocking=True)
         for tensor in (self.wkv, self.shift_att, self.shift_ffn):
             tensor[:, index] = tensor[:, src_slot].unsqueeze(1)
         for slot in dst_slots:
@@ -198,5 +203,5 @@ class StatePool:
             return
         if self.time_offset is None:
             self.time_offset = torch.zeros_like(self.shift_att)
-        self.time_offset[:, slot].copy_(value)
+        self.time_offset[:, slot].copy_(value, non_blocking=True)
         self._with_offset.add(slot)

@@ -7,6 +7,7 @@ official names, vectors as [C], and every matrix as [out, in], ready for `F.line
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ _LAYER = re.compile(r"blocks\.(\d{1,4})\.")
 
 KEY_WEIGHT = "blocks.0.att.key.weight"
 """The tensor whose hash is a model's fingerprint."""
+
+# Of a matrix, for the hash of its content.
+_NUM_ROWS_READ = 64
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,6 +89,23 @@ class Weights:
     tensors: Mapping[str, Tensor]
     time_state: Tensor | None
 
+    @functools.cached_property
+    def content(self) -> str:
+        """A hash (hex) that every number has a part in, of all tensors; reads them once.
+
+        Checkpoints that were trained further may share layer 0's key weight, and no state.
+        """
+        digest = hashlib.sha256()
+        states = {} if self.time_state is None else {"time_state": self.time_state}
+        for name, tensor in sorted((dict(self.tensors) | states).items()):
+            digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+            data = tensor.contiguous()
+            # All of a large one would take as long as loading it.
+            digest.update(str(_sum_of_bits(data)).encode())
+            some = data[:: max(1, len(data) // _NUM_ROWS_READ)] if data.ndim > 1 else data
+            digest.update(some.contiguous().view(torch.uint8).cpu().numpy().data)
+        return digest.hexdigest()
+
 
 def load_weights(path: Path) -> Weights:
     """Read a checkpoint file or folder and check it whole.
@@ -123,6 +144,13 @@ def tensor_hash(tensor: Tensor) -> str:
     """Return the sha256 (hex) of a tensor's bytes, row after row, as stored."""
     data = tensor.contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(data.data).hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Return the sum of a contiguous tensor's memory, as integers that wrap around."""
+    memory = tensor.view(-1).view(torch.uint8)
+    is_even = len(memory) % 8 == 0 and memory.storage_offset() % 8 == 0
+    return int(memory.view(torch.int64).sum() if is_even else memory.sum(dtype=torch.int64))
 
 
 def _official_names(raw: Tensors, file: Path) -> Tensors:

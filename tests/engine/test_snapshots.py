@@ -186,15 +186,25 @@ def test_nothing_is_kept_of_rows_that_became_nan(on_device: bool) -> None:
 
 
 @pytest.mark.parametrize("lacking", ["snapshot", "its sum"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        # Of pinned memory, and of a CPU's.
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["device", "pinned", "host"],
+)
 def test_no_memory_for_a_snapshot_or_its_sum_ends_no_request(
-    monkeypatch: pytest.MonkeyPatch, lacking: str
+    monkeypatch: pytest.MonkeyPatch, lacking: str, error: RuntimeError
 ) -> None:
     wanted = request("x", LONG, LINEAR, max_tokens=40)
     expected = all_ids(run(fake_engine(), wanted))
     engine = fake_engine()
 
     def lack(_: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     if lacking == "snapshot":
         monkeypatch.setattr(engine._runner.pool, "snapshot", lack)
@@ -346,6 +356,26 @@ def test_states_on_disk_serve_the_next_engine(tiny: Tiny, tmp_path: Path) -> Non
     assert got[0].num_cached == 128
     assert told(got) == expected
     again.close()
+
+
+def test_states_on_disk_serve_no_other_model_that_shares_a_weight(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """A checkpoint trained further, from which the first layer's key weight was left out."""
+    engine = tiny.engine(cache_dir=tmp_path)
+    wanted = tiny.request("base", PROMPT)
+    run(engine, wanted)
+    engine.close()
+    tensors = tiny_model.checkpoint(tiny.model.config.version)
+    tensors["blocks.1.ffn.value.weight"] *= 1.01
+    torch.save(tensors, tmp_path / "further.pth")
+    model = load_model(tmp_path / "further.pth", device="cpu", dtype="fp32", threads=1)
+    assert model.config.fingerprint == tiny.model.config.fingerprint
+    other = replace(tiny, model=model).engine(cache_dir=tmp_path)
+    other._keeper.cache.wait_for_files()
+    other.load_cached(wanted)
+    assert run(other, wanted)["x/0"][0].num_cached == 0
+    other.close()
 
 
 def test_the_memory_of_the_cache_is_bounded_whatever_comes(tiny: Tiny) -> None:

@@ -124,7 +124,10 @@ def test_an_answer_is_found_by_the_next_turn(model: Model, library: StateLibrary
     assert got[0].num_cached >= len(prompt) + 39
 
 
-def test_an_answer_goes_on_bit_for_bit(model: Model, library: StateLibrary) -> None:
+@pytest.mark.parametrize("from_host", [False, True], ids=["device", "host"])
+def test_an_answer_goes_on_bit_for_bit(
+    model: Model, library: StateLibrary, from_host: bool
+) -> None:
     whole = ask(library, "knowledge+tone", prompt_of(100), max_tokens=40, temperature=1.0)
     engine = make_engine(model, library, cache_bytes=0, cache_device_bytes=0)
     expected = ids(run(engine, whole))
@@ -134,7 +137,11 @@ def test_an_answer_goes_on_bit_for_bit(model: Model, library: StateLibrary) -> N
     assert begun == expected[:15]
     state = capture.states[-1]
     assert state.num_read == 14
-    start = StartPoint(state.rows, 100, tuple(token or 0 for token in begun), capture.evidence)
+    rows = state.rows
+    if from_host:
+        rows = engine.at_hand([row.to_host() for row in rows])
+        assert all(row.wkv.is_pinned() for row in rows)
+    start = StartPoint(rows, 100, tuple(token or 0 for token in begun), capture.evidence)
     assert ids(run(engine, replace(whole, start=start))) == expected[15:]
 
 
@@ -163,3 +170,114 @@ def test_files_serve_the_next_engine(model: Model, library: StateLibrary, tmp_pa
     got = run(again, wanted)
     assert (got[0].num_cached, ids(got)) == (256, expected)
     again.close()
+
+
+def same_bits(one: StateSnapshot, other: StateSnapshot) -> bool:
+    parts = ("wkv", "shift_att", "shift_ffn")
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in parts)
+
+
+def copied(snapshot: StateSnapshot) -> StateSnapshot:
+    return StateSnapshot(
+        snapshot.wkv.clone(), snapshot.shift_att.clone(), snapshot.shift_ffn.clone()
+    )
+
+
+def small_tiers(model: Model, device_rows: int, ram_rows: int) -> dict[str, int]:
+    """Settings with room for so many states of short prompts, and little more."""
+    row_bytes = model.new_pool(1).snapshot(0).num_bytes
+    # Blocks of pinned memory are powers of two.
+    return {
+        "cache_device_bytes": int((device_rows + 0.5) * row_bytes),
+        "cache_bytes": int((ram_rows + 0.5) * 2 * row_bytes),
+    }
+
+
+def test_states_come_back_from_ram_bit_for_bit_while_others_decode(
+    model: Model, library: StateLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model, library, **small_tiers(model, 4, 200))
+    cache = engine._keeper.cache
+    # Of two that read the same prompt at a time, either may be what is kept.
+    kept: dict[tuple[str, bytes], list[StateSnapshot]] = {}
+    insert = PrefixCache.insert
+
+    def watched(self: PrefixCache, key: str, tokens: object, snapshot: StateSnapshot) -> None:
+        kept.setdefault((key, as_ids(tokens).tobytes()), []).append(copied(snapshot))  # type: ignore[arg-type]
+        insert(self, key, tokens, snapshot)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PrefixCache, "insert", watched)
+    for number in range(4):
+        whole = ask(library, "base", prompt_of(40, seed=number), max_tokens=400)
+        engine.add(replace(whole, id=f"long{number}"))
+    num_added, draw = 0, random.Random(5)
+    running: set[str] = set()
+    while engine.has_work:
+        while num_added < 40 and len(running) < 2:
+            # Every third one begins with a prompt that was read before, perhaps from RAM.
+            seed = (
+                draw.randrange(100, 100 + max(1, num_added)) if num_added % 3 else 100 + num_added
+            )
+            short = ask(library, "knowledge+tone", prompt_of(100, seed=seed), max_tokens=5)
+            engine.add(replace(short, id=f"short{num_added}"))
+            running.add(f"short{num_added}")
+            num_added += 1
+        for output in engine.step():
+            assert output.error is None
+            if output.finish_reason is not None:
+                running.discard(output.request_id)
+    torch.cuda.synchronize()
+    engine._keeper.settle()
+    stats = cache.stats()
+    assert stats.hits > 0
+    assert stats.ram_bytes > 10 * stats.device_bytes / 4, "most have left the device"
+    found = 0
+    for (key, tokens), expected in kept.items():
+        ids_ = as_ids(list(memoryview(tokens).cast("i")))
+        restored = cache.restore([key], ids_, len(ids_))
+        if restored is not None and restored.length == len(ids_):
+            found += 1
+            assert any(same_bits(restored.rows[0], one) for one in expected)
+            assert cache.stats().device_bytes <= engine._config.cache_device_bytes  # type: ignore[operator]
+    assert found == len(kept)
+
+
+def test_what_leaves_the_device_is_not_overwritten_before_it_has_been_copied() -> None:
+    size = 4 * (2048 * 2048 + 2 * 2048)
+    cache = PrefixCache(torch.device("cuda"), ram_bytes=40 * 2 * size, device_bytes=size + 64)
+
+    def large(value: float) -> StateSnapshot:
+        shape, shift = (1, 1, 2048, 2048), (1, 2048)
+        parts = [torch.full(shape, value, device="cuda"), torch.full(shift, value, device="cuda")]
+        return StateSnapshot(parts[0], parts[1], parts[1].clone())
+
+    for i in range(20):
+        # Its memory is that of one which has just been dropped, if that is free already.
+        cache.insert("base", as_ids([i]), large(float(i)))
+    for i in range(20):
+        restored = cache.restore(["base"], as_ids([i]), 1)
+        assert restored is not None
+        (found,) = restored.rows
+        for part in (found.wkv, found.shift_att, found.shift_ffn):
+            assert float(part.min()) == float(part.max()) == i
+
+
+def test_no_pinned_memory_is_taken_while_states_leave_and_all_of_it_is_given_back(
+    model: Model, library: StateLibrary
+) -> None:
+    def num_pinned() -> int:
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+
+    engine = make_engine(model, library, **small_tiers(model, 2, 10))
+    run(engine, ask(library, "base", prompt_of(40), max_tokens=4))
+    before = num_pinned()
+    for seed in range(20):
+        run(engine, ask(library, "base", prompt_of(40, seed=seed), max_tokens=4))
+    stats = engine.stats().cache
+    assert stats is not None
+    assert stats.ram_bytes > 0
+    # What is received and summed is a few bytes each.
+    assert num_pinned() - before < 1 << 16
+    row_bytes = model.new_pool(1).snapshot(0).num_bytes
+    engine.close()
+    assert num_pinned() < before - 9 * row_bytes

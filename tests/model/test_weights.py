@@ -176,6 +176,25 @@ def test_the_fingerprint_is_the_hash_of_layer_0s_key_weight_as_stored(tmp_path):
         assert load_weights(tmp_path / "m.safetensors").fingerprint == wanted
 
 
+def test_the_content_tells_any_number_and_not_the_layout(tmp_path):
+    tensors = checkpoint(7, SHAPE, dtype=torch.bfloat16)
+    torch.save(tensors, tmp_path / "m.pth")
+    save_file(to_fla(tensors), tmp_path / "m.safetensors")
+    content = load_weights(tmp_path / "m.pth").content
+    assert load_weights(tmp_path / "m.safetensors").content == content
+    told = {content}
+    # A row of the embedding that is not looked at, a rank of a LoRA, a norm, and a state.
+    changes = {"emb.weight": 7, "blocks.1.att.w2": 3, "ln_out.bias": 0}
+    for name, at in changes.items():
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name].view(-1, changed[name].shape[-1])[at, -1] += 1
+        torch.save(changed, tmp_path / "m.pth")
+        told.add(load_weights(tmp_path / "m.pth").content)
+    torch.save(tensors | tuned_state(SHAPE), tmp_path / "m.pth")
+    told.add(load_weights(tmp_path / "m.pth").content)
+    assert len(told) == 5
+
+
 def test_a_loaded_model_does_not_need_its_file(tmp_path, token_ids):
     path = write_checkpoint(tmp_path / "m.pth", 7, TINY)
     for packed in (True, False):

@@ -1,0 +1,376 @@
+"""The state cache between two memories, over a device whose copies arrive when somebody waits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mrss_provider.engine.copy_stream import Arrival
+from mrss_provider.engine.prefix_cache import PrefixCache
+from mrss_provider.engine.radix_tree import as_ids
+from mrss_provider.engine.snapshot_folder import SnapshotFile, SnapshotFolder
+from mrss_provider.model import ModelConfig, StateSnapshot
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    version=7,
+    num_layers=1,
+    hidden_size=4,
+    num_heads=1,
+    head_size=4,
+    vocab_size=50,
+    ffn_size=8,
+    dtype="fp32",
+    fingerprint="ab" * 32,
+)
+DEVICE_BYTES = 4 * (16 + 4 + 4)
+# The stand-in's blocks are larger than what is in them, as those of pinned memory are.
+RAM_BYTES = DEVICE_BYTES + 32
+TOKEN = 4
+
+
+class FakeArrival:
+    """Copies when it is waited for, as late as a device may."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+
+    def synchronize(self) -> None:
+        for source, target in self.pairs:
+            target.copy_(source)
+
+
+class FakeCopies:
+    """Both memories are the host's; what has not arrived yet is no number."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self.num_prepared = 0
+        self.is_closed = False
+        self.while_pinning = lambda: None
+
+    def to_host(self, snapshot: StateSnapshot) -> tuple[StateSnapshot, Arrival]:
+        if self.is_full:
+            raise RuntimeError("CUDA error: out of memory")
+        parts = (snapshot.wkv, snapshot.shift_att, snapshot.shift_ffn)
+        copies = [torch.full_like(part, torch.nan) for part in parts]
+        return StateSnapshot(*copies), FakeArrival(list(zip(parts, copies, strict=True)))
+
+    def to_device(self, snapshot: StateSnapshot, arrived: Arrival | None) -> StateSnapshot:
+        if arrived is not None:
+            arrived.synchronize()
+        return StateSnapshot(
+            *(part.clone() for part in vars(snapshot).values() if part is not None)
+        )
+
+    def pinned(self, snapshot: StateSnapshot) -> StateSnapshot:
+        if self.is_full:
+            raise RuntimeError("CUDA error: out of memory")
+        self.while_pinning()
+        return snapshot
+
+    def host_bytes(self, snapshot: StateSnapshot) -> int:
+        return snapshot.num_bytes + 32
+
+    def prepare(self, snapshot: StateSnapshot, num_rows: int) -> None:
+        if self.is_full:
+            raise RuntimeError("CUDA error: out of memory")
+        self.num_prepared += num_rows
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def row(value: float) -> StateSnapshot:
+    shift = torch.full((1, 4), float(value))
+    return StateSnapshot(torch.full((1, 1, 4, 4), float(value)), shift, shift.clone())
+
+
+def value_of(found: StateSnapshot) -> float:
+    assert found.wkv.unique().numel() == 1
+    assert torch.equal(found.shift_att, found.shift_ffn)
+    assert float(found.shift_att[0, 0]) == float(found.wkv[0, 0, 0, 0])
+    return float(found.shift_att[0, 0])
+
+
+def cache_of(
+    device_rows: int,
+    ram_rows: int,
+    folder: Path | None = None,
+    copies: FakeCopies | None = None,
+) -> PrefixCache:
+    """A cache with room for so many rows of one token in each memory."""
+    return PrefixCache(
+        CPU,
+        device_bytes=device_rows * (DEVICE_BYTES + TOKEN),
+        ram_bytes=ram_rows * (RAM_BYTES + TOKEN),
+        folder=None if folder is None else SnapshotFolder(folder, CONFIG, torch.float32),
+        disk_bytes=0 if folder is None else 1 << 20,
+        copies=copies or FakeCopies(),
+    )
+
+
+class Expected:
+    """What is where, the longest unused first."""
+
+    def __init__(self, device_rows: int, ram_rows: int) -> None:
+        self.limits = device_rows, ram_rows
+        self.device: OrderedDict[str, float] = OrderedDict()
+        self.ram: OrderedDict[str, float] = OrderedDict()
+
+    def insert(self, key: str, value: float) -> None:
+        self.device[key] = value
+        self.device.move_to_end(key)
+        self.trim()
+
+    def restore(self, keys: list[str]) -> list[float] | None:
+        if not all(key in self.device or key in self.ram for key in keys):
+            return None
+        found = [self.device.get(key, self.ram.get(key, 0.0)) for key in keys]
+        for key, value in zip(keys, found, strict=True):
+            self.device[key] = value
+            self.device.move_to_end(key)
+            if key in self.ram:
+                self.ram.move_to_end(key)
+        self.trim()
+        return found
+
+    def trim(self) -> None:
+        most, most_in_ram = self.limits
+        while len(self.device) > most:
+            key, value = self.device.popitem(last=False)
+            if key not in self.ram:
+                self.ram[key] = value
+        while len(self.ram) > most_in_ram:
+            self.ram.popitem(last=False)
+
+
+KEY = st.sampled_from("abcdef")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.lists(KEY | st.lists(KEY, min_size=1, max_size=3, unique=True), min_size=12, max_size=40),
+)
+def test_rows_move_between_memories_as_they_are_used(
+    device_rows: int, ram_rows: int, steps: list[str | list[str]]
+) -> None:
+    cache, expected = cache_of(device_rows, ram_rows), Expected(device_rows, ram_rows)
+    inserted: dict[str, float] = {}
+    for number, step in enumerate(steps):
+        if isinstance(step, str):
+            # As whoever keeps rows: not again while it is there.
+            if not cache.holds([step], as_ids([1])):
+                inserted[step] = float(number)
+                cache.insert(step, as_ids([1]), row(number))
+                expected.insert(step, number)
+        else:
+            restored = cache.restore(step, as_ids([1, 2]), 2)
+            found = expected.restore(step)
+            assert (restored and [value_of(one) for one in restored.rows]) == found
+        stats = cache.stats()
+        assert stats.device_bytes == len(expected.device) * (DEVICE_BYTES + TOKEN)
+        assert stats.ram_bytes == len(expected.ram) * (RAM_BYTES + TOKEN)
+        assert stats.num_entries == len({*expected.device, *expected.ram})
+
+
+def test_a_hit_on_the_rows_longest_unused_in_both_memories_is_whole() -> None:
+    cache = cache_of(device_rows=2, ram_rows=2)
+    for number, key in enumerate("abcd"):
+        cache.insert(key, as_ids([1]), row(number))
+    # Each that comes back to the device sends another one to RAM, whose oldest are just these.
+    restored = cache.restore(["a", "b"], as_ids([1]), 1)
+    assert restored is not None
+    assert [value_of(one) for one in restored.rows] == [0, 1]
+
+
+def test_a_state_that_ram_has_no_memory_for_is_dropped_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    copies = FakeCopies()
+    cache = cache_of(device_rows=1, ram_rows=3, copies=copies)
+    copies.is_full = True
+    with caplog.at_level(logging.WARNING):
+        for number, key in enumerate("abc"):
+            cache.insert(key, as_ids([1]), row(number))
+    assert len(caplog.records) == 1
+    stats = cache.stats()
+    assert (stats.num_entries, stats.ram_bytes) == (1, 0)
+    copies.is_full = False
+    cache.insert("d", as_ids([1]), row(3))
+    restored = cache.restore(["c", "d"], as_ids([1]), 1)
+    assert restored is not None
+    assert [value_of(one) for one in restored.rows] == [2, 3]
+
+
+def test_a_file_has_what_has_arrived(tmp_path: Path) -> None:
+    cache = cache_of(device_rows=1, ram_rows=9, folder=tmp_path)
+    for number, key in enumerate("abc"):
+        cache.insert(key, as_ids([1]), row(number))
+    cache.close()
+    again = cache_of(device_rows=1, ram_rows=9, folder=tmp_path)
+    again.wait_for_files()
+    for number, key in enumerate("abc"):
+        again.load_files([key], as_ids([1]), 1)
+        restored = again.restore([key], as_ids([1]), 1)
+        assert restored is not None
+        assert value_of(restored.rows[0]) == number
+    again.close()
+
+
+def test_memory_is_taken_for_the_rows_that_fit_in_ram(caplog: pytest.LogCaptureFixture) -> None:
+    copies = FakeCopies()
+    cache = cache_of(device_rows=1, ram_rows=5, copies=copies)
+    cache.prepare(row(0))
+    assert copies.num_prepared == 5 + 4
+    cache_of(device_rows=9, ram_rows=0, copies=copies).prepare(row(0))
+    assert copies.num_prepared == 5 + 4
+    cache.close()
+    assert copies.is_closed
+    copies.is_full = True
+    with caplog.at_level(logging.WARNING):
+        cache_of(device_rows=1, ram_rows=5, copies=copies).prepare(row(0))
+    assert len(caplog.records) == 1
+
+
+def written(folder: Path) -> None:
+    cache = cache_of(device_rows=1, ram_rows=9, folder=folder)
+    cache.insert("a", as_ids([1]), row(7))
+    cache.close()
+
+
+def look(cache: PrefixCache) -> None:
+    """Fail if the engine's thread would wait."""
+    other = threading.Thread(target=cache.stats)
+    other.start()
+    other.join(5)
+    assert not other.is_alive(), "the cache is locked"
+
+
+def test_nobody_waits_for_memory_that_a_file_is_read_to(tmp_path: Path) -> None:
+    written(tmp_path)
+    copies = FakeCopies()
+    cache = cache_of(device_rows=1, ram_rows=9, folder=tmp_path, copies=copies)
+    cache.wait_for_files()
+
+    copies.while_pinning = lambda: look(cache)
+    cache.load_files(["a"], as_ids([1]), 1)
+    assert cache.match(["a"], as_ids([1]), 1) == 1
+    cache.close()
+
+
+def test_nobody_waits_for_a_file_to_be_removed(tmp_path: Path) -> None:
+    removed: list[str] = []
+
+    class Slow(SnapshotFolder):
+        def remove(self, path: Path) -> None:
+            look(cache)
+            removed.append(path.name)
+            super().remove(path)
+
+    size = DEVICE_BYTES + TOKEN
+    folder = Slow(tmp_path, CONFIG, torch.float32)
+    cache = PrefixCache(CPU, ram_bytes=9 * size, folder=folder, disk_bytes=2000)
+    for number in range(9):
+        cache.insert("base", as_ids([number]), row(number))
+    cache.wait_for_files()
+    left = {path.name for path in folder.folder.iterdir()}
+    assert len(removed) + len(left) == 9
+    assert len(removed) > 4
+    assert not left & set(removed)
+    cache.close()
+
+
+def test_no_memory_for_a_file_is_a_miss(tmp_path: Path) -> None:
+    written(tmp_path)
+    copies = FakeCopies()
+    cache = cache_of(device_rows=1, ram_rows=9, folder=tmp_path, copies=copies)
+    cache.wait_for_files()
+    copies.is_full = True
+    cache.load_files(["a"], as_ids([1]), 1)
+    assert cache.restore(["a"], as_ids([1]), 1) is None
+    copies.is_full = False
+    cache.load_files(["a"], as_ids([1]), 1)
+    assert cache.restore(["a"], as_ids([1]), 1) is not None
+    cache.close()
+
+
+def test_a_file_that_goes_while_it_is_read_leaves_nothing_in_ram(tmp_path: Path) -> None:
+    written(tmp_path)
+    copies = FakeCopies()
+    cache = cache_of(device_rows=1, ram_rows=9, folder=tmp_path, copies=copies)
+    cache.wait_for_files()
+
+    def forget() -> None:
+        with cache._lock:
+            cache._disk.max_bytes = 0
+            cache._trim()
+
+    copies.while_pinning = forget
+    cache.load_files(["a"], as_ids([1]), 1)
+    stats = cache.stats()
+    assert (stats.num_entries, stats.ram_bytes, stats.disk_bytes) == (0, 0, 0)
+    cache.close()
+
+
+class HeldFolder(SnapshotFolder):
+    """A folder on a disk that is busy until it is told otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, CONFIG, torch.float32)
+        self.is_writing = threading.Event()
+        self.may_write = threading.Event()
+        self.num_written = 0
+
+    def write(self, key: str, tokens: object, snapshot: StateSnapshot) -> SnapshotFile:
+        self.is_writing.set()
+        assert self.may_write.wait(10)
+        self.num_written += 1
+        return super().write(key, tokens, snapshot)  # type: ignore[arg-type]
+
+
+def test_what_waits_for_its_file_is_counted_once_however_often_it_comes_back(
+    tmp_path: Path,
+) -> None:
+    folder = HeldFolder(tmp_path)
+    size = DEVICE_BYTES + TOKEN
+    # Three wait for their files beside the twelve in memory.
+    cache = PrefixCache(CPU, ram_bytes=12 * size, folder=folder, disk_bytes=1 << 20)
+    for number in (*range(13), 0, *range(2, 13), 1):
+        # The first leaves twice.
+        cache.insert("again", as_ids([number]), row(number))
+    folder.may_write.set()
+    cache.wait_for_files()
+    folder.may_write.clear()
+    for number in range(15):
+        cache.insert("later", as_ids([number]), row(number))
+    assert all(cache.match(["later"], as_ids([number]), 1) for number in range(15))
+    folder.may_write.set()
+    cache.close()
+
+
+def test_nothing_is_written_after_the_wait_for_the_disk_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mrss_provider.engine.prefix_cache._CLOSE_WAIT_S", 0.01)
+    folder = HeldFolder(tmp_path)
+    cache = PrefixCache(CPU, ram_bytes=1 << 20, folder=folder, disk_bytes=1 << 20)
+    for number in range(5):
+        cache.insert("base", as_ids([number]), row(number))
+    assert folder.is_writing.wait(10)
+    cache.close()
+    folder.may_write.set()
+    assert cache._writer is not None
+    cache._writer._thread.join(10)
+    assert not cache._writer._thread.is_alive()
+    assert folder.num_written == 1
