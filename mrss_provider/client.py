@@ -31,6 +31,7 @@ from mrss_provider.errors import (
     MRSSError,
     NotFoundError,
     QueueFullError,
+    RequestTimeoutError,
     error_from_dict,
 )
 from mrss_provider.http1 import Connection, LeanTransport
@@ -131,9 +132,9 @@ class Client:
         connection: Connection = response.extensions["connection"]
         try:
             info = info_from_headers(response.headers)
-        except MRSSError:
+        except EngineUnavailableError as exc:
             await connection.aclose()
-            raise
+            raise EngineUnavailableError(f"{self.address}: {exc.message}") from exc
         connection.watch(self._idle_timeout_s)
         left_s = max(0.0, deadline - loop.time())
         stream = ClientStream(info, connection, left_s, self._streams.discard)
@@ -260,6 +261,8 @@ class Client:
         answer = await self._read_json(response)
         if response.status_code == 404 and not _is_not_found(answer):
             raise EngineUnavailableError(f"{self.address} is not an mrss engine (no {path} there)")
+        if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
+            raise _with_retry_after(_error_of_another(response, self.address), response)
         raise _with_retry_after(error_from_dict(response.status_code, answer), response)
 
     async def _read_json(
@@ -324,7 +327,13 @@ def parse_address(address: str) -> tuple[str, Path | None]:
             url = httpx.URL(address)
         except httpx.InvalidURL as exc:
             raise _bad_address(address) from exc
-        if url.host:
+        if url.userinfo:
+            raise ConfigError(
+                "an engine's address has no user and password before its host, which would not be "
+                "sent; a key goes into `api_key`, or MRSS_API_KEY",
+                param="api_base",
+            )
+        if url.host and not url.query and not url.fragment:
             # Users of the OpenAI client are used to write the /v1.
             return address.rstrip("/").removesuffix("/v1"), None
     raise _bad_address(address)
@@ -341,6 +350,27 @@ def _is_not_found(answer: object) -> bool:
     """Tell whether a 404 is an engine's: somebody else's says nothing of what was asked for."""
     error = answer.get("error") if isinstance(answer, dict) else None
     return isinstance(error, dict) and error.get("code") == NotFoundError.code
+
+
+def _error_of_another(response: httpx.Response, address: str) -> MRSSError:
+    """Return what an answer without words of ours means: something before the engine gave it."""
+    status = response.status_code
+    if 300 <= status < 400:
+        location = response.headers.get("location", "nowhere")
+        return EngineUnavailableError(
+            f"{address} is not where the engine is: it redirects to {location:.200}; name that"
+        )
+    if status == 504:
+        return RequestTimeoutError(
+            f"what stands before the engine at {address} waited no longer for it (status 504); "
+            "let it wait longer, or ask for fewer tokens"
+        )
+    if status > 500:
+        return EngineUnavailableError(
+            f"no engine answers behind {address}: what stands before it said status {status}"
+        )
+    told = f"what stands before the engine at {address} answered with status {status}"
+    return error_from_dict(status, {"error": {"message": told}})
 
 
 def _with_retry_after(error: MRSSError, response: httpx.Response) -> MRSSError:

@@ -45,7 +45,7 @@ BUNDLED_STATES = _package_data("states")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine loads and how much it may use.
+    """What the engine loads and how much it may use. Paths may be given as texts.
 
     Attributes:
         model: checkpoint file (.pth, .safetensors) or folder.
@@ -117,6 +117,7 @@ class EngineConfig:
     max_state_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
+        _settle_types(self)
         _check_choices(self, device=Device, dtype=Dtype, quantize=Quantize)
         _check_choices(self, state_dtype=StateDtype, lazy_rows=LazyRows)
         _check_min(self, threads=0, max_rows=1, max_states=1, max_queued=0)
@@ -145,7 +146,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where and how `mrss serve` listens.
+    """Where and how `mrss serve` listens. Paths may be given as texts.
 
     Attributes:
         host: address to bind, TCP.
@@ -197,6 +198,7 @@ class ServerConfig:
     feedback: Path | None = None
 
     def __post_init__(self) -> None:
+        _settle_types(self)
         if not self.host:
             raise ConfigError(
                 "host must be an address or a name, got ''; 0.0.0.0 listens on all of IPv4",
@@ -280,8 +282,41 @@ def _parse(text: str, hint: Any, variable: str) -> Any:
 
 
 def _kind_name(kind: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+    }
     return names.get(kind, str(kind))
+
+
+def _kinds_of(cls: type[object]) -> Mapping[str, tuple[type[Any], ...]]:
+    """Return which types each field takes; the fields with a choice of words are left out."""
+    hints = get_type_hints(cls)
+    kinds = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind[0], type)}
+
+
+def _settle_types(config: object) -> None:
+    """Make paths of texts, and refuse a value of another type than its field has.
+
+    Raises:
+        ConfigError: as said, naming the field.
+    """
+    for name, kinds in _kinds_of(type(config)).items():
+        value = getattr(config, name)
+        if kinds[0] is Path and isinstance(value, str | os.PathLike):
+            object.__setattr__(config, name, Path(value))
+        elif not _is_one_of(value, kinds):
+            raise ConfigError(f"{name} must be {_kind_name(kinds[0])}, got {value!r}", param=name)
+
+
+def _is_one_of(value: object, kinds: tuple[type[Any], ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 def _check_choices(config: object, **choices: Any) -> None:

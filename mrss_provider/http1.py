@@ -86,7 +86,11 @@ class LeanTransport(httpx.AsyncBaseTransport):
     def _tls(self) -> ssl.SSLContext:
         # Reading the certificates takes tens of milliseconds.
         if self._ssl_context is None:
-            self._ssl_context = httpx.create_ssl_context(trust_env=False)
+            try:
+                # With SSL_CERT_FILE and SSL_CERT_DIR, as everybody's clients have it.
+                self._ssl_context = httpx.create_ssl_context()
+            except OSError as exc:
+                raise httpx.ConnectError(f"bad SSL_CERT_FILE or SSL_CERT_DIR: {exc}") from exc
         return self._ssl_context
 
 

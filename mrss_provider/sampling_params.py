@@ -14,6 +14,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 1024
+MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 0, 2**31 - 1)
+            _check_int("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         self._check_stop()
         _check_bool("ignore_eos", self.ignore_eos)
         if self.sampling_order not in (None, "openai", "rwkv"):

@@ -29,6 +29,32 @@ def test_a_value_beyond_its_limit_is_refused_by_name(cls, name, value):
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "allowed"),
+    [
+        (EngineConfig, "threads", "4", "an integer"),
+        (EngineConfig, "max_rows", 4.0, "an integer"),
+        (EngineConfig, "max_rows", True, "an integer"),
+        (EngineConfig, "strict", 1, "true or false"),
+        (EngineConfig, "model", None, "a path"),
+        (EngineConfig, "cache_dir", b"cache", "a path"),
+        (EngineConfig, "template", 1, "a text"),
+        (ServerConfig, "port", "9000", "an integer"),
+        (ServerConfig, "drain_s", "1", "a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(cls, name, value, allowed):
+    with pytest.raises(ConfigError, match=f"{name} must be {allowed}, got {value!r}") as caught:
+        cls(**{name: value})
+    assert caught.value.param == name
+
+
+def test_paths_may_be_given_as_texts():
+    config = EngineConfig(model="models/x.pth", cache_dir="cache")
+    assert config == EngineConfig(model=Path("models/x.pth"), cache_dir=Path("cache"))
+    assert ServerConfig(socket="/run/mrss.sock", drain_s=1).socket == Path("/run/mrss.sock")
+
+
 def test_values_at_their_limits_are_taken():
     config = ServerConfig(request_timeout_s=0.001, drain_s=0.0, idle_exit_s=0.0)
     assert config.request_timeout_s == 0.001

@@ -135,6 +135,12 @@ def test_canonical_ignores_order_and_scale(mixture: Mixture, scale: float, rando
         assert math.isclose(one[name], two[name], rel_tol=1.1e-3)
 
 
+@pytest.mark.parametrize("text", ["knowledge + tone", "RWKV x060 1B6 Base MRSS Test"])
+def test_a_name_with_spaces_is_told_where_there_are_some(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"'\+' alone, and GET /models lists the names"):
+        parse_mixture(text)
+
+
 @pytest.mark.parametrize(
     ("text", "position"),
     [

@@ -109,13 +109,33 @@ def test_a_choice_is_read(extra, expected):
     assert (request.tool_choice, [tool.name for tool in request.tools]) == expected
 
 
+@pytest.mark.parametrize("hint", ["cache_control", "prompt_cache_breakpoint"])
+def test_hints_for_another_servers_cache_change_nothing(hint):
+    told = {hint: {"type": "ephemeral"}}
+    plain = {**CHAT, "messages": [ASKED, CALLED, TOLD], "tools": [CLOCK]}
+    parts = [{"type": "text", "text": "hi", **told}]
+    hinted = {
+        **plain,
+        "messages": [{**ASKED, "content": parts, **told}, {**CALLED, **told}, {**TOLD, **told}],
+        "tools": [{**CLOCK, **told}],
+    }
+    assert schema.parse_chat_request(hinted) == schema.parse_chat_request(plain)
+
+
+def test_a_call_of_another_server_without_arguments_is_one_with_none():
+    call = {**CALL, "function": {"name": "clock", "arguments": ""}}
+    body = {**CHAT, "messages": [ASKED, {**CALLED, "tool_calls": [call]}, TOLD]}
+    messages = schema.parse_chat_request(body).request.messages
+    assert messages[1].tool_calls[0].arguments == "{}"
+
+
 @pytest.mark.parametrize(
     ("extra", "param", "words"),
     [
         ({"tools": {}}, "tools", "a list"),
         ({"tools": [CLOCK] * 129}, "tools", "128"),
         ({"tools": [CLOCK, CLOCK]}, "tools[1].function.name", "a name of its own"),
-        ({"tools": [{"type": "custom"}]}, "tools[0].type", "only functions"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "only functions"),
         ({"tools": [{**CLOCK, "x": 1}]}, "tools[0].x", "no parameter"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "an object"),
         (function(name="two words"), "tools[0].function.name", "letters, digits"),
@@ -129,7 +149,11 @@ def test_a_choice_is_read(extra, expected):
         (function(strictly=True), "tools[0].function.strictly", "strict"),
         (function(description="\ud800"), "tools[0].function.description", "surrogate"),
         ({"tools": [CLOCK], "tool_choice": "any"}, "tool_choice", "one of none, auto, required"),
-        ({"tools": [CLOCK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "only"),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+            "tool_choice.type",
+            "only",
+        ),
         (
             {
                 "tools": [CLOCK],

@@ -142,7 +142,10 @@ def parse_mixture(text: str) -> Mixture:
                 f"{word!r} is no merge rule or gate here; after '~' comes one of "
                 f"{', '.join(MERGES)}, then '~' and one of {', '.join(GATES)}",
             )
-    scanner.end("between states comes '+'")
+    hint = "between states comes '+'"
+    if text[scanner.at : scanner.at + 1].isspace():
+        hint += " alone, and GET /models lists the names that have spaces"
+    scanner.end(hint)
     check_terms(terms, "model")
     if merge is not None:
         check_signs(terms, merge, "model")

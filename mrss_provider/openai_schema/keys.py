@@ -2,14 +2,14 @@
 
 An accepted key changes nothing that this engine computes, or asks for a thing it does not keep.
 A refused key has neutral values (they ask for nothing) that pass; every other value is a 400
-with the reason. A key in no table is a 400 that names the nearest known one.
+with the reason. A key in no table is a 400 that names what it is called here, or the nearest.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mrss_provider.errors import InvalidRequestError
@@ -25,12 +25,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys of one JSON object. `where` is its path in the body, "" at the top."""
+    """The keys of one JSON object.
+
+    Attributes:
+        where: its path in the body, "" at the top.
+        honoured, accepted, refused: as the module says.
+        hints: what to do about a key that is unknown here and known elsewhere.
+    """
 
     where: str
     honoured: frozenset[str]
     accepted: frozenset[str]
     refused: Mapping[str, Refusal]
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def select(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the honoured entries of `body`; null stands for absent.
@@ -62,10 +69,13 @@ class KeyTable:
         shown = key if len(key) <= 64 else key[:61] + "..."
         # JSON can spell half of a surrogate pair, the answer could not.
         shown = shown.encode(errors="backslashreplace").decode()
-        near = difflib.get_close_matches(shown, sorted(self.honoured), n=1, cutoff=0.3)
-        hint = f"did you mean {self.path(near[0])!r}?" if near else "leave it out"
         path = self.path(shown)
+        hint = self.hints.get(key) or self._nearest(shown)
         return InvalidRequestError(f"{path!r} is no parameter here; {hint}", param=path)
+
+    def _nearest(self, key: str) -> str:
+        near = difflib.get_close_matches(key, sorted(self.honoured), n=1, cutoff=0.6)
+        return f"did you mean {self.path(near[0])!r}?" if near else "leave it out"
 
     def path(self, key: str) -> str:
         """Return `key` as the user would write it from the top of the body."""
@@ -118,6 +128,61 @@ ACCEPTED = frozenset(
     }
 )
 
+MRSS_KEYS = KeyTable(
+    where="mrss",
+    honoured=frozenset(
+        {
+            "weights",
+            "merge",
+            "gate",
+            "cut",
+            "reinject",
+            "sampling_order",
+            "trace",
+            "given",
+            "session",
+            "save",
+            "regex",
+            "grammar",
+        }
+    ),
+    accepted=frozenset(),
+    refused={},
+)
+
+_CONTINUED = "leave it out: a last message of the assistant is always continued"
+_THINKING = "use 'reasoning_effort'"
+
+# What other servers call it.
+_HINTS = {
+    **{
+        prefix + key: f"did you mean 'mrss.{key}'?"
+        for prefix in ("", "mrss_", "mrss.")
+        for key in MRSS_KEYS.honoured
+    },
+    "guided_choice": "use 'mrss.regex'",
+    "guided_grammar": "use 'mrss.grammar'",
+    "guided_json": "use 'response_format'",
+    "guided_regex": "use 'mrss.regex'",
+    "json_schema": "use 'response_format'",
+    "max_new_tokens": "use 'max_tokens'",
+    "max_output_tokens": "use 'max_tokens'",
+    "min_tokens": "leave it out",
+    "n_predict": "use 'max_tokens'",
+    "num_predict": "use 'max_tokens'",
+    "stop_token_ids": "use 'stop', which takes texts",
+    "structured_outputs": "use 'response_format', 'mrss.regex' or 'mrss.grammar'",
+}
+_CHAT_HINTS = {
+    **_HINTS,
+    "add_generation_prompt": _CONTINUED,
+    "chat_template_kwargs": _THINKING,
+    "continue_final_message": _CONTINUED,
+    "enable_thinking": _THINKING,
+    "reasoning": _THINKING,
+    "system": "send a message of the role 'system'",
+}
+
 _NO_FUNCTIONS = "it was replaced by {}: use tools"
 _CHATS_CALL = "only chats call tools: send messages to /v1/chat/completions"
 
@@ -143,6 +208,7 @@ CHAT_KEYS = KeyTable(
         "prompt": Refusal("a chat takes messages; send a prompt to /v1/completions"),
         "extra_body": Refusal("put its entries at the top of the body", neutral=({},)),
     },
+    hints=_CHAT_HINTS,
 )
 
 COMPLETION_KEYS = KeyTable(
@@ -156,28 +222,7 @@ COMPLETION_KEYS = KeyTable(
         "tool_choice": Refusal(_CHATS_CALL, neutral=("none",)),
         **{key: CHAT_KEYS.refused[key] for key in ("functions", "function_call")},
     },
-)
-
-MRSS_KEYS = KeyTable(
-    where="mrss",
-    honoured=frozenset(
-        {
-            "weights",
-            "merge",
-            "gate",
-            "cut",
-            "reinject",
-            "sampling_order",
-            "trace",
-            "given",
-            "session",
-            "save",
-            "regex",
-            "grammar",
-        }
-    ),
-    accepted=frozenset(),
-    refused={},
+    hints=_HINTS,
 )
 
 STREAM_KEYS = KeyTable(
@@ -202,6 +247,9 @@ JSON_SCHEMA_KEYS = KeyTable(
     refused={},
 )
 
+# Where a reader may begin in a cache: ours finds that out by itself.
+CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
+
 _NO_REPLAY = "it was replaced by tool_calls; send that"
 
 
@@ -209,20 +257,25 @@ def message_keys(position: int) -> KeyTable:
     """Return the table for `messages[position]`.
 
     The accepted keys are what clients send back when they replay an answer (a thought is not told
-    to the model again), and `name`, which the templates have no place for.
+    to the model again), hints for a cache, and `name`, which the templates have no place for.
     """
     return KeyTable(
         where=f"messages[{position}]",
         honoured=_MESSAGE_HONOURED,
         accepted=_MESSAGE_ACCEPTED,
         refused=_MESSAGE_REFUSED,
+        hints={"prefix": _CONTINUED, "partial": _CONTINUED},
     )
 
 
 _MESSAGE_HONOURED = frozenset({"role", "content", "tool_calls", "tool_call_id"})
-_MESSAGE_ACCEPTED = frozenset(
-    {"name", "provider_specific_fields", "reasoning_content", "thinking_blocks", "annotations"}
-)
+_MESSAGE_ACCEPTED = CACHE_HINTS | {
+    "name",
+    "provider_specific_fields",
+    "reasoning_content",
+    "thinking_blocks",
+    "annotations",
+}
 _MESSAGE_REFUSED = {
     "function_call": Refusal(_NO_REPLAY),
     "audio": Refusal("only text is read"),

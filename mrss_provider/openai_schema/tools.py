@@ -11,7 +11,7 @@ from typing import Any
 from mrss_provider.backend import Tool, ToolCall, ToolCallDelta, ToolChoice
 from mrss_provider.errors import InvalidRequestError
 from mrss_provider.openai_schema.checks import check_text, expect, kind_of
-from mrss_provider.openai_schema.keys import KeyTable
+from mrss_provider.openai_schema.keys import CACHE_HINTS, KeyTable
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -132,8 +132,7 @@ def with_deltas(
 
 
 def _parse_tool(item: object, where: str) -> Tool:
-    fields = _select(item, where, {"type", "function"})
-    _expect_function(fields.get("type"), where)
+    fields = _select_of_function(item, where)
     function = _select(
         fields.get("function"), f"{where}.function", {"name", "description", "parameters", "strict"}
     )
@@ -173,8 +172,7 @@ def _parse_choice(raw: object, names: Sequence[str], parallel: bool) -> ToolChoi
                 param="tool_choice",
             )
         return ToolChoice(mode=raw, parallel=parallel)  # type: ignore[arg-type]
-    fields = _select(raw, "tool_choice", {"type", "function"})
-    _expect_function(fields.get("type"), "tool_choice")
+    fields = _select_of_function(raw, "tool_choice")
     function = _select(fields.get("function"), "tool_choice.function", {"name"})
     name = function.get("name")
     if name not in names:
@@ -190,7 +188,7 @@ def _parse_call(item: object, where: str) -> ToolCall:
     table = KeyTable(
         where,
         frozenset({"id", "type", "function"}),
-        frozenset({"index", "provider_specific_fields", "caller"}),
+        CACHE_HINTS | {"index", "provider_specific_fields", "caller"},
         {},
     )
     fields = table.select(expect(item, dict, where, "a call"))
@@ -199,7 +197,8 @@ def _parse_call(item: object, where: str) -> ToolCall:
     call_id = expect(fields.get("id"), str, f"{where}.id", "a text")
     name = expect(function.get("name"), str, f"{where}.function.name", "a text")
     path = f"{where}.function.arguments"
-    arguments = expect(function.get("arguments"), str, path, "a JSON object, as text")
+    # Other servers write no arguments as no text, and a chat may move from them to here.
+    arguments = expect(function.get("arguments"), str, path, "a JSON object, as text") or "{}"
     if not _is_object(arguments):
         raise InvalidRequestError(
             f"{path} must be a JSON object, as text, got {arguments!r:.80}", param=path
@@ -232,10 +231,19 @@ def _tool_object(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _select(raw: object, where: str, keys: set[str]) -> dict[str, Any]:
+def _select(
+    raw: object, where: str, keys: set[str], accepted: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Return an object's entries, none but `keys`; null stands for absent."""
-    table = KeyTable(where, frozenset(keys), frozenset(), {})
+    table = KeyTable(where, frozenset(keys), accepted, {})
     return table.select(expect(raw, dict, where, "an object"))
+
+
+def _select_of_function(raw: object, where: str) -> dict[str, Any]:
+    """Return the entries of a function; of anything else, its type is what is wrong."""
+    found = expect(raw, dict, where, "an object")
+    _expect_function(found.get("type"), where)
+    return _select(found, where, {"type", "function"}, CACHE_HINTS)
 
 
 def _expect_function(kind: object, where: str) -> None:

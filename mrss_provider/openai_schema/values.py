@@ -17,7 +17,7 @@ from mrss_provider.openai_schema.keys import MRSS_KEYS, SAMPLING_KEYS, STREAM_KE
 from mrss_provider.openai_schema.messages import MAX_MESSAGES as MAX_MESSAGES
 from mrss_provider.openai_schema.messages import ROLES as ROLES
 from mrss_provider.openai_schema.messages import parse_messages, texts_of
-from mrss_provider.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from mrss_provider.sampling_params import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_N = 16
 MAX_PROMPTS = 128
@@ -84,7 +84,12 @@ def chat_max_tokens(known: Mapping[str, Any]) -> object:
             f"and {new!r}",
             param="max_completion_tokens",
         )
-    return new if new is not None else old
+    name, value = ("max_tokens", old) if new is None else ("max_completion_tokens", new)
+    if value is not None and (type(value) is not int or not 1 <= value <= MAX_TOKENS):
+        raise InvalidRequestError(
+            f"{name} must be an integer in [1, {MAX_TOKENS}], got {_shown(value)}", param=name
+        )
+    return value
 
 
 def chat_logprobs(known: Mapping[str, Any]) -> dict[str, Any]:

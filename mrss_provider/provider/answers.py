@@ -38,7 +38,8 @@ class RunningAnswer:
         self._admitted: Future[StreamInfo] = Future()
         self._lock = threading.Lock()
         self._waiting: list[Delta] = []
-        self._wake_reader: Callable[[], object] | None = None
+        # Of more than one, where several tasks or threads read one stream.
+        self._wake_readers: list[Callable[[], object]] = []
         self._ended = False
         self._error: BaseException | None = None
         # Of the I/O loop alone:
@@ -80,17 +81,20 @@ class RunningAnswer:
             MRSSError: how the answer broke off.
         """
         loop = asyncio.get_running_loop()
-        arrived = loop.create_future()
-        wake = partial(loop.call_soon_threadsafe, _resolve, arrived)
-        while (taken := self._take_or_arm(wake)) is None:
+        while True:
+            arrived = loop.create_future()
+            wake = partial(loop.call_soon_threadsafe, _resolve, arrived)
+            taken = self._take_or_arm(wake)
+            if taken is not None:
+                return taken
             await arrived
-        return taken
 
     def take_blocking(self) -> list[Delta]:
         """Do as `take`, in a thread without a loop."""
         arrived = threading.Event()
         while (taken := self._take_or_arm(arrived.set)) is None:
             arrived.wait()
+            arrived.clear()
         return taken
 
     def cancel(self) -> None:
@@ -103,7 +107,7 @@ class RunningAnswer:
             taken, self._waiting = self._waiting, []
             if not taken:
                 if not self._ended:
-                    self._wake_reader = wake
+                    self._wake_readers.append(wake)
                     return None
                 if self._error is not None:
                     raise self._error
@@ -119,13 +123,10 @@ class RunningAnswer:
             else:
                 self._waiting.append(delta)
             num_waiting = len(self._waiting)
-            wake, self._wake_reader = self._wake_reader, None
-        if wake is not None:
-            try:
-                wake()
-            except RuntimeError:
-                # The reader's loop is closed: nobody will read on.
-                self.cancel()
+            readers, self._wake_readers = self._wake_readers, []
+        if readers and not sum(_is_woken(wake) for wake in readers):
+            # Nobody will read on.
+            self.cancel()
         return num_waiting
 
     async def _pump(self) -> None:
@@ -185,6 +186,15 @@ class RunningAnswer:
                 "(`timeout` or `stream_timeout` of the request or the deployment)"
             )
         return EngineUnavailableError("the answer was cancelled")
+
+
+def _is_woken(wake: Callable[[], object]) -> bool:
+    """Wake a reader; False if its loop is closed."""
+    try:
+        wake()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _resolve(arrived: asyncio.Future[None]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,14 @@ class StreamChunks:
     """Writes the chunks of one answer.
 
     They carry the deployment's id, which spares the proxy a look-up for each.
+
+    Args:
+        call: what is answered.
+        on_thought: called for each piece of a thought.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, on_thought: Callable[[], object] = lambda: None) -> None:
+        self._on_thought = on_thought
         self._model = call.chunk_model
         self._num_choices = call.requests[0].n
         self._model_id = call.model_id
@@ -120,6 +125,8 @@ class StreamChunks:
         is_first = not self._started
         role = None if delta.index in self._started else "assistant"
         self._started.add(delta.index)
+        if delta.reasoning:
+            self._on_thought()
         content = _delta(delta, role)
         if traced := trace_fields(delta.trace, delta.trace_summary):
             content.provider_specific_fields = {"mrss": traced}

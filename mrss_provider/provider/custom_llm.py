@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from litellm.llms.custom_llm import CustomLLM
 from litellm.types.utils import EmbeddingResponse, ModelResponse, TextCompletionResponse
@@ -15,6 +17,7 @@ from mrss_provider.backend import Backend, DeltaStream, Embeds, GenerateRequest,
 from mrss_provider.errors import InvalidRequestError, MRSSError, RequestTimeoutError
 from mrss_provider.openai_schema import Answer
 from mrss_provider.provider.answers import RunningAnswer
+from mrss_provider.provider.caching import keep_out_of_cache, loses_by_caching
 from mrss_provider.provider.calls import Call, check_streamable, read_call
 from mrss_provider.provider.chunks import StreamChunks
 from mrss_provider.provider.embeddings import EmbedCall, read_embed_call, to_embeddings
@@ -27,6 +30,10 @@ from mrss_provider.provider.streams import ChunkStream
 T = TypeVar("T")
 
 STREAM_LIMIT_S = 86_400.0
+
+_NO_IMAGES = InvalidRequestError(
+    "mrss models write text and make no images; ask another model for them", param="model"
+)
 
 
 class _Process:
@@ -78,8 +85,7 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
     async def acompletion(self, **kwargs: Any) -> ModelResponse | TextCompletionResponse:
         """Answer a call. Cancelling this aborts the answer."""
         try:
-            collecting = self._process.io.submit(self._collect(_read(kwargs)))
-            return await asyncio.wrap_future(collecting)
+            return await _result_of(self._process.io.submit(self._collect(_read(kwargs))))
         except Exception as exc:
             raise to_litellm(exc, _name(kwargs)) from exc
 
@@ -105,10 +111,25 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
     async def aembedding(self, **kwargs: Any) -> EmbeddingResponse:
         """Embed texts. Cancelling this aborts the work."""
         try:
-            embedding = self._process.io.submit(self._embed(read_embed_call(kwargs)))
-            return await asyncio.wrap_future(embedding)
+            return await _result_of(self._process.io.submit(self._embed(read_embed_call(kwargs))))
         except Exception as exc:
             raise to_litellm(exc, _name(kwargs)) from exc
+
+    def image_generation(self, **kwargs: Any) -> NoReturn:
+        """Refuse to make an image, and do not blame the engine."""
+        raise to_litellm(_NO_IMAGES, _name(kwargs))
+
+    async def aimage_generation(self, **kwargs: Any) -> NoReturn:
+        """Do as `image_generation`."""
+        self.image_generation(**kwargs)
+
+    def image_edit(self, **kwargs: Any) -> NoReturn:
+        """Do as `image_generation`."""
+        self.image_generation(**kwargs)
+
+    async def aimage_edit(self, **kwargs: Any) -> NoReturn:
+        """Do as `image_generation`."""
+        self.image_generation(**kwargs)
 
     @property
     def _process(self) -> _Process:
@@ -119,13 +140,14 @@ class MRSSProvider(CustomLLM):  # type: ignore[misc]
         try:
             call = _read(kwargs)
             check_streamable(call)
-            if call.requests[0].n > 1:
-                _keep_out_of_cache(kwargs.get("logging_obj"))
+            keep_out = partial(keep_out_of_cache, kwargs.get("logging_obj"))
+            if loses_by_caching(call):
+                keep_out()
             # Its length is unlimited as long as something comes: RunningAnswer sees to that.
             request = replace(call.requests[0], timeout_s=STREAM_LIMIT_S)
             process = self._process
             answer = RunningAnswer(process.io, lambda: self._open(call, request), call.timeout_s)
-            chunks = StreamChunks(call)
+            chunks = StreamChunks(call, on_thought=keep_out)
             stream = ChunkStream(answer, chunks, call.model)
             answer.wait_admitted(process.engines.admission_wait_s(call.address))
         except Exception as exc:
@@ -199,15 +221,19 @@ def _read(kwargs: dict[str, Any]) -> Call:
     )
 
 
-def _keep_out_of_cache(logging_obj: Any) -> None:
-    """Ask LiteLLM's cache not to store this stream: it would store all choices as one text."""
-    # The private name is that of older LiteLLM versions.
-    for name in ("llm_caching_handler", "_llm_caching_handler"):
-        handler = getattr(logging_obj, name, None)
-        if handler is None:
-            continue
-        control = handler.request_kwargs.get("cache") or {}
-        handler.request_kwargs["cache"] = {**control, "no-store": True}
+async def _result_of(work: Future[T]) -> T:
+    """Await what runs on the I/O thread.
+
+    Raises:
+        futures.CancelledError: that thread was stopped; whoever awaits was not cancelled.
+    """
+    try:
+        return await asyncio.wrap_future(work)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise CancelledError from None
 
 
 def _name(kwargs: dict[str, Any]) -> str:

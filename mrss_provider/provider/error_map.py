@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
+from concurrent.futures import CancelledError
 from typing import Any
 
 import httpx
@@ -68,6 +69,8 @@ def to_litellm(error: BaseException, model: str) -> Exception:
         return _cooling_nothing(to_litellm(error.error, model))
     if isinstance(error, tuple(litellm.LITELLM_EXCEPTION_TYPES)):
         return error  # type: ignore[return-value]
+    if isinstance(error, CancelledError):
+        error = errors.EngineUnavailableError("the provider was closed before the answer's end")
     if not isinstance(error, MRSSError):
         error = _defect(error)
     target = TABLE[type(error)]

@@ -8,6 +8,7 @@ import litellm
 from litellm.utils import custom_llm_setup
 
 from mrss_provider.backend import Backend, ModelCard
+from mrss_provider.errors import ConfigError
 from mrss_provider.provider.custom_llm import MRSSProvider
 from mrss_provider.provider.error_map import PROVIDER
 
@@ -26,6 +27,10 @@ def register(engine: Backend | None = None) -> None:
     Args:
         engine: an engine of this process (`AsyncEngine`), for calls without an `api_base`. None
             leaves what was given before, at first an engine process, found or started.
+
+    Raises:
+        ConfigError: `engine` is no engine.
+        MRSSError: it cannot be loaded; what was there before stays.
     """
     if not any(entry["provider"] == PROVIDER for entry in litellm.custom_provider_map):
         litellm.custom_provider_map.append({"provider": PROVIDER, "custom_handler": handler})
@@ -33,13 +38,24 @@ def register(engine: Backend | None = None) -> None:
     litellm.enable_caching_on_provider_specific_optional_params = True
     cards = [ModelCard("base", "base")]
     if engine is not None:
-        handler.attach(engine)
+        _check_engine(engine)
         cards = handler.run(engine.models())
+        handler.attach(engine)
     litellm.register_model({f"{PROVIDER}/{card.id}": _entry(card) for card in cards})
     known = litellm.models_by_provider.get(PROVIDER, [])
     litellm.models_by_provider[PROVIDER] = sorted(
         {*known, *(f"{PROVIDER}/{card.id}" for card in cards)}
     )
+
+
+def _check_engine(engine: object) -> None:
+    methods = (getattr(engine, name, None) for name in ("open", "models", "aclose"))
+    if isinstance(engine, type) or not all(map(callable, methods)):
+        raise ConfigError(
+            f"engine must be an engine of this process, such as AsyncEngine(), got {engine!r}; the "
+            "address of one elsewhere is LiteLLM's `api_base`, or MRSS_SOCKET",
+            param="engine",
+        )
 
 
 def abilities(card: ModelCard) -> dict[str, bool]:

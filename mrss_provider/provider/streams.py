@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Self
@@ -27,12 +28,14 @@ class ChunkStream:
         self._model = model
         self._ready: deque[ModelResponseStream] = deque()
         self._ended = False
+        # Several threads may read one stream.
+        self._writing = threading.Lock()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> ModelResponseStream:
-        while not self._ready:
+        while (chunk := self._pop()) is None:
             if self._ended:
                 raise StopAsyncIteration
             try:
@@ -43,13 +46,13 @@ class ChunkStream:
             except BaseException:
                 self.close()
                 raise
-        return self._ready.popleft()
+        return chunk
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> ModelResponseStream:
-        while not self._ready:
+        while (chunk := self._pop()) is None:
             if self._ended:
                 raise StopIteration
             try:
@@ -60,7 +63,7 @@ class ChunkStream:
             except BaseException:
                 self.close()
                 raise
-        return self._ready.popleft()
+        return chunk
 
     async def aclose(self) -> None:
         """End the answer without waiting for the engine; idempotent."""
@@ -78,9 +81,17 @@ class ChunkStream:
     def _translated(self, error: Exception) -> Exception:
         return to_litellm(BrokenOff(error) if self._answer.was_admitted else error, self._model)
 
+    def _pop(self) -> ModelResponseStream | None:
+        try:
+            return self._ready.popleft()
+        except IndexError:
+            return None
+
     def _write(self, deltas: Sequence[Delta]) -> None:
-        if deltas:
-            self._ready.extend(self._chunks.write(deltas, self._answer.info))
-        else:
-            self._ended = True
-            self._ready.extend(self._chunks.end())
+        with self._writing:
+            if deltas:
+                self._ready.extend(self._chunks.write(deltas, self._answer.info))
+            elif not self._ended:
+                # Each of several readers is told of the end; one has the last chunks.
+                self._ready.extend(self._chunks.end())
+                self._ended = True

@@ -55,6 +55,9 @@ from mrss_provider.server.sessions import session_routes
 
 logger = logging.getLogger(__name__)
 
+# Routes that LiteLLM translates to ours.
+_OF_LITELLM = ("/responses", "/messages", "/messages/count_tokens")
+
 
 @runtime_checkable
 class Startable(Protocol):
@@ -298,7 +301,10 @@ async def _on_mrss_error(request: Request, exc: Exception) -> Response:
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     path = f"{request.method} {request.url.path}"
-    error: MRSSError = NotFoundError(f"there is no {path} here")
+    hint = "GET /openapi.json lists the routes"
+    if request.url.path.removeprefix("/v1") in _OF_LITELLM:
+        hint = "a LiteLLM proxy before this server has it"
+    error: MRSSError = NotFoundError(f"there is no {path} here; {hint}")
     if exc.status_code == 405:
         error = InvalidRequestError(f"{path} is not allowed, the route takes another method")
     return JSONResponse(error.to_dict(), exc.status_code, headers=exc.headers)

@@ -82,8 +82,8 @@ class HostGuard:
         name = _without_port(headers.get(b"host", b"").decode("latin-1").lower())
         if name not in self._names:
             return (
-                f"this server answers to localhost only, got the host {name!r}; start it "
-                "with --host to be reached by other names"
+                f"this server answers to localhost only, got the host {name!r}; start it with "
+                "--host to be reached by other names, or let a proxy before it send Host: localhost"
             )
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if not origin or method in _HARMLESS or self._origins & {origin, "*"}:

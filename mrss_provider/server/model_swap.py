@@ -33,7 +33,7 @@ async def remove_model(admin: Admin, lifecycle: Lifecycle, drain_s: float) -> No
     """
     why = "the model is being removed"
     await _change(admin, lifecycle, why, partial(admin.remove_model, drain_s))
-    lifecycle.set_unready("no model is loaded; load one with POST /v1/model")
+    lifecycle.set_unready("no model is loaded; load one with POST /v1/model, or /loadmodel")
 
 
 async def _change(

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mrss_provider.administration import Administers, Defaults, ModelOrder
-from mrss_provider.errors import InvalidRequestError
+from mrss_provider.errors import InvalidRequestError, MRSSError
 from mrss_provider.server.administrators import admin_of, for_admins, with_detail
 from mrss_provider.server.body import read_request
 from mrss_provider.server.form import Form, unescaped
@@ -100,7 +100,12 @@ class RwkvInferRoutes:
             sampling_order="rwkv",
             drain_s=self._config.drain_s,
         )
-        await load_model(admin_of(self._backend), self._lifecycle, order)
+        try:
+            await load_model(admin_of(self._backend), self._lifecycle, order)
+        except MRSSError as exc:
+            if exc.param == "path":
+                exc.param = "model_filename"
+            raise
         return _success()
 
     async def remove_model(self, request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mrss_provider.openai_schema.keys import CACHE_HINTS
 from mrss_provider.openai_schema.reasoning import EFFORTS
 from mrss_provider.openai_schema.tools import MAX_TOOLS, NAME
 
@@ -23,6 +24,7 @@ def _object(required: dict[str, Schema], **optional: Schema) -> Schema:
 
 
 _FUNCTION = {"const": "function"}
+_HINTS: dict[str, Schema] = {key: {} for key in sorted(CACHE_HINTS)}
 
 _TOOL = _object(
     {
@@ -36,10 +38,11 @@ _TOOL = _object(
             },
             strict={"type": ["boolean", "null"]},
         ),
-    }
+    },
+    **_HINTS,
 )
 
-_NAMED = _object({"type": _FUNCTION, "function": _object({"name": _TEXT})})
+_NAMED = _object({"type": _FUNCTION, "function": _object({"name": _TEXT})}, **_HINTS)
 
 CALL: Schema = {
     "type": "object",

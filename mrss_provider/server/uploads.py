@@ -14,6 +14,7 @@ from mrss_provider.errors import (
     InvalidRequestError,
     PayloadTooLargeError,
     RequestTimeoutError,
+    StateFileError,
     StorageError,
 )
 
@@ -61,7 +62,12 @@ async def uploaded(
                 await _receive(request, path, max_bytes, setting, silence, stall_s)
         except TimeoutError as exc:
             raise RequestTimeoutError(f"nothing came for {stall_s:g} s") from exc
-        yield path
+        try:
+            yield path
+        except StateFileError as exc:
+            # Where it lay here is nothing to who sent it.
+            told = exc.message.replace(str(path), "the upload")
+            raise StateFileError(told, param=exc.param) from exc
     finally:
         await asyncio.to_thread(folder.cleanup)
 

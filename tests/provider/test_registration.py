@@ -4,11 +4,13 @@ import asyncio
 
 import litellm
 import pytest
-from fakes import FakeBackend
+from fakes import FakeBackend, text, traced
 from litellm.caching.caching import Cache
 
 import mrss_provider
-from mrss_provider.backend import ModelCard
+from mrss_provider.backend import Delta, ModelCard, TokenLogprob
+from mrss_provider.config import EngineConfig
+from mrss_provider.errors import ConfigError, ModelFileError
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -90,22 +92,67 @@ def test_cache_tells_our_parameters_apart(first, second):
     assert answers[2].id == answers[0].id != answers[1].id
 
 
-@pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize(("n", "num_asked"), [(1, 1), (2, 2)])
-def test_stream_of_several_choices_stays_out_of_the_cache(n, num_asked):
-    # LiteLLM's cache would give it back as one choice with the text of all.
-    backend = FakeBackend()
-    mrss_provider.register(backend)
-    litellm.cache = Cache()
-
-    async def ask():
-        stream = await litellm.acompletion("mrss/base", messages=HI, n=n, stream=True, caching=True)
-        chunks = [chunk async for chunk in stream]
+def astream(ask, **call):
+    async def main():
+        chunks = [chunk async for chunk in await ask[1](**call)]
         # The cache is written behind the reader's back.
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
-        return [(c.index, c.delta.content) for k in chunks for c in k.choices if c.delta.content]
+        return chunks
 
-    first, second = asyncio.run(ask()), asyncio.run(ask())
+    return asyncio.run(main())
+
+
+CHAT = (litellm.completion, litellm.acompletion)
+TEXT = (litellm.text_completion, litellm.atext_completion)
+LOGPROB = Delta(text="Hi", num_tokens=1, logprobs=(TokenLogprob(1, b"Hi", -0.5),))
+THOUGHT = Delta(reasoning="Hm.", num_tokens=1)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("read", [astream, lambda ask, **call: list(ask[0](**call))])
+@pytest.mark.parametrize(
+    ("ask", "script", "asked", "num_asked"),
+    [
+        (CHAT, [text("Hi")], {"messages": HI}, 1),
+        # LiteLLM's cache would give them back as one choice with the text of all,
+        (CHAT, [text("Hi")], {"messages": HI, "n": 2}, 2),
+        # without these,
+        (CHAT, [LOGPROB], {"messages": HI, "logprobs": True}, 2),
+        (CHAT, [traced("Hi")], {"messages": HI, "mrss": {"trace": True}}, 2),
+        (CHAT, [THOUGHT, text("Hi")], {"messages": HI}, 2),
+        # and as the chunks of a chat.
+        (TEXT, [text("Hi")], {"prompt": "Hi"}, 2),
+    ],
+)
+def test_stream_that_the_cache_would_give_back_as_less_stays_out_of_it(
+    read, ask, script, asked, num_asked
+):
+    backend = FakeBackend(script)
+    mrss_provider.register(backend)
+    litellm.cache = Cache()
+    call = {"model": "mrss/base", "stream": True, "caching": True, **asked}
+    first, second = read(ask, **call), read(ask, **call)
     assert len(backend.requests) == num_asked
-    assert "".join(text for index, text in second if index == n - 1) == "Hello, world"
-    assert first[0] == (0, "Hello, world")
+    assert first[0].object == second[0].object
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("engine", ["http://127.0.0.1:9000", FakeBackend, 7])
+def test_what_is_no_engine_is_refused_and_leaves_the_one_before(engine):
+    mrss_provider.register(backend := FakeBackend())
+    with pytest.raises(ConfigError, match=r"such as AsyncEngine\(\), got .*api_base"):
+        mrss_provider.register(engine)
+    litellm.completion("mrss/tone", messages=HI)
+    assert len(backend.requests) == 1
+
+
+@pytest.mark.usefixtures("clean")
+def test_engine_that_cannot_be_loaded_leaves_the_one_before():
+    def fail(config):
+        raise ModelFileError("no such model")
+
+    mrss_provider.register(backend := FakeBackend())
+    with pytest.raises(ModelFileError, match="no such model"):
+        mrss_provider.register(mrss_provider.AsyncEngine(EngineConfig(), loader=fail))
+    litellm.completion("mrss/tone", messages=HI)
+    assert len(backend.requests) == 1

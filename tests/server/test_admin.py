@@ -1,6 +1,7 @@
 """`/v1/states`, `/v1/mixtures`, `/v1/model`. Oracle: a server that starts with what is on disk."""
 
 import json
+import tempfile
 
 import pytest
 from admin_client import serving_engine, write_folders
@@ -83,7 +84,9 @@ def test_a_state_is_uploaded(client, config):
 )
 def test_an_upload_that_is_refused_leaves_nothing(client, config, query, headers, data, status):
     before = ids_of(client)
-    expect_error(client.post(f"/v1/states?{query}", content=data, headers=headers), status)
+    response = client.post(f"/v1/states?{query}", content=data, headers=headers)
+    expect_error(response, status)
+    assert tempfile.gettempdir() not in response.text
     assert ids_of(client) == before
     assert not (config.states / "added").exists()
 

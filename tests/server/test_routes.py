@@ -306,6 +306,14 @@ def test_models_are_listed_and_shown(path):
     assert shown[2].json()["error"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/messages", "/v1/audio/speech"])
+def test_who_asks_for_a_route_that_is_not_here_is_told_where_to_look(path):
+    hint = "GET /openapi.json" if "audio" in path else "a LiteLLM proxy before this server has it"
+    with client_of(FakeBackend()) as client:
+        error = client.post(path, json={}).json()["error"]
+    assert error["message"].startswith(f"there is no POST {path} here; {hint}")
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -320,7 +328,9 @@ def test_models_are_listed_and_shown(path):
 )
 def test_a_local_server_answers_to_local_names_only(host, status):
     with client_of(FakeBackend()) as client:
-        assert client.get("/health", headers={"host": host}).status_code == status
+        response = client.get("/health", headers={"host": host})
+    assert response.status_code == status
+    assert ("let a proxy before it send Host: localhost" in response.text) is (status == 403)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,11 @@ def test_numbers_may_be_texts_or_numbers(client):
     assert mixture["served"] == {"reinject": "never"}
 
 
+def test_a_model_that_is_not_there_is_told_by_the_field_that_was_sent(client):
+    response = client.post("/loadmodel", json={**MODEL, "model_filename": "none.pth"})
+    assert response.json()["error"]["param"] == "model_filename"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
