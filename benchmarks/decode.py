@@ -63,7 +63,7 @@ def gate(shape: Shape, dtype: str, state_dtype: str) -> None:
                 shape.vocab_size, (rows,), device="cuda", dtype=torch.int64, generator=generator
             )
             truth = exact.head(exact.decode_by_layer(ids, slots, pools[2]))
-            got = fused.head(fused.decode(ids, slots, pools[0]))
+            got = fused.decode_logits(ids, slots, pools[0])
             same = plain.head(plain.decode_by_layer(ids, slots, pools[1]))
             errors[0] = max(errors[0], relative_error(got, truth))
             errors[1] = max(errors[1], relative_error(same, truth))
@@ -110,7 +110,7 @@ def measure(
     fused = model.fused
     if fused is None:
         sys.exit(f"{name} has no fused decode step on this device")
-    times = time_replays(capture(lambda: fused.head(fused.decode(ids, slots, pool))))
+    times = time_replays(capture(lambda: fused.decode_logits(ids, slots, pool)))
     if not pool.wkv.isfinite().all():
         sys.exit("the recurrent state is not finite")
     fields = decode_fields(name, rows, times.median_ms, dtype, state_dtype, on)
@@ -127,7 +127,7 @@ def profile(model: Model, rows: int) -> None:
     pool = model.new_pool(rows)
     ids = torch.randint(model.config.vocab_size, (rows,), device="cuda")
     slots = torch.randperm(rows, device="cuda")
-    graph = capture(lambda: fused.head(fused.decode(ids, slots, pool)))
+    graph = capture(lambda: fused.decode_logits(ids, slots, pool))
     graph.replay()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
@@ -178,7 +178,7 @@ def compile_only(shape: Shape, rows: list[int], dtype: str, state_dtype: str) ->
     for count in rows:
         pool = model.new_pool(count)
         ids = torch.zeros(count, dtype=torch.int64, device="cuda")
-        fused.head(fused.decode(ids, torch.arange(count, device="cuda"), pool))
+        fused.decode_logits(ids, torch.arange(count, device="cuda"), pool)
     torch.cuda.synchronize()
 
 

@@ -194,7 +194,7 @@ def time_decode(model: Model, rows: int) -> Times:
     pool = model.new_pool(rows)
     ids = torch.randint(model.config.vocab_size, (rows,), device="cuda")
     slots = torch.randperm(rows, device="cuda")
-    return time_replays(capture(lambda: fused.head(fused.decode(ids, slots, pool))))
+    return time_replays(capture(lambda: fused.decode_logits(ids, slots, pool)))
 
 
 def profile(model: Model, cell: str) -> None:

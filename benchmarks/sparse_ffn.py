@@ -53,7 +53,7 @@ def logits_after(model: Model, rows: int, sparse: bool | None) -> Tensor:
             logits = model.head(model.decode_by_layer(ids, slots, pool))
         else:
             fused = _fused(model, sparse)
-            logits = fused.head(fused.decode(ids, slots, pool))
+            logits = fused.decode_logits(ids, slots, pool)
     return logits
 
 
@@ -70,7 +70,7 @@ def step_ms(model: Model, rows: int, *, sparse: bool) -> float:
     pool = model.new_pool(rows)
     ids = torch.arange(1, rows + 1, device="cuda")
     slots = torch.arange(rows, device="cuda")
-    return time_replays(capture(lambda: fused.head(fused.decode(ids, slots, pool)))).median_ms
+    return time_replays(capture(lambda: fused.decode_logits(ids, slots, pool))).median_ms
 
 
 def main() -> None:

@@ -195,17 +195,24 @@ def add_norm_mix(
     return total, out
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def add_norm(
+    x: Tensor,
+    parts: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Add `parts` [P, B, C] to the residual stream [B, C] and normalise it.
 
     Returns:
-        The normalised rows [B, C] in the dtype of `weight`.
+        The normalised rows [B, C] in `dtype`.
 
     Raises:
         ValueError: a shape, dtype, stride or device that the kernel cannot take.
     """
     _check_norm(x, parts, weight, bias, None)
-    out = weight.new_empty(x.shape)
+    out = weight.new_empty(x.shape, dtype=dtype)
     _launch(x, None, None, parts, weight, bias, None, None, None, None, out[None])
     return out
 

@@ -262,18 +262,24 @@ def add_norm_mix(
 
 
 def add_norm(
-    x: Tensor, parts: Tensor | None, gate: Tensor | None, norm: _Norm, *, scale: float = 1.0
+    x: Tensor,
+    parts: Tensor | None,
+    gate: Tensor | None,
+    norm: _Norm,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return `LN(x + sigmoid(gate) * sum(parts) / scale)`; arguments as `add_norm_codes`.
 
     Returns:
-        The normalised rows [B, C] in the dtype of the norm's weight.
+        The normalised rows [B, C] in `dtype`.
 
     Raises:
         ValueError: a shape, dtype, stride or device that the kernel cannot take.
     """
     _check_norm(x, parts, gate, norm, None, None)
-    out = norm[0].new_empty(x.shape)
+    out = norm[0].new_empty(x.shape, dtype=dtype)
     _launch(x, parts, gate, norm, None, out[None], scale=scale)
     return out
 

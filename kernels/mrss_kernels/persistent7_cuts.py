@@ -26,7 +26,7 @@ MAX_STAGED_BYTES = 32 << 10
 CHUNK_BLOCKS = 2
 """Blocks of such a chunk."""
 
-KEPT_ROWS = {1024: range(1, 17), 2048: range(3, 9)}
+KEPT_ROWS = {1024: range(1, 3), 2048: range(4, 7)}
 """By C, with how many rows the L2 is asked to keep the states from one step to the next."""
 
 MAX_HELP = {1024: 2, 2048: 2, 4096: 8}

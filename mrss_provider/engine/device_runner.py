@@ -79,8 +79,7 @@ class DeviceRunner:
         self._tail = tail
         self._device = model.device
         self._is_cuda = model.device.type == "cuda"
-        # Not `Model.decode`, which replays graphs of its own.
-        self._advance = model.decode if model.fused is None else model.fused.decode
+        self._fused = model.fused
         self._rows = ModelRunner(model, config.max_rows, banned_ids)
         self._layout = TailLayout(
             config.max_rows, config.max_states + 1, model.config.vocab_size, banned_ids
@@ -190,7 +189,7 @@ class DeviceRunner:
         """Return a whole decode step of `bucket` rows, and the key of its graph."""
 
         def step() -> None:
-            self._head_and_pick(self._advance_rows(bucket), flags, bucket)
+            self._pick(self._logits_of_rows(bucket), flags, bucket)
 
         return ("step", bucket, flags, self._rows.pool.has_offsets), step
 
@@ -233,7 +232,15 @@ class DeviceRunner:
 
     def _advance_rows(self, bucket: int) -> Tensor:
         token_ids, slots = self._layout.token_ids[:bucket], self._layout.slots[:bucket]
-        return self._advance(token_ids, slots, self._rows.pool)
+        # Not `Model.decode` where there is another, as it replays graphs of its own.
+        decoder = self._fused or self._model
+        return decoder.decode(token_ids, slots, self._rows.pool)
+
+    def _logits_of_rows(self, bucket: int) -> Tensor:
+        if self._fused is None:
+            return self._model.head(self._advance_rows(bucket))
+        token_ids, slots = self._layout.token_ids[:bucket], self._layout.slots[:bucket]
+        return self._fused.decode_logits(token_ids, slots, self._rows.pool)
 
     def _end(self, batch: Batch, rest: Callable[[], None] | None) -> PendingTokens:
         """Launch what is left of a step, or let it wait for the masks of its answers."""
@@ -281,8 +288,11 @@ class DeviceRunner:
         self._run(functools.partial(self._step, self._layout.flags), self._layout.num_rows)
 
     def _head_and_pick(self, hidden: Tensor, flags: TailFlags, num_groups: int) -> None:
+        self._pick(self._model.head(hidden), flags, num_groups)
+
+    def _pick(self, logits: Tensor, flags: TailFlags, num_groups: int) -> None:
         self._tail(
-            self._model.head(hidden),
+            logits,
             self._layout.inputs,
             self._layout.outputs,
             truncate=flags.truncate,

@@ -107,16 +107,24 @@ class FusedDecoder6:
         """The packed weights, for whoever reads them in another way."""
         return self._layers
 
-    def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+    def decode(
+        self,
+        token_ids: Tensor,
+        slots: Tensor,
+        pool: StatePool,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
 
         Args:
             token_ids: int64 [B], contiguous.
             slots: int64 [B], contiguous; -1 is a padding row.
             pool: *modified* at `slots`.
+            dtype: of what is returned.
 
         Returns:
-            hidden [B, C] fp32, after the last norm; undefined for padding rows.
+            hidden [B, C], after the last norm; undefined for padding rows.
         """
         x, parts, gate, scale = self._embedding, None, None, 1.0
         for i, layer in enumerate(self._layers):
@@ -151,7 +159,11 @@ class FusedDecoder6:
             )
             key, gate = key_receptance(mixed, layer.ffn_in, layer.ffn_value.shape[1])
             parts = product(key[None], layer.ffn_value)
-        return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale)
+        return norm_ops.add_norm(x, parts, gate, self._ln_out, scale=scale, dtype=dtype)
+
+    def decode_logits(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Return the logits [B, V] fp32 of `decode`, without a kernel that rounds for the head."""
+        return self.head(self.decode(token_ids, slots, pool, dtype=self._head.dtype))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [M, V] fp32 of hidden states [M, C]."""

@@ -146,23 +146,30 @@ class FusedDecoder:
         """The packed weights, for whoever reads them in another way."""
         return self._layers
 
-    def decode(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+    def decode(
+        self,
+        token_ids: Tensor,
+        slots: Tensor,
+        pool: StatePool,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Read one token a row; as `Model.decode`. Launches kernels only: it can be captured.
 
         Args:
             token_ids: int64 [B], contiguous.
             slots: int64 [B], contiguous; -1 is a padding row.
             pool: *modified* at `slots`.
+            dtype: of what is returned.
 
         Returns:
-            hidden [B, C] fp32, after the last norm; undefined for padding rows.
+            hidden [B, C], after the last norm; undefined for padding rows.
         """
-        dtype = self._embedding.dtype
         rows, channels = token_ids.shape[0], self._embedding.shape[1]
         v_first = pool.shift_att.new_empty((rows, channels))
         sparse = rows <= self.sparse_rows
         if not sparse and rows in self.persistent_rows and not pool.has_offsets:
-            return self._decode_persistently(token_ids, slots, pool)
+            return self._decode_persistently(token_ids, slots, pool, dtype)
         x, parts = self._embedding, None
         for i, layer in enumerate(self._layers):
             shift = pool.shift_att[i]
@@ -173,23 +180,31 @@ class FusedDecoder:
                 shift,
                 slots,
                 layer.mix,
-                dtype=dtype,
+                dtype=self._embedding.dtype,
                 tokens=token_ids if i == 0 else None,
                 norm0=self._ln0 if i == 0 else None,
             )
             y = self._time_mix(i, layer, mixed, v_first, slots, pool)
             parts = product(y[None], layer.output)
             x, mixed = norm_ops.add_norm_mix(
-                x, parts, *layer.ln2, pool.shift_ffn[i], slots, layer.ffn_mix, dtype=dtype
+                x,
+                parts,
+                *layer.ln2,
+                pool.shift_ffn[i],
+                slots,
+                layer.ffn_mix,
+                dtype=self._embedding.dtype,
             )
             squared = squared_relu(mixed, layer.ffn_key)
             if sparse and layer.ffn_value_t is not None:
                 parts = sparse_ops.sparse_linear(squared[0], layer.ffn_value_t)
             else:
                 parts = product(squared, layer.ffn_value)
-        return norm_ops.add_norm(x, parts, *self._ln_out)
+        return norm_ops.add_norm(x, parts, *self._ln_out, dtype=dtype)
 
-    def _decode_persistently(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+    def _decode_persistently(
+        self, token_ids: Tensor, slots: Tensor, pool: StatePool, dtype: torch.dtype
+    ) -> Tensor:
         assert self._persistent is not None
         layer = self._layers[0]
         x, mixed = norm_ops.add_norm_mix(
@@ -206,7 +221,11 @@ class FusedDecoder:
         x, parts = self._persistent.advance(
             x, mixed, pool.shift_att, pool.shift_ffn, pool.wkv, slots
         )
-        return norm_ops.add_norm(x, parts, *self._ln_out)
+        return norm_ops.add_norm(x, parts, *self._ln_out, dtype=dtype)
+
+    def decode_logits(self, token_ids: Tensor, slots: Tensor, pool: StatePool) -> Tensor:
+        """Return the logits [B, V] fp32 of `decode`, without a kernel that rounds for the head."""
+        return self.head(self.decode(token_ids, slots, pool, dtype=self._head.dtype))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [M, V] fp32 of hidden states [M, C]."""

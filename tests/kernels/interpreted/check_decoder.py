@@ -89,6 +89,20 @@ def compare(tmp_path, slots, dtype, offset, sparse_ffn=False) -> None:
         assert error(got, want) < TOLERANCE[dtype]
 
 
+def test_logits_at_once_have_the_bits_of_a_step_and_its_head(tmp_path) -> None:
+    _, fused, twin = build(tmp_path, "fp16")
+    tokens, slots = (
+        torch.tensor([7, 11, 13], device=DEVICE),
+        torch.tensor([2, -1, 0], device=DEVICE),
+    )
+    pools = [twin.new_pool(3) for _ in range(2)]
+    for pool in pools:
+        fill(pool, seed=1, offset=False)
+    logits = fused.decode_logits(tokens, slots, pools[0])
+    assert torch.equal(logits, fused.head(fused.decode(tokens, slots, pools[1])))
+    assert torch.equal(pools[0].wkv, pools[1].wkv)
+
+
 def test_packing_leaves_the_models_own_linears_as_they_were(tmp_path) -> None:
     plain, _, twin = build(tmp_path, "fp32")
     assert twin._layers[1].key.weight.data_ptr() != plain._layers[1].key.weight.data_ptr()

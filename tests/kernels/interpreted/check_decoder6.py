@@ -120,3 +120,17 @@ if not INTERPRETED:
             expected = plain.decode_by_layer(tokens, ids, pools[0])
             assert error(twin.decode(tokens, ids, pools[1]), expected) < TOLERANCE["fp16"]
         assert error(pools[1].wkv, pools[0].wkv) < TOLERANCE["fp16"]
+
+
+def test_logits_at_once_have_the_bits_of_a_step_and_its_head(tmp_path) -> None:
+    _, fused, twin = build(tmp_path, "fp16")
+    tokens, slots = (
+        torch.tensor([7, 11, 13], device=DEVICE),
+        torch.tensor([2, -1, 0], device=DEVICE),
+    )
+    pools = [twin.new_pool(3) for _ in range(2)]
+    for pool in pools:
+        fill(pool)
+    logits = fused.decode_logits(tokens, slots, pools[0])
+    assert torch.equal(logits, fused.head(fused.decode(tokens, slots, pools[1])))
+    assert torch.equal(pools[0].wkv, pools[1].wkv)

@@ -165,7 +165,8 @@ class TestAddNormMix:
     def test_norm_alone_equals_reference(self, dtype):
         x, parts = randn(3, CHANNELS, seed=1), randn(2, 3, CHANNELS, seed=2)
         weight, bias = randn(CHANNELS, seed=3, dtype=dtype), randn(CHANNELS, seed=4, dtype=dtype)
-        out = norm_ops.add_norm(x, parts, weight, bias)
+        out = norm_ops.add_norm(x, parts, weight, bias, dtype=dtype)
+        assert out.dtype == dtype
         same = plain.add_norm(x, parts, weight, bias).to(dtype)
         exact = plain.add_norm(*doubles(x, parts, weight, bias))
         assert_as_good_as_reference(out, same, exact)

@@ -138,7 +138,8 @@ class TestAddNormMix:
     def test_norm_alone_equals_reference(self, dtype):
         args = randn(3, CHANNELS, seed=1), randn(2, 3, CHANNELS, seed=2), randn(3, CHANNELS, seed=3)
         norm = norm_of(4, dtype)
-        out = norm_ops.add_norm(*args, norm, scale=0.5)
+        out = norm_ops.add_norm(*args, norm, scale=0.5, dtype=dtype)
+        assert out.dtype == dtype
         same = plain.add_norm(*args, norm, scale=0.5).to(dtype)
         exact = plain.add_norm(*doubles(*args, norm), scale=0.5)
         assert_as_good_as_reference(out, same, exact)
