@@ -259,11 +259,7 @@ class Client:
         if response.status_code == 200:
             return response
         answer = await self._read_json(response)
-        if response.status_code == 404 and not _is_not_found(answer):
-            raise EngineUnavailableError(f"{self.address} is not an mrss engine (no {path} there)")
-        if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
-            raise _with_retry_after(_error_of_another(response, self.address), response)
-        raise _with_retry_after(error_from_dict(response.status_code, answer), response)
+        raise _with_retry_after(refusal(response, answer, self.address, path), response)
 
     async def _read_json(
         self, response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES
@@ -344,6 +340,22 @@ def _bad_address(address: str) -> ConfigError:
         f"an engine's address is http://host:port or unix:///path/to/socket, got {address!r}",
         param="api_base",
     )
+
+
+def refusal(response: httpx.Response, answer: object, address: str, path: str) -> MRSSError:
+    """Return what an answer that is no success means, of an engine or of what stands before it.
+
+    Args:
+        response: its status and headers.
+        answer: its body as JSON; None where it is none.
+        address: who was asked.
+        path: for what.
+    """
+    if response.status_code == 404 and not _is_not_found(answer):
+        return EngineUnavailableError(f"{address} is not an mrss engine (no {path} there)")
+    if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
+        return _error_of_another(response, address)
+    return error_from_dict(response.status_code, answer)
 
 
 def _is_not_found(answer: object) -> bool:

@@ -307,7 +307,8 @@ def _settle_types(config: object) -> None:
     """
     for name, kinds in _kinds_of(type(config)).items():
         value = getattr(config, name)
-        if kinds[0] is Path and isinstance(value, str | os.PathLike):
+        # No text is no path: `Path` would make the current folder of it.
+        if kinds[0] is Path and value and isinstance(value, str | os.PathLike):
             object.__setattr__(config, name, Path(value))
         elif not _is_one_of(value, kinds):
             raise ConfigError(f"{name} must be {_kind_name(kinds[0])}, got {value!r}", param=name)

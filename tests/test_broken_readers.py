@@ -82,11 +82,15 @@ def test_a_sink_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TextStream, "on_output", broken)
 
+    engine = Given()
+
     async def main() -> str:
-        async with engine_of(ScriptEngine(IDS("!") * 30)) as front:
+        async with engine_of(engine) as front:
             bad, good = await front.open(ask("x")), asyncio.create_task(collect(front, ask("abc")))
             with pytest.raises(EngineError, match="a defect"):
                 await anext(bad)
+            # Its rows are free though nobody has closed it.
+            await asyncio.to_thread(engine.wait_aborted, (engine.added[0].id, None))
             return joined(await good)
 
-    assert asyncio.run(main()) == "!" * 30
+    assert asyncio.run(main()) == "!" * 100

@@ -38,6 +38,7 @@ def test_a_value_beyond_its_limit_is_refused_by_name(cls, name, value):
         (EngineConfig, "strict", 1, "true or false"),
         (EngineConfig, "model", None, "a path"),
         (EngineConfig, "cache_dir", b"cache", "a path"),
+        (EngineConfig, "cache_dir", "", "a path"),
         (EngineConfig, "template", 1, "a text"),
         (ServerConfig, "port", "9000", "an integer"),
         (ServerConfig, "drain_s", "1", "a number"),

@@ -67,6 +67,33 @@ def test_nothing_is_asked_of_a_lost_device() -> None:
     assert engine.aborted == []
 
 
+def test_a_device_whose_loss_is_met_when_an_answer_is_dropped_is_asked_once() -> None:
+    class Dead(Noted):
+        def step(self):  # type: ignore[no-untyped-def]
+            if self.is_lost:
+                raise RuntimeError("a defect")
+            return super().step()
+
+        def abort(self, request_id, index=None):  # type: ignore[no-untyped-def]
+            super().abort(request_id, index)
+            raise RuntimeError("the device failed")
+
+    engine = Dead(lambda request, _: IDS("Hello") * 10**6)
+
+    async def main() -> None:
+        front = engine_of(engine)
+        stream = await front.open(ask())
+        await anext(stream)
+        engine.is_lost = True
+        with pytest.raises(EngineUnavailableError, match="the device failed"):
+            async for _ in stream:
+                pass
+        await front.aclose()
+
+    asyncio.run(main())
+    assert len(engine.aborted) == 1
+
+
 class Outputs:
     """A sink that tells when a few outputs have come."""
 

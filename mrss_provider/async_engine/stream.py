@@ -152,7 +152,6 @@ class TextStream:
         if self._has_ended:
             return
         if output.error is not None:
-            self._aborter.abort(self._request.id)
             self.on_failure(output.error)
             return
         self._num_cached = output.num_cached
@@ -171,8 +170,7 @@ class TextStream:
         """End with `error`, after what has already come."""
         self._read_all()
         if not self._has_ended:
-            self._error = error
-            self._end(error.code)
+            self._fail(error)
 
     @property
     def _num_tokens(self) -> int:
@@ -188,11 +186,9 @@ class TextStream:
         try:
             has_news = choice.read()
         except Exception as exc:
-            # A defect of ours, and of this answer: it keeps neither its rows nor others waiting.
+            # A defect of ours, and of this answer.
             logger.exception("the answer of %s cannot be read", self._request.id)
-            self._aborter.abort(self._request.id)
-            self._error = EngineError(f"the answer cannot be read: {exc!r}")
-            self._end(self._error.code)
+            self._fail(EngineError(f"the answer cannot be read: {exc!r}"))
             return
         if has_news:
             self._unread[choice.index] = None
@@ -209,15 +205,18 @@ class TextStream:
 
     def _expire(self, timeout_s: float) -> None:
         self._read_all()
-        if self._has_ended:
-            return
-        self._aborter.abort(self._request.id)
         self.on_failure(
             RequestTimeoutError(
                 f"the answer was not complete within {timeout_s:g} s "
                 f"({self._num_tokens} tokens were)"
             )
         )
+
+    def _fail(self, error: MRSSError) -> None:
+        # Whatever of it still runs keeps no rows, whoever it is that has failed.
+        self._aborter.abort(self._request.id)
+        self._error = error
+        self._end(error.code)
 
     def _end(self, reason: str) -> None:
         self._has_ended = True

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mrss_provider.cli.compare_jobs import Asking, connected
+from mrss_provider.cli.compare_jobs import Asking, connected, exit_status
 from mrss_provider.cli.compare_report import write_report
 from mrss_provider.cli.folders import make_folder
 from mrss_provider.cli.output import note
@@ -20,10 +20,6 @@ from mrss_provider.compare.jsonl import JsonLines
 from mrss_provider.compare.judge import judge_all, questions, read_judgements
 from mrss_provider.compare.prompts import read_prompts
 from mrss_provider.compare.scorers import CHECKS, Scorer, checks, load_scorers
-
-# Exit statuses.
-ALL_FAILED = 1
-SOME_FAILED = 3
 
 _WARM_UP_S = 120.0
 
@@ -89,7 +85,7 @@ def run(job: Job) -> int:
             raise
     results = folder.read_results()
     write_report(folder, results, scorers, job.judge, as_json=job.as_json)
-    return _status(results)
+    return exit_status(results)
 
 
 async def _ask(job: Job, folder: Folder, left: list[Cell], file: JsonLines) -> None:
@@ -123,13 +119,6 @@ async def _judge(job: Job, judge: str, folder: Folder, connection: Connection) -
             file,
             lambda: advance(None),
         )
-
-
-def _status(results: list[Result]) -> int:
-    num_failed = sum(result.error is not None for result in results)
-    if num_failed == len(results):
-        return ALL_FAILED
-    return SOME_FAILED if num_failed else 0
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def run(
                 raise typer.BadParameter(
                     f"--live shows the answers to one prompt as they come: leave {option} out"
                 )
-        compare_live(asking, live, first_seed)
+        if code := compare_live(asking, live, first_seed):
+            raise typer.Exit(code)
         return
     if prompts is None:
         raise typer.BadParameter("give --prompts, a file of JSON Lines, or --live PROMPT")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 
-from mrss_provider.compare.calls import Connection
+from mrss_provider.compare.calls import Connection, Result
 from mrss_provider.compare.cells import Pace
 from mrss_provider.compare.prompts import check_params
 from mrss_provider.errors import FileFormatError
+
+# Exit statuses.
+ALL_FAILED = 1
+SOME_FAILED = 3
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,14 @@ def asked_params(
         raise typer.BadParameter(f"--temperature must be a finite number, got {temperature}")
     given = {"temperature": temperature, "max_tokens": max_tokens}
     return params | {key: value for key, value in given.items() if value is not None}
+
+
+def exit_status(results: Sequence[Result]) -> int:
+    """Return what the command exits with: 0, or what says whether all or some failed."""
+    num_failed = sum(result.error is not None for result in results)
+    if num_failed == len(results):
+        return ALL_FAILED
+    return SOME_FAILED if num_failed else 0
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mrss_provider.cli.compare_jobs import Asking, connected
+from mrss_provider.cli.compare_jobs import ALL_FAILED, Asking, connected, exit_status
 from mrss_provider.cli.output import CommandError, answer, note, printable
 from mrss_provider.compare.calls import Call, Piece, Result, ask
 from mrss_provider.compare.cells import wake
@@ -68,8 +68,11 @@ class Panes:
         return grid
 
 
-def compare_live(asking: Asking, prompt: str, seed: int) -> None:
-    """Stream the answers, and print each whole at the end where stdout is no terminal.
+def compare_live(asking: Asking, prompt: str, seed: int) -> int:
+    """Stream the answers, print each whole at the end where stdout is no terminal.
+
+    Returns:
+        The exit status.
 
     Raises:
         typer.BadParameter: more models than panes.
@@ -81,8 +84,10 @@ def compare_live(asking: Asking, prompt: str, seed: int) -> None:
     if not sys.stdout.isatty():
         for result in results:
             answer(f"[{result.model}] {status(result)}\n{printable(result.text)}\n")
-    if all(result.error is not None for result in results):
+    code = exit_status(results)
+    if code == ALL_FAILED:
         raise CommandError("no model answered")
+    return code
 
 
 async def _stream(asking: Asking, prompt: str, seed: int) -> list[Result]:

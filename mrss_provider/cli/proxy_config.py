@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mrss_provider.cli.output import CommandError
+from mrss_provider.client import parse_address
 from mrss_provider.config import BUNDLED_STATES
 from mrss_provider.errors import MRSSError
 from mrss_provider.mixture import check_name, parse_mixture
@@ -15,6 +16,7 @@ from mrss_provider.mixture import check_name, parse_mixture
 _FILE = "proxy_config.yaml"
 BUNDLED_PROXY_CONFIG = BUNDLED_STATES.parent / _FILE
 _HANDLER = "mrss_provider.handler"
+_FROM_ENVIRONMENT = "os.environ/"
 
 
 def find_proxy_config(path: Path | None) -> Path:
@@ -38,7 +40,7 @@ def examine(path: Path) -> list[str]:
         CommandError: not a YAML file with a table at its top.
     """
     config = read_proxy_config(path)
-    return [*_handler_problems(config, path), *_name_problems(config)]
+    return [*_handler_problems(config, path), *_entry_problems(config)]
 
 
 def read_proxy_config(path: Path) -> Mapping[str, Any]:
@@ -111,19 +113,38 @@ def _import_problems() -> list[str]:
     return [] if isinstance(handler, CustomLLM) else [f"{_HANDLER} is no LiteLLM handler"]
 
 
-def _name_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _entry_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for entry in config.get("model_list") or []:
-        model = str((entry.get("litellm_params") or {}).get("model", ""))
+        params = entry.get("litellm_params") or {}
+        model = str(params.get("model", ""))
         name = model.removeprefix("mrss/")
-        if name == model or "*" in name:
+        if name == model:
+            continue
+        if "*" not in name:
+            yield from _name_problems(name, entry)
+        yield from _address_problems(model, params)
+
+
+def _name_problems(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        for term in parse_mixture(name).terms:
+            if term.name != "base":
+                check_name(term.name)
+    except MRSSError as exc:
+        yield f"model mrss/{name}: {exc}"
+    if "," in str(entry.get("model_name")):
+        yield f"model_name {entry['model_name']}: LiteLLM splits names at commas"
+
+
+def _address_problems(model: str, params: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("api_base", "base_url"):
+        address = params.get(key)
+        if isinstance(address, str) and address.startswith(_FROM_ENVIRONMENT):
+            # A variable that is not set here may be where the proxy runs.
+            address = os.environ.get(address.removeprefix(_FROM_ENVIRONMENT))
+        if not address:
             continue
         try:
-            for term in parse_mixture(name).terms:
-                if term.name != "base":
-                    check_name(term.name)
+            parse_address(str(address))
         except MRSSError as exc:
-            problems.append(f"model {model}: {exc}")
-        if "," in str(entry.get("model_name")):
-            problems.append(f"model_name {entry['model_name']}: LiteLLM splits names at commas")
-    return problems
+            yield f"{key} of {model}: {exc}"

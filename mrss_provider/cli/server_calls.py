@@ -12,9 +12,9 @@ from typing import Any, Self
 import httpx
 
 from mrss_provider.autostart import engine_address
-from mrss_provider.client import parse_address
+from mrss_provider.client import parse_address, refusal
 from mrss_provider.config import ServerConfig
-from mrss_provider.errors import EngineUnavailableError, error_from_dict
+from mrss_provider.errors import EngineUnavailableError
 
 _TIMEOUT_S = 600.0
 _OCTETS = {"content-type": "application/octet-stream"}
@@ -73,7 +73,10 @@ class ServerCalls:
         Raises:
             MRSSError: as `json`.
         """
-        return self._send("GET", path, {}).content
+        response = self._send("GET", path, {})
+        if response.headers.get("content-type") != _OCTETS["content-type"]:
+            raise self._no_engine(path)
+        return response.content
 
     def _send(self, method: str, path: str, content: dict[str, Any]) -> httpx.Response:
         try:
@@ -87,13 +90,16 @@ class ServerCalls:
             ) from exc
         if response.is_success:
             return response
-        raise error_from_dict(response.status_code, _body(response))
+        raise refusal(response, _body(response), self.address, path)
 
     def _object(self, response: httpx.Response) -> dict[str, Any]:
         body = _body(response)
         if not isinstance(body, dict):
-            raise EngineUnavailableError(f"{self.address} is not an mrss engine")
+            raise self._no_engine(response.url.path)
         return body
+
+    def _no_engine(self, path: str) -> EngineUnavailableError:
+        return EngineUnavailableError(f"{self.address} is not an mrss engine (no {path} there)")
 
 
 def _knock(path: Path) -> None:

@@ -211,7 +211,8 @@ class MaskWorkers:
     def looking(self, answers: Sequence[AllowedTokens | None]) -> Iterator[None]:
         """Find the masks of some answers while the body runs; they are there after it.
 
-        Those that took next to no time before are found behind it.
+        Those that took next to no time before are found behind it, and so are all where no other
+        thread takes them.
         """
         wanted = [answer for answer in answers if answer is not None]
         is_handed = sum(answer.look_s for answer in wanted) >= _MIN_HANDED_S
@@ -224,10 +225,16 @@ class MaskWorkers:
         if under_way is None:
             AllowedTokens.look_together(wanted)
 
-    def _hand_over(self, answers: Sequence[AllowedTokens]) -> Future[None]:
+    def _hand_over(self, answers: Sequence[AllowedTokens]) -> Future[None] | None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="mrss-masks")
-        return self._pool.submit(AllowedTokens.look_together, answers)
+        try:
+            return self._pool.submit(AllowedTokens.look_together, answers)
+        except RuntimeError:
+            # The interpreter ends, which it tells its threads' pools before it ends this thread, or
+            # there is no other thread to be had. What the pool may have queued is never begun.
+            self._pool = None
+            return None
 
 
 def _told(error: Exception) -> MRSSError:

@@ -6,6 +6,7 @@ host, whose memory for it was taken before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from mrss_provider.model.memory import release_pinned_memory
 from mrss_provider.model.state import StateSnapshot
+
+log = logging.getLogger(__name__)
+
+# What is taken before anybody waits: some half a second a GiB, less of what is as quickly taken
+# later. Some rows come before those in whose place they do are known to be read.
+_PREPARED_BYTES, _PREPARED_ROWS, _NUM_COMING = 4 << 30, 512, 4
 
 
 class Arrival(Protocol):
@@ -119,6 +126,19 @@ class CopyStream:
         # Whoever gets the memory of `tensor` next waits for the copy, too.
         tensor.record_stream(self._stream)
         return out
+
+
+def prepare_memory(copies: Copies, snapshot: StateSnapshot, max_bytes: int) -> None:
+    """Take the host's memory for what will leave a device: so many bytes of copies of `snapshot`.
+
+    It is none where one copy is larger, and less than all where that would take long.
+    """
+    taken = min(max_bytes, _PREPARED_BYTES)
+    num_rows = min(taken // copies.host_bytes(snapshot), _PREPARED_ROWS)
+    try:
+        copies.prepare(snapshot, num_rows + _NUM_COMING if num_rows else 0)
+    except RuntimeError as exc:
+        log.warning("the state cache could not take %d bytes of pinned RAM: %s", taken, exc)
 
 
 def pinned(snapshot: StateSnapshot) -> StateSnapshot:

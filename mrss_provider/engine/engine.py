@@ -163,7 +163,7 @@ class Engine:
         Raises:
             EngineUnavailableError: the device is lost, and every request with it.
         """
-        outputs = self._go_on()
+        outputs = self._go_on() + self._scheduler.take_unbegun()
         batch = self._scheduler.schedule()
         if not batch.is_empty:
             if self._runner.needs_tokens(batch):

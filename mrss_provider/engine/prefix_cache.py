@@ -18,7 +18,7 @@ import torch
 
 from mrss_provider.backend import CacheStats
 from mrss_provider.engine.cache_tiers import Entry, Restored, Tier
-from mrss_provider.engine.copy_stream import Arrival, Copies, CopyStream
+from mrss_provider.engine.copy_stream import Arrival, Copies, CopyStream, prepare_memory
 from mrss_provider.engine.file_writer import FileWriter
 from mrss_provider.engine.radix_tree import Ids, RadixTree
 from mrss_provider.engine.snapshot_folder import SnapshotFile, SnapshotFolder
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 _CLOSE_WAIT_S = 4.0
 _TOKEN_BYTES = 4
-# Of the RAM tier, what is taken before anybody waits: some half a second a GiB, less of what is as
-# quickly taken later. Some rows come before those in whose place they do are known to be read.
-_PREPARED_BYTES, _PREPARED_ROWS, _NUM_COMING = 4 << 30, 512, 4
 
 
 class PrefixCache:
@@ -55,12 +52,10 @@ class PrefixCache:
         disk_bytes: int = 0,
         copies: Copies | None = None,
     ) -> None:
-        if copies is None and device.type == "cuda":
-            copies = CopyStream(device)
-        self._copies = copies
+        self._copies = copies or (CopyStream(device) if device.type == "cuda" else None)
         self._lock = threading.RLock()
         self._trees: dict[str, RadixTree[Entry]] = {}
-        self._device = Tier(device_bytes if copies is not None else 0)
+        self._device = Tier(device_bytes if self._copies is not None else 0)
         self._ram = Tier(ram_bytes)
         # What waits for its file holds memory beyond the RAM tier's; no more than this.
         self._leaving = Tier(ram_bytes // 4)
@@ -161,14 +156,8 @@ class PrefixCache:
 
     def prepare(self, snapshot: StateSnapshot) -> None:
         """Take memory of the RAM tier for what leaves a device; all are as large as `snapshot`."""
-        if self._copies is None:
-            return
-        taken = min(self._ram.max_bytes, _PREPARED_BYTES)
-        num_rows = min(taken // self._copies.host_bytes(snapshot), _PREPARED_ROWS)
-        try:
-            self._copies.prepare(snapshot, num_rows + _NUM_COMING if num_rows else 0)
-        except RuntimeError as exc:
-            log.warning("the state cache could not take %d bytes of pinned RAM: %s", taken, exc)
+        if self._copies is not None:
+            prepare_memory(self._copies, snapshot, self._ram.max_bytes)
 
     def stats(self) -> CacheStats:
         """Return counts and sizes of this moment."""
@@ -291,14 +280,19 @@ class PrefixCache:
             snapshot, entry.device = entry.device, None
             if entry.ram is None and snapshot is not None:
                 self._spill(entry, snapshot)
+                # What leaves now leaves its memory to the next that comes.
+                self._trim_ram()
             self._forget_if_gone(entry)
+        self._trim_ram()
+        for entry in self._disk.surplus():
+            self._drop_file(entry)
+            self._forget_if_gone(entry)
+
+    def _trim_ram(self) -> None:
         for entry in self._ram.surplus():
             snapshot, entry.ram = entry.ram, None
             if entry.file is None and snapshot is not None:
                 self._leave(entry, snapshot)
-            self._forget_if_gone(entry)
-        for entry in self._disk.surplus():
-            self._drop_file(entry)
             self._forget_if_gone(entry)
 
     def _leave(self, entry: Entry, snapshot: StateSnapshot) -> None:
@@ -355,30 +349,33 @@ class PrefixCache:
         self._trim()
 
     def _write_file(self, folder: SnapshotFolder, entry: Entry) -> None:
+        file = None
+        try:
+            file = self._new_file(folder, entry)
+            self._has_complained &= file is None
+        except (OSError, RuntimeError, MemoryError) as exc:
+            if not self._has_complained:
+                log.warning("the state cache cannot write files, and goes on without: %s", exc)
+            self._has_complained = True
+        finally:
+            with self._lock:
+                self._drop_leaving(entry)
+                if file is not None and self._is_known(entry):
+                    self._add_file(file)
+                elif file is not None:
+                    folder.give_up(file.path)
+                self._forget_if_gone(entry)
+        folder.remove_given_up()
+
+    def _new_file(self, folder: SnapshotFolder, entry: Entry) -> SnapshotFile | None:
         with self._lock:
             # Together: both change when a newer one leaves the device.
             snapshot, arrived = entry.ram or entry.leaving, entry.arrived
             if snapshot is None or entry.file is not None:
-                return
+                return None
         if arrived is not None:
             arrived.synchronize()
-        try:
-            file = folder.write(entry.key, entry.tokens, snapshot)
-        except OSError as exc:
-            if not self._has_complained:
-                log.warning("the state cache cannot write files, and goes on without: %s", exc)
-            self._has_complained = True
-            file = None
-        else:
-            self._has_complained = False
-        with self._lock:
-            self._drop_leaving(entry)
-            if file is not None and self._is_known(entry):
-                self._add_file(file)
-            elif file is not None:
-                folder.give_up(file.path)
-            self._forget_if_gone(entry)
-        folder.remove_given_up()
+        return folder.write(entry.key, entry.tokens, snapshot)
 
     def _load_file(self, folder: SnapshotFolder, entry: Entry) -> bool:
         """Bring one snapshot to RAM; tell whether it was whole, and still wanted."""

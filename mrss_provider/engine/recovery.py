@@ -1,4 +1,4 @@
-"""Recovery: what goes on after a step that no memory was left for, and how.
+"""Recovery: what goes on after a step that no memory was left for, and how; what failures tell.
 
 Such a step may have moved some layers of its rows on and others not. So the newest of its requests
 end, and the rows of the others begin anew: they read again what they had read, which is known.
@@ -6,12 +6,16 @@ end, and the rows of the others begin anew: they read again what they had read, 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable
 
 from mrss_provider.engine.batch import Batch, Choice, Reread, Running
 from mrss_provider.engine.reinjection import next_stop
-from mrss_provider.errors import EngineError
+from mrss_provider.engine.request import EngineRequest, TokenOutput
+from mrss_provider.errors import EngineError, MRSSError
+
+log = logging.getLogger(__name__)
 
 
 def parties(batch: Batch) -> list[Running]:
@@ -29,6 +33,16 @@ def not_finite(choice: Choice) -> EngineError:
         f"the model gave numbers that are not finite after {choice.num_sampled} tokens of request "
         f"{choice.owner.request.id!r}; check the state files with `mrss states check`"
     )
+
+
+def not_begun(request: EngineRequest, exc: Exception) -> list[TokenOutput]:
+    """Return what ends the answers of a request that could not begin when it got its rows."""
+    error = exc if isinstance(exc, MRSSError) else None
+    if error is None:
+        log.error("the request %s could not begin", request.id, exc_info=exc)
+        told = f"{type(exc).__name__}: {exc}"
+        error = EngineError(f"the request {request.id!r} could not begin: {told}")
+    return [TokenOutput(request.id, index, None, error=error) for index in range(request.n)]
 
 
 def split(running: Iterable[Running], involved: Collection[Running]) -> tuple[list[Running], ...]:

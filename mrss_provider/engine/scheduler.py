@@ -20,7 +20,7 @@ from mrss_provider.engine.fair import Turns, WaitingRequests
 from mrss_provider.engine.lazy_rows import LazyPolicy, make_lazy_rows
 from mrss_provider.engine.logits_processors import Bias, Occurrences
 from mrss_provider.engine.prompt_reader import PromptNotes
-from mrss_provider.engine.recovery import LostAnswers, not_finite, parties, split
+from mrss_provider.engine.recovery import LostAnswers, not_begun, not_finite, parties, split
 from mrss_provider.engine.request import EngineRequest, TokenOutput
 from mrss_provider.engine.slots import SlotAllocator
 from mrss_provider.engine.snapshots import SnapshotKeeper
@@ -70,6 +70,8 @@ class Scheduler:
         # Whose rows take the states of before in the next step.
         self._resumed: list[Choice] = []
         self._lost = LostAnswers()
+        # Those that have waited for rows and could not begin, and why.
+        self._unbegun: list[tuple[EngineRequest, Exception]] = []
         self._turns = Turns()
         self.num_started = 0
 
@@ -95,13 +97,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._unbegun)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, and admit it at once if its slots are free and nobody is before it.
 
         Raises:
             QueueFullError: it would have to wait, and as many as allowed wait already.
+            Exception: it cannot begin.
         """
         is_known = request.id in self._running or request.id in self._waiting
         assert not is_known, f"request id {request.id!r} is in use"
@@ -117,6 +120,8 @@ class Scheduler:
             )
         self._waiting.append(request)
         self._admit()
+        if self._unbegun and self._unbegun[-1][0] is request:
+            raise self._unbegun.pop()[1]
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one of its answers; its slots are free for the next step.
@@ -191,6 +196,11 @@ class Scheduler:
         self._admit()
         return outputs
 
+    def take_unbegun(self) -> list[TokenOutput]:
+        """Return the errors of requests that had waited for slots and could not begin, once."""
+        unbegun, self._unbegun = self._unbegun, []
+        return [output for request, exc in unbegun for output in not_begun(request, exc)]
+
     def _admit(self) -> None:
         while self._waiting:
             request = self._waiting.head()
@@ -200,9 +210,11 @@ class Scheduler:
             self._waiting.take()
             try:
                 running = self._with_slots(request, slots)
-            except BaseException:
+            except Exception as exc:
+                # Whoever has just made room for it has nothing to do with that.
                 self._slots.free(slots)
-                raise
+                self._unbegun.append((request, exc))
+                continue
             self.num_started += 1
             self._running[request.id] = running
             if running.is_reading:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from mrss_provider.model.cuda_graphs import SharedMemory
+from mrss_provider.model.cuda_graphs import SharedMemory, captured
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class StepGraphs:
             torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         memory = self._memory.handle(len(self._graphs))
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with captured(graph, memory, self._device):
             step()
         self._graphs[key] = graph
 

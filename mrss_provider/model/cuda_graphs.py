@@ -8,9 +8,11 @@ holds for one pool and fixed weights.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -133,9 +135,31 @@ class DecodeGraphs:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         memory = self._memory.setdefault(pool, SharedMemory()).handle(len(self._graphs[pool]))
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with captured(graph, memory, device):
             hidden = self._step(token_ids, slots, pool)
         return _Graph(graph, token_ids, slots, hidden)
+
+
+@contextlib.contextmanager
+def captured(graph: torch.cuda.CUDAGraph, memory: Any, device: torch.device) -> Iterator[None]:
+    """Capture into `graph` what is launched within, for a pool of memory by its handle.
+
+    As `torch.cuda.graph`, which would also give back the host's pinned memory that is free: it was
+    taken so that states can leave the device without a wait.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(_capture_stream(device)):
+        graph.capture_begin(memory, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def row_bucket(rows: int) -> int:
@@ -221,7 +245,7 @@ class RaggedGraphs:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         memory = self._memory.setdefault(pool, SharedMemory()).handle(len(self._graphs[pool]))
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with captured(graph, memory, device):
             hidden = self._step(token_ids, cu_seqlens, slots, pool)
         return _PackedGraph(graph, token_ids, cu_seqlens, slots, hidden)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def read_file(path: Path) -> memoryview:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        whole = np.empty(path.stat().st_size, dtype=np.uint8).data
+        # Of the file that is open: another one may have its name by now.
+        whole = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8).data
         return whole[: file.readinto(whole)]
 
 

@@ -118,6 +118,11 @@ def load_snapshots(data: Buffer, config: ModelConfig, state_dtype: torch.dtype) 
     metadata = read_metadata(data)
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StateFileError(f"not a snapshot: its format must be {FORMAT} {VERSION}")
+    if "content" not in metadata:
+        raise StateFileError(
+            "the snapshot does not tell all of the model that it belongs to: an older version of "
+            "mrss wrote it, and what it is of has to be made anew"
+        )
     told = tuple(metadata.get(key) for key in ("model", "content", "dtype"))
     if told != (config.fingerprint, config.content, config.precision):
         raise StateFileError(

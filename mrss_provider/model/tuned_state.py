@@ -178,7 +178,7 @@ def save_tuned_state(path: Path, state: TunedState, config: ModelConfig) -> None
     try:
         replace_file(path, data.getbuffer())
     except OSError as exc:
-        raise StateFileError(f"{path} cannot be written: {exc}") from exc
+        raise StateFileError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def average_states(

@@ -28,8 +28,8 @@ class ChunkStream:
         self._model = model
         self._ready: deque[ModelResponseStream] = deque()
         self._ended = False
-        # Several threads may read one stream.
-        self._writing = threading.Lock()
+        # Several threads may read one stream, in turns.
+        self._reading, self._writing = threading.Lock(), threading.Lock()
 
     def __aiter__(self) -> Self:
         return self
@@ -56,7 +56,7 @@ class ChunkStream:
             if self._ended:
                 raise StopIteration
             try:
-                self._write(self._answer.take_blocking())
+                self._read_on()
             except Exception as exc:
                 self.close()
                 raise self._translated(exc) from exc
@@ -86,6 +86,12 @@ class ChunkStream:
             return self._ready.popleft()
         except IndexError:
             return None
+
+    def _read_on(self) -> None:
+        with self._reading:
+            # Else somebody else has read what this one waited for.
+            if not self._ready and not self._ended:
+                self._write(self._answer.take_blocking())
 
     def _write(self, deltas: Sequence[Delta]) -> None:
         with self._writing:

@@ -227,6 +227,38 @@ def test_the_proxys_configuration_is_examined_as_litellm_reads_it(
 
 
 @pytest.mark.usefixtures("_litellm_unimported")
+@pytest.mark.parametrize(
+    ("api_base", "words"),
+    [
+        ("", None),
+        ("http://127.0.0.1:4610/v1", None),
+        ("unix:///run/mrss.sock", None),
+        ("os.environ/MRSS_UNSET_HERE", None),
+        ("127.0.0.1:4610", "unix:///path/to/socket, got '127.0.0.1:4610'"),
+        ("9000", "got '9000'"),
+        ("unix://run/mrss.sock", "got 'unix://run/mrss.sock'"),
+        ("http://me:secret@a:9000", "no user and password"),
+        ("os.environ/MRSS_ENGINE_A", "got 'engine-a:9000'"),
+    ],
+)
+@pytest.mark.parametrize("key", ["api_base", "base_url"])
+def test_an_address_that_the_first_request_would_fail_at_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, api_base: str, words: str | None
+) -> None:
+    monkeypatch.setenv("MRSS_ENGINE_A", "engine-a:9000")
+    model = f"mrss/*', {key}: '{api_base}"
+    problems = examine(write_config(tmp_path / "c.yaml", model))
+    assert len(problems) == (words is not None)
+    assert words is None or (problems[0].startswith(f"{key} of mrss/*: ") and words in problems[0])
+
+
+@pytest.mark.usefixtures("_litellm_unimported")
+def test_an_address_of_another_provider_is_its_own(tmp_path: Path) -> None:
+    model = "ollama/phi', api_base: 'localhost:11434"
+    assert examine(write_config(tmp_path / "c.yaml", model)) == []
+
+
+@pytest.mark.usefixtures("_litellm_unimported")
 def test_a_file_that_would_shadow_the_package_is_found(tmp_path: Path) -> None:
     (tmp_path / "mrss_provider.py").touch()
     (problem,) = examine(write_config(tmp_path / "c.yaml"))

@@ -125,18 +125,31 @@ def test_a_judge_is_asked_and_votes_are_counted(folder, connect, monkeypatch):
     assert "judge judge: 16 verdicts" in reported.out
 
 
+LIVE = ("compare", "--models", "a,b", "--live", "Hi?")
+
+
 def test_two_answers_stream_side_by_side(connect):
-    connection = connect({"a": "one two", "b": FULL})
-    found = mrss("compare", "--models", "a,b", "--live", "Hi?", "--first-seed", 4)
+    connection = connect({"a": "one two", "b": "three"})
+    found = mrss(*LIVE, "--first-seed", 4)
     assert found.code == 0, found.err
     assert "[a] stop, first text after" in found.out
     assert "one two" in found.out
-    assert "[b] RateLimitError: the queue is full" in found.out
+    assert "three" in found.out
     assert {call.seed for call in connection.calls} == {4}
     assert connection.most_open == 2
     assert len(connection.calls) == 4
+
+
+def test_live_failures_are_in_the_exit_status(connect):
+    connect({"a": "one two", "b": FULL})
+    found = mrss(*LIVE)
+    assert found.code == 3
+    assert "one two" in found.out
+    assert "[b] RateLimitError: the queue is full" in found.out
     connect({"a": FULL, "b": FULL})
-    assert mrss("compare", "--models", "a,b", "--live", "Hi?").code == 1
+    found = mrss(*LIVE)
+    assert found.code == 1
+    assert "no model answered" in found.err
 
 
 def test_panes_are_drawn_within_the_terminal():

@@ -74,3 +74,31 @@ def test_a_defect_before_an_answer_begins_keeps_no_rows(engine: Engine) -> None:
         engine.add(constrained("x", LINEAR, Defective("fork")))
     assert engine.num_free_rows == CONFIG.max_rows
     assert not engine.has_work
+
+
+def test_a_defect_of_one_that_has_waited_for_its_rows_ends_no_other(engine: Engine) -> None:
+    num_rows = CONFIG.max_rows // LINEAR.rows
+    running = [request(f"{i}", [1, 2], LINEAR, seed=i, max_tokens=6 + i) for i in range(num_rows)]
+    last = request("last", [3, 4], LINEAR, seed=9, max_tokens=6)
+    expected = run(host_engine(FakeModel()), {0: [*running, last]})
+    got = run(engine, {0: [*running, constrained("x", LINEAR, Defective("fork"), n=2), last]})
+    for i in range(2):
+        (only,) = got.pop(("x", i))
+        assert "could not begin: RecursionError: too deep" in str(only.error)
+    assert got.keys() == expected.keys()
+    for name, outputs in got.items():
+        tokens = [output.token_id for output in outputs]
+        assert tokens == [output.token_id for output in expected[name]]
+    assert engine.num_free_rows == CONFIG.max_rows
+
+
+def test_a_defect_of_one_that_waited_is_told_where_nothing_else_runs(engine: Engine) -> None:
+    num_rows = CONFIG.max_rows // LINEAR.rows
+    engine.add(request("wide", [1, 2], LINEAR, num_rows, max_tokens=6))
+    engine.add(constrained("x", LINEAR, Defective("fork")))
+    engine.abort("wide")
+    assert engine.has_work
+    told = engine.step()
+    assert [output.request_id for output in told if output.error is not None] == ["x"]
+    assert not engine.step()
+    assert not engine.has_work

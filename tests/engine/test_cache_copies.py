@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mrss_provider.engine.copy_stream import Arrival
 from mrss_provider.engine.prefix_cache import PrefixCache
 from mrss_provider.engine.radix_tree import as_ids
-from mrss_provider.engine.snapshot_folder import SnapshotFile, SnapshotFolder
+from mrss_provider.engine.snapshot_folder import SnapshotFolder
 from mrss_provider.model import ModelConfig, StateSnapshot
 
 CPU = torch.device("cpu")
@@ -211,6 +212,11 @@ def test_a_state_that_ram_has_no_memory_for_is_dropped_and_that_is_said_once(
     restored = cache.restore(["c", "d"], as_ids([1]), 1)
     assert restored is not None
     assert [value_of(one) for one in restored.rows] == [2, 3]
+    copies.is_full = True
+    with caplog.at_level(logging.WARNING):
+        cache.insert("e", as_ids([1]), row(4))
+        cache.insert("f", as_ids([1]), row(5))
+    assert len(caplog.records) == 2
 
 
 def test_a_file_has_what_has_arrived(tmp_path: Path) -> None:
@@ -241,6 +247,39 @@ def test_memory_is_taken_for_the_rows_that_fit_in_ram(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         cache_of(device_rows=1, ram_rows=5, copies=copies).prepare(row(0))
     assert len(caplog.records) == 1
+
+
+class Counted(FakeCopies):
+    """Notes how many copies were in RAM at once; each is there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_held = self.most_held = 0
+
+    def to_host(self, snapshot: StateSnapshot) -> tuple[StateSnapshot, Arrival]:
+        copy, arrival = super().to_host(snapshot)
+        arrival.synchronize()
+        self.num_held += 1
+        self.most_held = max(self.most_held, self.num_held)
+        weakref.finalize(copy, self._let_go)
+        return copy, FakeArrival([])
+
+    def _let_go(self) -> None:
+        self.num_held -= 1
+
+
+def test_ram_does_not_hold_more_when_the_device_gives_all_of_its_memory_back() -> None:
+    copies = Counted()
+    cache = cache_of(device_rows=9, ram_rows=3, copies=copies)
+    for number in range(9):
+        cache.insert("a", as_ids([number]), row(number))
+    cache.shed()
+    # One comes before the one in whose place it does has left.
+    assert (copies.most_held, copies.num_held) == (3 + 1, 3)
+    for number in (6, 7, 8):
+        restored = cache.restore(["a"], as_ids([number]), 1)
+        assert restored is not None
+        assert value_of(restored.rows[0]) == number
 
 
 def written(folder: Path) -> None:
@@ -321,56 +360,3 @@ def test_a_file_that_goes_while_it_is_read_leaves_nothing_in_ram(tmp_path: Path)
     stats = cache.stats()
     assert (stats.num_entries, stats.ram_bytes, stats.disk_bytes) == (0, 0, 0)
     cache.close()
-
-
-class HeldFolder(SnapshotFolder):
-    """A folder on a disk that is busy until it is told otherwise."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, CONFIG, torch.float32)
-        self.is_writing = threading.Event()
-        self.may_write = threading.Event()
-        self.num_written = 0
-
-    def write(self, key: str, tokens: object, snapshot: StateSnapshot) -> SnapshotFile:
-        self.is_writing.set()
-        assert self.may_write.wait(10)
-        self.num_written += 1
-        return super().write(key, tokens, snapshot)  # type: ignore[arg-type]
-
-
-def test_what_waits_for_its_file_is_counted_once_however_often_it_comes_back(
-    tmp_path: Path,
-) -> None:
-    folder = HeldFolder(tmp_path)
-    size = DEVICE_BYTES + TOKEN
-    # Three wait for their files beside the twelve in memory.
-    cache = PrefixCache(CPU, ram_bytes=12 * size, folder=folder, disk_bytes=1 << 20)
-    for number in (*range(13), 0, *range(2, 13), 1):
-        # The first leaves twice.
-        cache.insert("again", as_ids([number]), row(number))
-    folder.may_write.set()
-    cache.wait_for_files()
-    folder.may_write.clear()
-    for number in range(15):
-        cache.insert("later", as_ids([number]), row(number))
-    assert all(cache.match(["later"], as_ids([number]), 1) for number in range(15))
-    folder.may_write.set()
-    cache.close()
-
-
-def test_nothing_is_written_after_the_wait_for_the_disk_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mrss_provider.engine.prefix_cache._CLOSE_WAIT_S", 0.01)
-    folder = HeldFolder(tmp_path)
-    cache = PrefixCache(CPU, ram_bytes=1 << 20, folder=folder, disk_bytes=1 << 20)
-    for number in range(5):
-        cache.insert("base", as_ids([number]), row(number))
-    assert folder.is_writing.wait(10)
-    cache.close()
-    folder.may_write.set()
-    assert cache._writer is not None
-    cache._writer._thread.join(10)
-    assert not cache._writer._thread.is_alive()
-    assert folder.num_written == 1

@@ -240,6 +240,39 @@ def test_masks_are_there_after_the_step_even_if_it_fails():
     assert answer.words.any()
 
 
+def test_masks_are_found_without_another_thread_when_the_interpreter_ends(monkeypatch):
+    workers = MaskWorkers()
+    with workers.looking([AllowedTokens(Cycle([5]), [])]):
+        pass
+    # As a pool's thread does that learns of the end.
+    workers._pool.shutdown()
+    for _ in range(2):
+        answer = AllowedTokens(Cycle([5]), [])
+        with workers.looking([answer]):
+            pass
+        assert answer.error is None
+        assert answer.words.tolist() == mask_of([5], Cycle.num_words).tolist()
+        # And no pool takes anything any more.
+        monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+
+
+def test_masks_that_no_thread_could_be_started_for_are_looked_for_once(monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    looks = []
+    monkeypatch.setattr(Cycle, "fill_mask", lambda self, words: looks.append(words.fill(1)))
+    workers = MaskWorkers()
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", no_thread)
+        with workers.looking([AllowedTokens(Cycle([5]), [])]):
+            pass
+    assert len(looks) == 1
+    with workers.looking([AllowedTokens(Cycle([6]), [])]):
+        pass
+    assert len(looks) == 2
+
+
 def test_a_runner_that_is_a_step_ahead_gives_the_same_answers():
     """Constrained and free answers, that come and go, on the device's runner and on the host's."""
 

@@ -173,3 +173,20 @@ def test_copies_beside_the_cache_are_given_back_when_memory_is_short(kept: list[
     assert keeper._num_copied_bytes > 0
     engine.abort("x")
     assert keeper._num_copied_bytes == 0
+
+
+def test_all_that_is_on_the_device_is_given_back_when_memory_is_short(
+    kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(on_device=False)
+    keeper = engine._keeper
+    engine.add(request("x", prompt_of(random.Random(1), 40), LINEAR, max_tokens=9))
+    engine.step()
+    assert any(progress.near for progress in keeper._progress.values())
+    shed: list[object] = []
+    monkeypatch.setattr(keeper.cache, "shed", lambda: shed.append(keeper.cache))
+    keeper.shed()
+    assert shed == [keeper.cache]
+    assert not any(progress.near for progress in keeper._progress.values())
+    while engine.has_work:
+        engine.step()

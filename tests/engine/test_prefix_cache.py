@@ -251,11 +251,12 @@ def test_a_damaged_file_is_dropped_and_said_once(
     again.close()
 
 
-def test_a_snapshot_of_another_model_is_not_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("differs", ["fingerprint", "content"])
+def test_a_snapshot_of_another_model_is_not_seen(tmp_path: Path, differs: str) -> None:
     cache = disk_cache(tmp_path)
     cache.insert("base", as_ids([1, 2]), snapshot(1))
     cache.close()
-    other = ModelConfig(**{**vars(CONFIG), "fingerprint": "cd" * 32})
+    other = ModelConfig(**{**vars(CONFIG), differs: "cd" * 32})
     assert folder(tmp_path, other).scan() == []
     assert len(folder(tmp_path).scan()) == 1
 

@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import atheris
@@ -22,9 +23,32 @@ with atheris.instrument_imports(include=["mrss_provider"]):
 
     from mrss_provider.errors import MRSSError
 
+# Said to a process that it is the one to fuzz in.
+_HERE = "--here"
 
-def main(name: str, options: list[str]) -> None:
-    """Run until an option says that it is enough, or a defect is found."""
+
+def main(names: Iterable[str], options: list[str]) -> int:
+    """Fuzz each parser in a process of its own, which atheris ends without cleaning up.
+
+    Returns:
+        0, or the exit status of the first process in which a defect was found.
+    """
+    for name in names:
+        sys.stderr.write(f"== {name}\n")
+        with tempfile.TemporaryDirectory(prefix="mrss-fuzz-") as folder:
+            command = [sys.executable, __file__, _HERE, name, *options, folder]
+            if code := subprocess.run(command, check=False).returncode:
+                return code
+    return 0
+
+
+def fuzz(name: str, arguments: list[str]) -> None:
+    """Fuzz one parser until an option says that it is enough, or a defect is found.
+
+    Args:
+        name: of the target.
+        arguments: libFuzzer's options, and at last a folder for the inputs.
+    """
     logging.disable()
     target = TARGETS[name]
 
@@ -34,24 +58,16 @@ def main(name: str, options: list[str]) -> None:
         except MRSSError:
             return
 
-    with tempfile.TemporaryDirectory(prefix="mrss-fuzz-") as folder:
-        for number, seed in enumerate(target.seeds):
-            (Path(folder) / str(number)).write_bytes(seed)
-        atheris.Setup([sys.argv[0], *options, folder], run)
-        atheris.Fuzz()
-
-
-def main_of_all(options: list[str]) -> None:
-    """Fuzz every parser, each in a process of its own: atheris ends the one that it runs in."""
-    for name in TARGETS:
-        sys.stderr.write(f"== {name}\n")
-        subprocess.run([sys.executable, __file__, name, *options], check=True)
+    for number, seed in enumerate(target.seeds):
+        (Path(arguments[-1]) / str(number)).write_bytes(seed)
+    atheris.Setup([sys.argv[0], *arguments], run)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in {"all", *TARGETS}:
+    if sys.argv[1:2] == [_HERE]:
+        fuzz(sys.argv[2], sys.argv[3:])
+    elif len(sys.argv) < 2 or sys.argv[1] not in {"all", *TARGETS}:
         sys.exit(f"which parser? all, {', '.join(TARGETS)}")
-    if sys.argv[1] == "all":
-        main_of_all(sys.argv[2:])
     else:
-        main(sys.argv[1], sys.argv[2:])
+        sys.exit(main(TARGETS if sys.argv[1] == "all" else sys.argv[1:2], sys.argv[2:]))

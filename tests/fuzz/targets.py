@@ -8,15 +8,17 @@ hypothesis.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from tiny_model import tuned_state, vocabulary, write_checkpoint, write_vocabulary
 
 from mrss_provider.backend import StreamInfo
@@ -27,7 +29,7 @@ from mrss_provider.engine.mixtures_file import read_mixtures
 from mrss_provider.errors import MRSSError
 from mrss_provider.http1 import Connection
 from mrss_provider.mixture import parse_method, parse_mixture
-from mrss_provider.model import load_model, load_tuned_state
+from mrss_provider.model import ModelConfig, load_model, load_tuned_state
 from mrss_provider.model.snapshot_file import (
     SnapshotBlob,
     dump_snapshots,
@@ -46,8 +48,6 @@ from mrss_provider.openai_schema import (
 )
 from mrss_provider.server.body import parse_json
 from mrss_provider.tokenizer import Tokenizer
-
-FOLDER = Path(tempfile.mkdtemp(prefix="mrss-fuzz-"))
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,25 @@ def inputs(data: bytes) -> None:
 
 
 def mixtures_toml(data: bytes) -> None:
-    read_mixtures(_written("mixtures.toml", data))
+    with _written("mixtures.toml", data) as path:
+        read_mixtures(path)
 
 
 def state_safetensors(data: bytes) -> None:
-    state = load_tuned_state(_written("state.safetensors", data), CONFIG, name="x")
+    with _written("state.safetensors", data) as path:
+        state = load_tuned_state(path, CONFIG, name="x")
     assert torch.isfinite(state.wkv).all()
 
 
 def state_pth(data: bytes) -> None:
-    state = load_tuned_state(_written("state.pth", data), CONFIG, name="x")
+    with _written("state.pth", data) as path:
+        state = load_tuned_state(path, CONFIG, name="x")
     assert torch.isfinite(state.wkv).all()
 
 
 def gates(data: bytes) -> None:
-    load_gate(_written("gate.safetensors", data), CONFIG, name="x")
+    with _written("gate.safetensors", data) as path:
+        load_gate(path, CONFIG, name="x")
 
 
 def snapshots(data: bytes) -> None:
@@ -117,7 +121,8 @@ def snapshots(data: bytes) -> None:
 
 
 def vocabularies(data: bytes) -> None:
-    tokenizer = Tokenizer.load(_written("vocab.txt", data))
+    with _written("vocab.txt", data) as path:
+        tokenizer = Tokenizer.load(path)
     tokenizer.encode("Hello, world")
 
 
@@ -196,16 +201,31 @@ class _Pieces:
         pass
 
 
-def _written(name: str, data: bytes) -> Path:
-    path = FOLDER / name
-    path.write_bytes(data)
-    return path
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Yield a folder that is there no longer than it is needed: a fuzzer's process just stops."""
+    with tempfile.TemporaryDirectory(prefix="mrss-fuzz-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _written(name: str, data: bytes) -> Iterator[Path]:
+    with _folder() as folder:
+        path = folder / name
+        path.write_bytes(data)
+        yield path
+
+
+def _config() -> ModelConfig:
+    with _folder() as folder:
+        file = write_checkpoint(folder / "tiny.safetensors")
+        return load_model(file, device="cpu", dtype="fp32", threads=1).config
 
 
 def _pth() -> bytes:
-    path = FOLDER / "seed.pth"
-    torch.save(tuned_state(), path)
-    return path.read_bytes()
+    data = io.BytesIO()
+    torch.save(tuned_state(), data)
+    return data.getvalue()
 
 
 def _gate() -> bytes:
@@ -213,9 +233,12 @@ def _gate() -> bytes:
     metadata = GateMetadata(
         CONFIG.name, CONFIG.shape_text(), CONFIG.fingerprint, states={}, training={}, licence="MIT"
     )
-    path = FOLDER / "seed.safetensors"
-    save_file(tensors, path, metadata={k: v for k, v in metadata.to_strings().items() if v})
-    return path.read_bytes()
+    return save(tensors, metadata={k: v for k, v in metadata.to_strings().items() if v})
+
+
+def _vocabulary() -> bytes:
+    with _folder() as folder:
+        return write_vocabulary(folder / "vocab.txt", vocabulary()).read_bytes()
 
 
 def _snapshot() -> bytes:
@@ -224,9 +247,7 @@ def _snapshot() -> bytes:
     return dump_snapshots(SnapshotBlob((row,), torch.tensor([1, 2], dtype=torch.int32), {}), CONFIG)
 
 
-CONFIG = load_model(
-    write_checkpoint(FOLDER / "tiny.safetensors"), device="cpu", dtype="fp32", threads=1
-).config
+CONFIG = _config()
 SNAPSHOTS = _snapshot()
 LOOP = asyncio.new_event_loop()
 
@@ -268,9 +289,7 @@ TARGETS: dict[str, Target] = {
     "state_pth": Target(state_pth, [_pth()]),
     "gates": Target(gates, [_gate()]),
     "snapshots": Target(snapshots, [SNAPSHOTS]),
-    "vocabularies": Target(
-        vocabularies, [write_vocabulary(FOLDER / "seed.txt", vocabulary()).read_bytes()]
-    ),
+    "vocabularies": Target(vocabularies, [_vocabulary()]),
     "http1": Target(
         http1,
         [

@@ -1,8 +1,11 @@
 """Whatever is put before a parser, it understands it or says what is wrong with it."""
 
 import contextlib
+import importlib
+import tempfile
 
 import pytest
+import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS
@@ -79,6 +82,16 @@ def test_a_parser_understands_or_says_what_is_wrong(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_parser_withstands_much_more(name):
     check(name, 2000)
+
+
+def test_no_file_is_left_of_what_parsers_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # What a run begins with is made when the module is.
+    targets.LOOP.close()
+    importlib.reload(targets)
+    for target in targets.TARGETS.values():
+        target.run(target.seeds[0])
+    assert list(tmp_path.iterdir()) == []
 
 
 DEEP = "x = " + "[" * 5000

@@ -131,3 +131,22 @@ def test_a_changed_file_is_read_or_refused(data: st.DataObject) -> None:
     except StateFileError:
         return
     assert sum(tensor.numel() * tensor.element_size() for tensor in read.values()) <= len(whole)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, following = tmp_path / "file", tmp_path / "following"
+    path.write_bytes(b"the first, which is longer")
+    following.write_bytes(b"the next")
+    open_file = Path.open
+
+    def replaced(self: Path, mode: str) -> object:
+        file = open_file(self, mode)
+        following.replace(path)
+        return file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", replaced)
+        assert bytes(read_file(path)) == b"the first, which is longer"
+    assert bytes(read_file(path)) == b"the next"

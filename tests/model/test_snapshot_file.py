@@ -88,6 +88,7 @@ def signed(change):
         (lambda t, m: m.update(format="other"), "not a snapshot"),
         (lambda t, m: m.update(version="2"), "not a snapshot"),
         (lambda t, m: m.update(model="cd" * 32), "another model"),
+        (lambda t, m: m.pop("content"), "an older version of mrss wrote it"),
         (lambda t, m: m.update(content="ef" * 32), "another model"),
         (lambda t, m: m.update(dtype="bf16"), "another model"),
         (lambda t, m: m.update(num_rows="-1"), "num_rows"),

@@ -42,6 +42,25 @@ def test_an_async_call_ends_with_a_503_and_not_as_cancelled(provider, backend):
     asyncio.run(asyncio.wait_for(main(), WAIT_S))
 
 
+def test_an_embedding_under_way_ends_with_a_503(provider, backend):
+    reached = threading.Event()
+
+    async def embed(request):
+        reached.set()
+        await asyncio.Event().wait()
+
+    backend.embed = embed
+
+    async def main():
+        asking = asyncio.create_task(litellm.aembedding("mrss/base", input=["Hi"], max_retries=0))
+        await asyncio.to_thread(reached.wait, WAIT_S)
+        await asyncio.to_thread(provider.close)
+        with pytest.raises(litellm.ServiceUnavailableError, match=CLOSED):
+            await asking
+
+    asyncio.run(asyncio.wait_for(main(), WAIT_S))
+
+
 @pytest.mark.usefixtures("provider")
 def test_who_cancels_an_async_call_gets_what_asyncio_says(backend):
     backend.script = [text("a"), wait := Wait()]
