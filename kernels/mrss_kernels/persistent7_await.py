@@ -4,8 +4,8 @@
 
 A number that is not there yet has all bits 1: a NaN that no instruction makes. Whoever needs it
 reads it until it is something else, so that a number is one store and one load away from the
-program that wants it. The loop is in PTX, and each thread's own: one of Gluon's would need a vote
-of all threads for every read.
+program that wants it. The loop is in PTX, and each warp's own: one of Gluon's would need a vote of
+all warps for every read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _loop(num_words, width, firsts, positive, given, sampled):
     """Return PTX that reads words until they are there, and what has come not again.
 
     Operands: the words, their addresses and, if given, what is known of them. Groups of `width` are
-    one behind the other in memory; of those that `firsts` begin with are read, the others are 0. If
+    one behind the other in memory; those that begin with one of `firsts` are read, others are 0. If
     sampled, all but the first group wait until that is there.
     """
 
@@ -35,7 +35,10 @@ def _loop(num_words, width, firsts, positive, given, sampled):
 
     merge = "or.b32" if positive else "max.u32"
     bad = "ne.u32 {}, {}, 0" if positive else "eq.u32 {}, {}, 0xffffffff"
-    lines = [".reg .pred not_yet, wait;", f".reg .b32 seen, polls, group<{num_words}>;"]
+    lines = [
+        ".reg .pred not_yet, lacks, first_lacks;",
+        f".reg .b32 seen, polls, group<{num_words}>;",
+    ]
     for i in range(num_words):
         if given:
             lines.append(f"mov.b32 ${i}, ${2 * num_words + i};")
@@ -52,15 +55,16 @@ def _loop(num_words, width, firsts, positive, given, sampled):
             lines.append(f"and.b32 group{first}, group{first}, 0x80008000;")
         lines.append(f"{merge} seen, seen, group{first};")
     # A warp leaves together: if its threads could part, ptxas would serialise `wgmma` behind them.
-    lines += [f"setp.{bad.format('wait', 'seen')};", "vote.sync.any.pred wait, wait, 0xffffffff;"]
-    lines += ["@!wait bra.uni THERE;", "add.u32 polls, polls, 1;"]
-    lines += [f"setp.ge.u32 wait, polls, {_MAX_POLLS};", "@wait trap;"]
+    lines.append(f"setp.{bad.format('lacks', 'seen')};")
+    lines.append("vote.sync.any.pred lacks, lacks, 0xffffffff;")
+    lines += ["@!lacks bra.uni THERE;", "add.u32 polls, polls, 1;"]
+    lines += [f"setp.ge.u32 lacks, polls, {_MAX_POLLS};", "@lacks trap;"]
     for first in firsts:
         lines.append(f"setp.{bad.format('not_yet', f'group{first}')};")
         if sampled and first == firsts[0]:
-            lines.append("mov.pred wait, not_yet;")
+            lines.append("mov.pred first_lacks, not_yet;")
         elif sampled:
-            lines += ["@wait setp.ne.u32 not_yet, 0, 0;"]
+            lines.append("@first_lacks setp.ne.u32 not_yet, 0, 0;")
         lines.append(f"@not_yet {load(first)}")
     return "\n".join(["{", *lines, "bra.uni AGAIN;", "THERE:", "}"])
 
@@ -94,8 +98,8 @@ def await_words(
 
     WIDTH neighbours in a thread's registers are read at once, 4 WIDTH bytes. Of such groups the
     first LIVE of each tensor are read, the others' words are 0. If SAMPLED, the first one is looked
-    for alone until it is there: less is read, and the others one read later. Where words are
-    `given`, those that are not there (-1) are read, others (0) are not.
+    for alone until it is there: less is read, and the others one read later. Of `given` words those
+    that are not there, as -1 is, are read again; others stay.
     """
     PACK: gl.constexpr = ps[0].numel // 128
     NUM_WORDS: gl.constexpr = len(ps) * PACK

@@ -135,7 +135,7 @@ def compute(
             staged = group
         for unit in range(num_programs - 1 - pid, MIX_UNITS, num_programs):
             if pid >= TILES and first == end:
-                # It has no part in what it reads next: not before all have left the last layer.
+                # It has no part in what it reads next: not before the last layer's value is done.
                 await_word(p_inputs)
             block = time_mix_unit(
                 unit, i == 0, keep_states > 0, ring, full, empty, inputs, block, floats,

@@ -136,7 +136,7 @@ def multiply_chunks(
 ):  # fmt: skip
     """As `stage_rows` and `multiply`, with CHUNK blocks of the inputs at a time in shared memory.
 
-    While a chunk is multiplied the next two are on their way into registers.
+    While a chunk is multiplied the next one or two are on their way into registers.
     """
     ROWS: gl.constexpr = inputs.shape[1]
     NUM_WORDS: gl.constexpr = CHUNK * BLOCK_LEN // 2
