@@ -107,7 +107,10 @@ class SnapshotFolder:
         return SnapshotFile(path, len(data), key, tokens)
 
     def read(self, file: SnapshotFile) -> StateSnapshot | None:
-        """Read a file and note that it was used; None, and it is gone, if it is not whole."""
+        """Read a file and note that it was used; None, and it is gone, if it is not whole.
+
+        It may be gone already: what uses the folder, perhaps another engine, drops files meanwhile.
+        """
         try:
             blob = load_snapshots(read_file(file.path), self._config, self._state_dtype)
             is_it = np.array_equal(blob.tokens.numpy(), file.tokens)
@@ -115,6 +118,8 @@ class SnapshotFolder:
                 raise StateFileError("it holds another snapshot than its name says")
             (snapshot,) = blob.rows
             os.utime(file.path)
+        except FileNotFoundError:
+            return None
         except (OSError, StateFileError, ValueError) as exc:
             self._discard(file.path, exc)
             return None

@@ -45,10 +45,12 @@ class RunningAnswer:
         # Of the I/O loop alone:
         self._room = asyncio.Event()
         self._silent_since: float | None = None
+        self._is_pumped = False
         self._has_begun = False
         self._timed_out = False
         self._timer: asyncio.TimerHandle | None = None
         self._pump_task = io.submit(self._pump())
+        self._pump_task.add_done_callback(self._end_unbegun)
 
     def wait_admitted(self, wait_s: float) -> StreamInfo | None:
         """Block until the request is admitted; None when that takes longer than `wait_s`.
@@ -129,7 +131,16 @@ class RunningAnswer:
             self.cancel()
         return num_waiting
 
+    def _end_unbegun(self, pump: Future[None]) -> None:
+        """Tell the reader where the pump was cancelled before its first step, and so tells none."""
+        if not self._is_pumped:
+            self._error = self._cause(asyncio.CancelledError())
+            if not self._admitted.done():
+                self._admitted.set_exception(self._error)
+            self._publish(None)
+
     async def _pump(self) -> None:
+        self._is_pumped = True
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None

@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from mrss_provider.errors import EngineUnavailableError
+
 T = TypeVar("T")
 
 STOP_WAIT_S = 2.0
@@ -28,6 +30,7 @@ class IOThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
         self._at_stop: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     @property
@@ -40,8 +43,17 @@ class IOThread:
         return self._loop
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run `coroutine` on the loop; cancelling the future cancels it there."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Run `coroutine` on the loop; cancelling the future cancels it there.
+
+        Raises:
+            EngineUnavailableError: the thread has been stopped.
+        """
+        loop = self.loop
+        with self._lock:
+            if not self._is_stopped:
+                return asyncio.run_coroutine_threadsafe(coroutine, loop)
+        coroutine.close()
+        raise EngineUnavailableError("the provider was closed before the call began")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop and wait for it; an interrupt cancels it."""
@@ -85,16 +97,24 @@ class IOThread:
         try:
             loop.run_forever()
         finally:
+            with self._lock:
+                self._is_stopped = True
+            # What came while it stopped, for which somebody may wait.
+            loop.run_until_complete(_cancel_others())
             loop.close()
 
     async def _finish(self) -> None:
-        loop = asyncio.get_running_loop()
-        others = [task for task in asyncio.all_tasks(loop) if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await _cancel_others()
         await asyncio.gather(*(close() for close in self._at_stop), return_exceptions=True)
-        loop.stop()
+        asyncio.get_running_loop().stop()
+
+
+async def _cancel_others() -> None:
+    """Cancel what runs beside this, and wait for its end."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -153,6 +153,24 @@ def test_at_the_end_what_was_used_last_is_written_first(tmp_path: Path) -> None:
     assert folder.keys == ["a", "c", "b"]
 
 
+def test_a_file_that_somebody_else_has_dropped_is_a_miss_and_no_defect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Listed(tmp_path)
+    cache = cache_of(folder)
+    for number in range(6):
+        cache.insert("base", as_ids([number]), row(number))
+        cache.wait_for_files()
+    assert cache.match(["base"], as_ids([0]), 1, files=True) == 1
+    for path in folder.folder.iterdir():
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        cache.load_files(["base"], as_ids([0]), 1)
+    assert cache.match(["base"], as_ids([0]), 1, files=True) == 0
+    assert not caplog.records
+    cache.close()
+
+
 class FullAtTimes(HeldFolder):
     """A folder on a disk that has no room for odd tokens."""
 

@@ -4,10 +4,12 @@ import asyncio
 import subprocess
 import sys
 import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
+from mrss_provider.errors import EngineUnavailableError
 from mrss_provider.provider.io_thread import IOThread
 
 
@@ -112,3 +114,31 @@ def test_forked_child_answers_on_a_thread_of_its_own():
         [sys.executable, "-c", FORK], cwd=tests, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_what_is_submitted_while_it_stops_ends(io):
+    started = threading.Event()
+
+    async def endless():
+        started.set()
+        await asyncio.Event().wait()
+
+    late = []
+
+    async def at_stop():
+        # As another thread does that met the thread before it was stopped.
+        late.append(await asyncio.to_thread(io.submit, endless()))
+        await asyncio.to_thread(started.wait, 5)
+
+    io.at_stop(at_stop)
+    io.run(asyncio.sleep(0))
+    io.stop()
+    with pytest.raises(CancelledError):
+        late[0].result(1)
+
+
+def test_what_is_submitted_after_it_has_stopped_is_refused(io):
+    io.run(asyncio.sleep(0))
+    io.stop()
+    with pytest.raises(EngineUnavailableError, match="the provider was closed"):
+        io.run(asyncio.sleep(0))

@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 
 import pytest
 from fakes import Wait, text
 from test_streams import HI, WAIT_S, contents, finish_reasons
 
+from mrss_provider.errors import EngineUnavailableError
+from mrss_provider.provider.answers import RunningAnswer
 from mrss_provider.provider.streams import ChunkStream
 
 
@@ -126,3 +129,31 @@ def test_who_is_woken_for_what_another_has_taken_sleeps_again(provider, backend,
 
     monkeypatch.setattr(answer, "_take_or_arm", take_or_arm)
     assert answer.take_blocking() == []
+
+
+class StoppedThread:
+    """An I/O thread that ends before it has begun what it was given."""
+
+    def submit(self, coroutine):
+        coroutine.close()
+        given = Future()
+        given.cancel()
+        return given
+
+
+def test_who_reads_a_stream_that_never_began_is_told():
+    answer = RunningAnswer(StoppedThread(), open_stream=None, timeout_s=1)
+    met = []
+
+    def read():
+        try:
+            answer.take_blocking()
+        except EngineUnavailableError as exc:
+            met.append(exc)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(1)
+    assert [str(exc) for exc in met] == ["the answer was cancelled"]
+    with pytest.raises(EngineUnavailableError, match="cancelled"):
+        answer.wait_admitted(1)
