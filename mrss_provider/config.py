@@ -77,8 +77,9 @@ class EngineConfig:
         max_context_len: prompt plus answer, in tokens.
         cache_bytes: memory for the states of prompts and answers that may be read again; 0 is off.
         cache_device_bytes: the same in a GPU's memory; unset is 5 % of what is free, at most 2 GiB.
-        cache_dir: folder in which states stay over a restart, and that do not fit in memory.
-        cache_disk_bytes: most that is in that folder.
+        cache_dir: folder in which states stay over a restart, and that do not fit in memory; below
+            it each model's weights and dtype have a folder of their own.
+        cache_disk_bytes: most that is in the folder of the weights that are served.
         max_sessions: saved conversations that one owner may have.
         session_bytes: memory that the saved conversations of one owner may take.
         sessions_dir: folder in which saved conversations stay over a restart.

@@ -132,6 +132,7 @@ class PersistentLayers7:
             x: residual stream [B, C] fp32, of a number of rows that this is for.
             mixed: layer 0's six mixed inputs [6, B, C], in the dtype of the weights. Neither may
                 hold a number all of whose bits are 1, which no arithmetic makes: it would trap.
+                Both start at a multiple of 16 bytes.
             shift_att: normalised last tokens by layer and slot [L, S', C] fp32, *modified* but for
                 layer 0's, which whoever made `mixed` has written.
             shift_ffn: likewise, *modified*.
@@ -143,7 +144,7 @@ class PersistentLayers7:
             that product. Both are the buffers' own and hold until the next step.
 
         Raises:
-            ValueError: a shape, dtype, stride or device that the kernel cannot take.
+            ValueError: a shape, dtype, stride, device or start that the kernel cannot take.
         """
         from mrss_kernels.persistent7_kernel import NUM_COMPUTING_WARPS, persistent7_kernel
 
@@ -248,6 +249,12 @@ class PersistentLayers7:
         for name, tensor in [*named, ("pool", pool)]:
             expect_contiguous(name, tensor)
             expect_device(name, tensor, self._layers.project.device)
+        # Words of 16 bytes are read.
+        for name, tensor in (("x", x), ("mixed", mixed)):
+            if past := tensor.data_ptr() % 16:
+                raise ValueError(
+                    f"{name} must start at a multiple of 16 bytes, got a start {past} past one"
+                )
 
 
 def _descriptor(matrix: Tensor, num_columns: int) -> Any:
