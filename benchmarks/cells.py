@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
-    """Return the newest line of each cell, cells in the order in which they first appear.
+    """Return the newest line of each cell, in the order in which these lines stand.
 
     Newest is the latest `date`; of one day's, the one that stands last.
     """
@@ -63,6 +63,7 @@ def newest(lines: Iterable[Line]) -> list[Line]:
     for line in lines:
         key = tuple(line.get(field) for field in CELL_FIELDS)
         if key not in cells or _date(line) >= _date(cells[key]):
+            cells.pop(key, None)
             cells[key] = line
     return list(cells.values())
 

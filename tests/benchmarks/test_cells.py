@@ -52,6 +52,11 @@ def test_a_curve_is_of_the_card_of_its_newest_line() -> None:
     assert one_card([]) == []
 
 
+def test_of_one_days_lines_the_last_says_which_card_a_curve_is_of() -> None:
+    lines = [line("2026-11-25", 1.0), line("2026-11-25", 2.0, card="B"), line("2026-11-25", 3.0)]
+    assert steps(one_card(newest(lines))) == [3.0]
+
+
 def test_a_line_without_a_field_does_not_match_it() -> None:
     assert matching([line("2026-11-24", 1.0)], gate="fixed") == []
     assert steps(matching([line("2026-11-24", 1.0)], rows=1, card="A")) == [1.0]
