@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,7 +330,8 @@ def parse_address(address: str) -> tuple[str, Path | None]:
                 "sent; a key goes into `api_key`, or MRSS_API_KEY",
                 param="api_base",
             )
-        if url.host and not url.query and not url.fragment:
+        is_whole = url.host and (url.port or 0) < 1 << 16 and not re.search(r"\s", address)
+        if is_whole and not url.query and not url.fragment:
             # Users of the OpenAI client are used to write the /v1.
             return address.rstrip("/").removesuffix("/v1"), None
     raise _bad_address(address)

@@ -283,7 +283,18 @@ def test_tcp_works_whatever_proxies_the_environment_names(monkeypatch):
 
 @pytest.mark.parametrize(
     "address",
-    ["", "127.0.0.1:9000", "unix://rel", "http://", "ftp://x", "http://x?v=1", "http://x/v1#a"],
+    [
+        *(
+            "",
+            "127.0.0.1:9000",
+            "unix://rel",
+            "http://",
+            "ftp://x",
+            "http://x?v=1",
+            "http://x/v1#a",
+        ),
+        *("http://127.0.0.1:99999", "http://a b:9000", "http://a:9000\n"),
+    ],
 )
 def test_a_bad_address_is_a_configuration_error(address):
     with pytest.raises(ConfigError, match="http://host:port or unix:///"):

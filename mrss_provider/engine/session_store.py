@@ -93,7 +93,9 @@ class SessionStore:
         try:
             return read_file(self._path(info.id))
         except OSError as exc:
-            raise StorageError(f"the session {info.id} cannot be read: {exc}") from exc
+            raise StorageError(
+                f"the session {info.id} cannot be read: {exc.strerror or exc}"
+            ) from exc
 
     def put(self, info: SessionInfo, data: Buffer, *, is_new: bool = True) -> SessionInfo:
         """Store a session; return what there is to know of it.
@@ -145,7 +147,9 @@ class SessionStore:
         except OSError as exc:
             with self._lock:
                 self._infos[info.id] = info
-            raise StorageError(f"the session {info.id} cannot be deleted: {exc}") from exc
+            raise StorageError(
+                f"the session {info.id} cannot be deleted: {exc.strerror or exc}"
+            ) from exc
 
     def check_size(self, num_bytes: int) -> None:
         """Refuse what no owner may save.

@@ -197,7 +197,7 @@ def _load_state(
     try:
         return load_tuned_state(paths[0], model_config, name=name, strict=strict)
     except OSError as exc:
-        raise StateFileError(f"{paths[0].name} cannot be read: {exc}") from exc
+        raise StateFileError(f"{paths[0].name} cannot be read: {exc.strerror or exc}") from exc
 
 
 def _fault_of_mixture(
