@@ -253,7 +253,7 @@ class PersistentLayers7:
         for name, tensor in (("x", x), ("mixed", mixed)):
             if past := tensor.data_ptr() % 16:
                 raise ValueError(
-                    f"{name} must start at a multiple of 16 bytes, got a start {past} past one"
+                    f"{name} must start at a multiple of 16 bytes, got {past} bytes past one"
                 )
 
 

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import fused6_cases
@@ -26,6 +21,7 @@ import tail_cases
 import train_cases
 import triton
 import wkv_chunk_cases
+from assembler import resources, waits_for_products
 from mrss_kernels import (
     add_norm_mix,
     lora_up7,
@@ -163,45 +159,18 @@ def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], o
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return registers and stack bytes from the machine code's own report."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resources: {report!r}")
-    return {"registers": int(found[1]), "stack": int(found[2])}
-
-
-def waits_for_products(ptx: str) -> bool:
-    """Return whether the assembler serialises products of the tensor cores, which it tells."""
-    if "wgmma" not in ptx:
-        return False
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [str(tool), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return "are serialized" in told
-
-
 def main() -> None:
     """Compile the cases whose name holds the first argument; all of them without one.
 
-    `--one-each` compiles the first case of each kernel.
+    `--one-each` compiles the first case of each kernel, and the first with inputs in chunks.
     """
     # Looking for garbage at every 700 new objects is a third of a compilation.
     gc.set_threshold(20_000, 20, 20)
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     found = cases()
     if wanted == "--one-each":
-        found = list({case[0].split()[0]: case for case in reversed(found)}.values())
+        forms = [(case[0].split()[0], case[3].get("CHUNK", 0) > 0) for case in found]
+        found = [case for i, case in enumerate(found) if forms.index(forms[i]) == i]
         wanted = ""
     for name, kernel, types, constants, options in found:
         if wanted in name:

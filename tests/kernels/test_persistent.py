@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,13 +15,10 @@ from mrss_kernels import persistent7_ahead as ahead7
 from mrss_kernels import persistent7_choice as choice7
 from mrss_kernels import persistent7_cuts as cuts7
 from mrss_kernels.linear_cuts import HOPPER_SHARED
+from persistent_sizes import RANK_SUMS
 
 CUDA = torch.device("cuda", 0)
 H100 = "NVIDIA H100 80GB HBM3"
-
-
-# Of first halves, and columns of second halves.
-RANK_SUMS = {1024: (320, 320), 2048: (576, 512), 4096: (896, 896)}
 
 
 @pytest.mark.parametrize("num_programs", [78, 114, 132, 144])
@@ -265,3 +264,36 @@ def test_ranks_that_the_kernel_would_misread_are_refused(
     monkeypatch.setattr("mrss_kernels.persistent7.obstacle_to_one_launch", lambda *_: None)
     with pytest.raises(ValueError, match=re.escape(words)):
         persistent7.PersistentLayers7(stacked_layers(ranks, up))
+
+
+def starting_at(num_bytes: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros that start so many bytes behind a multiple of 16."""
+    first = num_bytes // dtype.itemsize
+    size = math.prod(shape)
+    memory = torch.zeros(size + first + 16 // dtype.itemsize, dtype=dtype)
+    first += -memory.data_ptr() % 16 // dtype.itemsize
+    return memory[first : first + size].view(shape)
+
+
+@pytest.mark.parametrize(
+    ("x_at", "mixed_at", "words"),
+    [
+        (0, 0, ""),
+        (4, 0, "x must start at a multiple of 16 bytes, got 4 bytes past one"),
+        (0, 8, "mixed must start at a multiple of 16 bytes, got 8 bytes past one"),
+    ],
+)
+def test_inputs_that_words_of_16_bytes_cannot_be_read_from_are_refused(
+    monkeypatch: pytest.MonkeyPatch, x_at: int, mixed_at: int, words: str
+) -> None:
+    monkeypatch.setattr("mrss_kernels._checks.is_interpreted", lambda: True)
+    layers = stacked_layers((64, 64, 128, 64), (64, 64, 128, 64))
+    step = SimpleNamespace(_layers=layers, _rows=[2])
+    x = starting_at(x_at, 2, 1024, dtype=torch.float32)
+    mixed = starting_at(mixed_at, 6, 2, 1024, dtype=torch.float16)
+    shift, pool = torch.zeros(2, 3, 1024), torch.zeros(2, 3, 16, 64, 64)
+    refusal = pytest.raises(ValueError, match=f"^{words}$") if words else nullcontext()
+    with refusal:
+        persistent7.PersistentLayers7._check(
+            step, x, mixed, shift, shift.clone(), pool, torch.tensor([2, 0])
+        )

@@ -24,7 +24,7 @@ SLOTS = {
     "some": ([0, 2, 4, 6, 8], [5, 1, -1, 0, 3, 2], [*range(1, 8)], [9, 0, 8, -1, 7, 2, 6, 3]),
     "more": ([*range(8), 17], [-1, *range(8, 16), 2], [*range(11)]),
     "many": ([*range(5, 17)], [*range(3, 17)], [16, -1, *range(14)]),
-    "most": ([*range(20)], [*range(23), -1], [*range(2, 34)]),
+    "most": ([*range(20)], [*range(23), -1], [*range(6, 34)], [*range(2, 34)]),
 }
 
 
@@ -179,6 +179,27 @@ def test_a_row_without_a_number_ends_its_step_and_leaves_the_others_as_they_were
         results.append(hidden[[0, 1, 3]])
         assert torch.isfinite(hidden[2]).all() != spoilt
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["x", "mixed"])
+def test_inputs_that_do_not_start_at_16_bytes_are_refused_and_copies_of_them_not(
+    build, name
+) -> None:
+    _, twin, fused = build(1024)
+    pool, ids = filled_pool(twin), torch.arange(2, device="cuda")
+    shapes = {"x": (2, 1024), "mixed": (6, 2, 1024)}
+    dtypes = {"x": torch.float32, "mixed": torch.float16}
+    inputs = {each: torch.zeros(shapes[each], dtype=dtypes[each], device="cuda") for each in shapes}
+    memory = torch.zeros(inputs[name].numel() + 2, dtype=dtypes[name], device="cuda")
+    inputs[name] = memory[2:].view(shapes[name])
+    states = (pool.shift_att, pool.shift_ffn, pool.wkv, ids)
+    past = 2 * inputs[name].element_size()
+    words = f"{name} must start at a multiple of 16 bytes, got {past} bytes past one"
+    with pytest.raises(ValueError, match=words):
+        fused._persistent.advance(*inputs.values(), *states)
+    copies = [each.clone() for each in inputs.values()]
+    residual, _ = fused._persistent.advance(*copies, *states)
+    assert torch.isfinite(residual).all()
 
 
 def test_weights_are_held_once(build) -> None:
