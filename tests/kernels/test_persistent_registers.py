@@ -26,8 +26,9 @@ def kernels() -> dict[str, Any]:
     from mrss_kernels import persistent7_norm as norm
     from mrss_kernels import persistent7_products as products
     from mrss_kernels import persistent7_time as time
+    from mrss_kernels import persistent7_time_inputs as time_inputs
 
-    return {**vars(norm), **vars(products), **vars(time)}
+    return {**vars(norm), **vars(products), **vars(time_inputs), **vars(time)}
 
 
 def evaluated(node: ast.expr, sizes: dict[str, int]) -> Any:
@@ -143,5 +144,5 @@ def test_a_row_of_a_norm_is_read_in_whole_vectors(width: int) -> None:
 
 def test_the_vectors_of_a_head_are_read_in_pairs_a_row_a_warp() -> None:
     held = elements_of(constant_in("time_mix_unit", "VECTOR"), [4, 64])
-    expect_neighbours(held, *arguments_in("_load_inputs"))
+    expect_neighbours(held, *arguments_in("load_inputs"))
     assert (held[:, :, 0] == np.arange(NUM_THREADS)[:, None] // 32).all()
