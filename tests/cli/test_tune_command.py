@@ -23,6 +23,10 @@ from mrss_provider.engine.state_library import StateLibrary
 from mrss_provider.model import StateMetadata, load_tuned_state, save_tuned_state
 from mrss_provider.tune.training import Training
 
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib"
+)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -89,6 +93,7 @@ def test_a_state_is_tuned_and_loads_with_its_provenance(where, model, folder, da
 
 
 @pytest.mark.slow
+@needs_matplotlib
 def test_the_curve_lies_beside_the_state(where, folder, data):
     out = folder / "mine.safetensors"
     result = tune(where, data, out, "--curve", "--json")
@@ -264,7 +269,7 @@ def test_a_mixture_is_imitated_and_the_gap_is_told_on_seen_and_unseen_prompts(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@needs_matplotlib
 def test_the_losses_are_drawn(model, folder, data):
     where = ["--model", model, "--states", folder, "--device", "cpu", "--threads", "1"]
     result = tune(where, data, folder / "drawn.safetensors")
